@@ -1,0 +1,191 @@
+"""What every op costs: microseconds and bytes from the model, the machine and the routing; no state, no schedule.
+
+Transfer: latency + bytes / bandwidth. Matmul: ``hardware.matmul_us``. Decode attention: KV bytes over the measured rate.
+One deterministic model serves forecast and bound (design 7.1, 7.2): a load that is issued before the router costs its full
+bytes, one that is bound after it the bytes of the experts that are expected to be touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from klotski_compiler.hardware import Hardware, Processor, matmul_us
+from klotski_compiler.model import Layer, ModelSpec, Module
+from klotski_compiler.plan import ALL, Bind, Compute, Load, Op, Store, Tensor
+from klotski_compiler.routing import Routing
+
+DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+ALWAYS = 0.98  # an expert touched with a higher probability is loaded without waiting for the router (design 5.3)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One phase of the workload: ``passes`` sweeps, each over ``batches`` batches of ``batch_size`` sequences.
+
+    tokens: new tokens per sequence and pass. first_context, last_context: positions that attention sees in the first and the
+    last pass.
+    """
+
+    name: str
+    passes: int
+    batches: int
+    batch_size: int
+    tokens: int
+    first_context: int
+    last_context: int
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of one pass."""
+        return self.batches * self.batch_size
+
+    def scope_tokens(self, batch: int) -> int:
+        """Tokens that one op works on: of one batch, or of ALL batches."""
+        return (self.batches if batch == ALL else 1) * self.batch_size * self.tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Cost:
+    """Prices ops of one model on one machine under one routing. All times in microseconds."""
+
+    spec: ModelSpec
+    hardware: Hardware
+    routing: Routing
+    dtype: str
+
+    @cached_property
+    def processor_name(self) -> str:
+        """The processor of the compute tier; also the name of its stream."""
+        return next(n for n, p in self.hardware.processors.items() if p.tier == self.hardware.compute_tier)
+
+    @cached_property
+    def processor(self) -> Processor:
+        """The processor that computes in the compute tier."""
+        return self.hardware.processors[self.processor_name]
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of one value in the compute dtype."""
+        return DTYPE_BYTES[self.dtype]
+
+    @cached_property
+    def _picked(self) -> tuple[tuple[float, ...], ...]:
+        return tuple(
+            tuple(min(1.0, layer.top_k * p) for p in shares)
+            for layer, shares in zip(self.spec.layers, self.routing.popularity, strict=True)
+        )
+
+    @lru_cache(maxsize=4096)  # noqa: B019 - one Cost lives as long as its compilation
+    def experts(self, layer: int, tokens: int) -> tuple[tuple[float, float], ...]:
+        """For each expert of a layer (expected tokens, probability of being touched) when ``tokens`` tokens are routed."""
+        return tuple((tokens * q, 1.0 - (1.0 - q) ** tokens) for q in self._picked[layer])
+
+    def popular(self, layer: int) -> list[int]:
+        """Experts of a layer, most popular first (ties by number)."""
+        return sorted(range(len(self._picked[layer])), key=lambda e: (-self._picked[layer][e], e))
+
+    # ------------------------------------------------------------------------------------------------- single modules
+
+    def transfer_us(self, link: str, nbytes: float) -> float:
+        """latency + bytes / bandwidth; nothing costs nothing."""
+        engine = self.hardware.links[link]
+        return engine.latency_us + 1e6 * nbytes / engine.bandwidth_bytes_per_s if nbytes > 0 else 0.0
+
+    def module_us(self, module: Module, tokens: float) -> float:
+        """The matmuls of a module over ``tokens`` tokens; weights are read once from the compute tier."""
+        if module.flops_per_token == 0:
+            return 0.0
+        params = module.flops_per_token // 2
+        return matmul_us(self.processor, self.dtype, tokens, params, params * self.compute_bytes)
+
+    def attention_us(self, layer: Layer, shape: Shape, context: float, chunks: int = 1) -> float:
+        """One batch through attention: projections, then keys and values of ``context`` positions (decode) or all pairs."""
+        tokens = shape.batch_size * shape.tokens
+        seen = min(context, layer.sliding_window) if layer.sliding_window and shape.tokens == 1 else context
+        if shape.tokens == 1:
+            kv_bytes = shape.batch_size * seen * layer.kv_elements * self.compute_bytes
+            core = 1e6 * kv_bytes / self.processor.kv_bytes_per_s
+            core += self._flops_us(shape.batch_size * seen * layer.expand_flops, shape.batch_size * seen)
+        else:
+            flops = tokens * seen * layer.attention_flops
+            core = 1e6 * flops / self.processor.prefill_attention_flops_per_s
+        return chunks * self.processor.attention_op_us + self.module_us(layer.attention, tokens) + core
+
+    def _flops_us(self, flops: float, rows: float) -> float:
+        return matmul_us(self.processor, self.dtype, rows, int(flops / rows / 2), 0) if flops else 0.0
+
+    def expert_us(self, layer: int, expert: int, tokens: int) -> float:
+        """One expert over its share of ``tokens`` routed tokens: expected cost, gather and scatter included."""
+        share, touched = self.experts(layer, tokens)[expert]
+        return self._expert_us(self.spec.layers[layer], share, touched)
+
+    def _expert_us(self, layer: Layer, share: float, touched: float) -> float:
+        if touched <= 0 or layer.expert is None:
+            return 0.0
+        moved = share * self.spec.hidden_size * 8 * self.compute_bytes  # gather (2) and add in twice the width (6)
+        busy = self.processor.expert_op_us + self.module_us(layer.expert, share / touched)
+        return touched * busy + 1e6 * moved / self.processor.memory_bytes_per_s
+
+    # ------------------------------------------------------------------------------------------------------------ ops
+
+    def op_us(self, op: Op, tensors: list[Tensor], shape: Shape, context: float, late: dict[int, list[int]]) -> float:
+        """Expected time of an op at ``context`` cached positions. ``late[layer]``: the experts that picks range over,
+        most popular first, so that pick r is priced as the r-th of them."""
+        match op:
+            case Load() | Store():
+                return self.transfer_us(op.link, self.moved_bytes(op, tensors, shape, context, late))
+            case Bind():
+                return self.processor.op_us
+            case Compute():
+                return self._compute_us(op, tensors, shape, context, late)
+
+    def moved_bytes(
+        self, op: Load | Store, tensors: list[Tensor], shape: Shape, context: float, late: dict[int, list[int]]
+    ) -> float:
+        """Bytes that a load or store is expected to move: KV up to the current position, late experts if touched."""
+        total = 0.0
+        for tensor in (tensors[t] for t in op.tensors):
+            if tensor.kind == "kv":
+                positions = context if isinstance(op, Load) else shape.tokens
+                total += shape.batch_size * positions * self.spec.layers[tensor.layer].kv_elements * self.compute_bytes
+            elif tensor.kind == "pick":
+                expert = late[tensor.layer][tensor.index]
+                total += tensor.nbytes * self.experts(tensor.layer, shape.scope_tokens(ALL))[expert][1]
+            else:
+                total += tensor.nbytes
+        return total
+
+    def _compute_us(
+        self, op: Compute, tensors: list[Tensor], shape: Shape, context: float, late: dict[int, list[int]]
+    ) -> float:
+        fixed, tokens = self.processor.op_us, shape.scope_tokens(op.batch)
+        match op.fn:
+            case "attention":
+                return self.attention_us(self.spec.layers[op.layer], shape, context)
+            case "router":
+                return self.router_us(self.spec.layers[op.layer], tokens)
+            case "dense":
+                dense = self.spec.layers[op.layer].dense
+                return fixed + (self.module_us(dense, tokens) if dense else 0.0)
+            case "experts":
+                chosen = [late[op.layer][t.index] if t.kind == "pick" else t.index for t in (tensors[i] for i in op.tensors)]
+                return fixed + sum(self.expert_us(op.layer, e, tokens) for e in chosen)
+            case "head":
+                pages = sum(t.kind == "head" for t in tensors)
+                return fixed + self.module_us(self.spec.head, shape.sequences) / pages
+            case "embed":
+                return fixed + self.embed_us(tokens, bool(op.tensors))
+        return fixed
+
+    def router_us(self, layer: Layer, tokens: int) -> float:
+        """Gate, then the shared expert (part of the same op)."""
+        parts = [m for m in (layer.router, layer.shared) if m]
+        return self.processor.op_us * (1 + len(parts)) + sum(self.module_us(m, tokens) for m in parts)
+
+    def embed_us(self, tokens: int, resident: bool) -> float:
+        """Rows of the embedding: from the compute tier, or row by row from where the weights live."""
+        row_bytes = self.spec.hidden_size * self.compute_bytes
+        if resident or "disk>host" not in self.hardware.links or self.hardware.compute_tier != "host":
+            return 1e6 * tokens * row_bytes / self.processor.memory_bytes_per_s
+        return min(tokens, self.spec.vocab_size) * self.transfer_us("disk>host", row_bytes) / 4

@@ -1,0 +1,58 @@
+"""The executor core: wait, run, record. Simulator, threads and CUDA differ in their stream class alone.
+
+All ops stand in one total order, every wait points backwards and each stream is FIFO in that order; therefore nothing deadlocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+from klotski_compiler.plan import Load, Step
+
+Event = TypeVar("Event")
+
+
+class Stream(Protocol[Event]):
+    """A FIFO lane."""
+
+    def wait(self, event: Event) -> None:
+        """Whatever is issued next starts after ``event``."""
+
+    def run(self, number: int, step: Step, at: int) -> None:
+        """Issue op ``number`` in pass ``at`` (-1: the opening)."""
+
+    def record(self) -> Event:
+        """An event that happens when everything issued so far has ended."""
+
+
+class Backend(Protocol[Event]):
+    """A clock, threads, or CUDA."""
+
+    def stream(self, name: str) -> Stream[Event]:
+        """The lane of that name."""
+
+    def begin(self, at: int) -> bool:
+        """Called before pass ``at`` is issued; False ends the phase early (every sequence has ended)."""
+
+
+def execute(steps: Sequence[Step], passes: int, backend: Backend[Event]) -> None:
+    """Issue a phase: its opening (loads for the next pass), then all passes; the last one opens nothing."""
+    signalled = {wait.op for step in steps for wait in step.waits}
+    before: dict[int, Event] = {}
+    for at in range(-1, passes):
+        if at >= 0 and not backend.begin(at):
+            break
+        events: dict[int, Event] = {}
+        for number, step in enumerate(steps):
+            wraps = isinstance(step.op, Load) and step.op.wraps
+            if at == passes - 1 if wraps else at == -1:
+                continue
+            stream = backend.stream(step.op.stream)
+            for wait in step.waits:
+                if (event := (before if wait.back else events).get(wait.op)) is not None:
+                    stream.wait(event)
+            stream.run(number, step, at)
+            if number in signalled:
+                events[number] = stream.record()
+        before = events

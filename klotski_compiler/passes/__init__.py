@@ -1,0 +1,1 @@
+"""Named pure functions from program to plan: slots, depend, waits, schedule."""

@@ -1,0 +1,107 @@
+"""depend: the only file that knows the rule. Read after write, write after read, write after write, over the cells of memory.
+
+Cells are slots, the hidden states of a batch, the routing and the bindings of a layer, spilled KV, and the token ids. A phase is
+replayed, so edges are found on an unrolled sequence: the openings (loads for the next pass, issued once before the first), then
+two whole passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+
+from klotski_compiler.passes.slots import Placed
+from klotski_compiler.plan import ALL, Bind, Compute, Load, Store, Tensor
+
+Cell = Hashable
+Instance = tuple[int, int]  # (copy, op): copy 0 is the opening, 1 the first pass, 2 every later one
+
+
+def unrolled(ops: Sequence[Placed], passes: int) -> Iterator[Instance]:
+    """The sequence that stands for all passes."""
+    for number, placed in enumerate(ops):
+        if isinstance(placed.op, Load) and placed.op.wraps:
+            yield 0, number
+    for copy in range(1, min(passes, 2) + 1):
+        for number in range(len(ops)):
+            yield copy, number
+
+
+def depend(ops: Sequence[Placed], tensors: Sequence[Tensor], batches: int, passes: int) -> dict[Instance, list[Instance]]:
+    """For every op of the unrolled sequence, the earlier ones that it must follow (on whatever stream), in order."""
+    writer: dict[Cell, Instance] = {}
+    readers: dict[Cell, list[Instance]] = {}
+    cells = [cells_of(placed, tensors, batches) for placed in ops]
+    edges: dict[Instance, list[Instance]] = {}
+    for instance in unrolled(ops, passes):
+        reads, writes = cells[instance[1]]
+        before: set[Instance] = set()
+        for cell in reads:
+            if cell in writer:
+                before.add(writer[cell])
+            readers.setdefault(cell, []).append(instance)
+        for cell in writes:
+            if cell in writer:
+                before.add(writer[cell])
+            before.update(readers.get(cell, ()))
+            writer[cell] = instance
+            readers[cell] = []
+        before.discard(instance)
+        edges[instance] = sorted(before)
+    return edges
+
+
+def cells_of(placed: Placed, tensors: Sequence[Tensor], batches: int) -> tuple[list[Cell], list[Cell]]:
+    """What an op reads and what it writes."""
+    op, reads, writes = placed.op, list[Cell](), list[Cell]()
+    match op:
+        case Load():
+            reads += placed.sources
+            writes += placed.slots
+            for tensor in (tensors[t] for t in op.tensors):
+                if tensor.kind == "pick":
+                    reads.append(("bound", tensor.layer, tensor.index))
+                elif tensor.kind == "kv" and not placed.sources:
+                    reads.append(("spilled", tensor.layer, tensor.index))
+        case Store():
+            reads += placed.slots
+            writes += [("spilled", tensors[t].layer, tensors[t].index) for t in op.tensors]
+        case Bind():
+            scope = range(batches) if op.batch == ALL else range(op.batch + 1)
+            if op.rule != "predicted":
+                reads += [("routed", op.layer, batch) for batch in scope]
+            writes += [("bound", op.layer, pick) for pick in range(op.first, op.first + op.count)]
+        case Compute():
+            _compute_cells(op, placed, tensors, batches, reads, writes)
+    return reads, writes
+
+
+def _compute_cells(
+    op: Compute, placed: Placed, tensors: Sequence[Tensor], batches: int, reads: list[Cell], writes: list[Cell]
+) -> None:
+    scope = list(range(batches)) if op.batch == ALL else [op.batch]
+    hidden: list[Cell] = [("hidden", batch) for batch in scope]
+    for number, slot in zip(op.tensors, placed.slots, strict=True):
+        tensor = tensors[number]
+        (writes if tensor.kind == "kv" else reads).append(slot)
+        if tensor.kind == "pick":
+            reads.append(("bound", tensor.layer, tensor.index))
+    match op.fn:
+        case "embed":
+            reads.append("tokens")
+            writes += hidden
+        case "attention" | "dense":
+            writes += hidden
+        case "router":
+            writes += hidden
+            writes += [("routed", op.layer, batch) for batch in scope]
+        case "experts":
+            reads += [("routed", op.layer, batch) for batch in scope]
+            writes += hidden
+        case "norm":
+            reads += hidden
+            writes.append("last")
+        case "head":
+            writes.append("last")
+        case "sample":
+            reads.append("last")
+            writes.append("tokens")

@@ -1,0 +1,132 @@
+"""slots: gives every streamed tensor a fixed byte range, by linear scan, and drops the evictions it has consumed.
+
+A pass is replayed, so lifetimes are arcs on a circle: a tensor loaded for the next pass must land in the slot that it leaves at the
+start of this one. Those arcs are placed first; every other lifetime lies inside the pass and takes the slot that has been free for
+longest, so that a load waits for the oldest reader. Tensors of one kind share a pool of equal slots.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from klotski_compiler.errors import PlanError
+from klotski_compiler.plan import Bind, Compute, Load, Op, Tensor
+from klotski_compiler.program import Evict
+
+FOREVER = 1 << 60
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An op with the slots of its tensors (compute and load: in the target tier) and, for staged loads, where they read."""
+
+    op: Op
+    slots: tuple[int, ...]
+    sources: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Pool:
+    """Equal slots of one tier for one kind of tensor. ``members`` are slot numbers local to the phase."""
+
+    tier: str
+    kind: str
+    nbytes: int = 0
+    members: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Slot:
+    freed_at: int
+    reserved_from: int = FOREVER
+
+
+def slots(
+    entries: Sequence[Op | Evict], tensors: Sequence[Tensor], fixed: dict[tuple[str, int], int], compute_tier: str, first: int
+) -> tuple[list[Placed], list[Pool]]:
+    """Place the ops of one phase. ``fixed``: (tier, tensor) -> permanent slot. New slots are numbered from ``first``.
+
+    Raises PlanError where a policy loads what it never evicts, or reads what it has not loaded.
+    """
+    ends = _lifetimes(entries)
+    pools: dict[tuple[str, str], Pool] = {}
+    state: dict[int, _Slot] = {}
+    where = dict(fixed)
+    count = first
+
+    def pool_of(tier: str, tensor: Tensor) -> Pool:
+        kind = "expert" if tensor.kind == "pick" else tensor.kind
+        pool = pools.setdefault((tier, kind), Pool(tier, kind))
+        pool.nbytes = max(pool.nbytes, tensor.slot_bytes)
+        return pool
+
+    def take(pool: Pool, start: int, end: int) -> int:
+        nonlocal count
+        ready = [m for m in pool.members if state[m].freed_at <= start and end < state[m].reserved_from]
+        if ready:
+            chosen = min(ready, key=lambda m: state[m].freed_at)
+        else:
+            chosen, count = count, count + 1
+            pool.members.append(chosen)
+            state[chosen] = _Slot(0)
+        state[chosen].freed_at = end
+        return chosen
+
+    tail: dict[tuple[str, int, int], int] = {}
+    for start, entry in enumerate(entries):
+        if isinstance(entry, Load) and entry.wraps:
+            tier = entry.link.split(">")[1]
+            for tensor in entry.tensors:
+                slot = take(pool_of(tier, tensors[tensor]), -1, ends[tier, tensor, -1])
+                state[slot].reserved_from = start
+                where[tier, tensor] = tail[tier, tensor, start] = slot
+
+    placed: list[Placed] = []
+    for start, entry in enumerate(entries):
+        if isinstance(entry, Evict):
+            for tensor in entry.tensors:
+                del where[entry.tier, tensor]
+            continue
+        if isinstance(entry, Bind):
+            placed.append(Placed(entry, (), ()))
+            continue
+        if isinstance(entry, Load):
+            source, target = entry.link.split(">")
+            sources = tuple(where[source, t] for t in entry.tensors if (source, t) in where)
+            for tensor in entry.tensors:
+                if entry.wraps:
+                    where[target, tensor] = tail[target, tensor, start]
+                    continue
+                if (target, tensor) in fixed:
+                    continue
+                end = ends.get((target, tensor, start), FOREVER)
+                if end == FOREVER:
+                    raise PlanError("slots", f"{tensors[tensor].name} is loaded and never evicted from {target}")
+                where[target, tensor] = take(pool_of(target, tensors[tensor]), start, end)
+            placed.append(Placed(entry, tuple(where[target, t] for t in entry.tensors), sources))
+            continue
+        tier = compute_tier if isinstance(entry, Compute) else entry.link.split(">")[0]
+        try:
+            found = tuple(where[tier, t] for t in entry.tensors)
+        except KeyError as missing:
+            name = tensors[missing.args[0][1]].name
+            raise PlanError("slots", f"{entry.stream} op reads {name}, which is not in {tier}") from None
+        placed.append(Placed(entry, found, ()))
+    return placed, [pools[key] for key in sorted(pools)]
+
+
+def _lifetimes(entries: Sequence[Op | Evict]) -> dict[tuple[str, int, int], int]:
+    """(tier, tensor, position of its load or -1 for one carried over) -> position of the eviction that ends it."""
+    opened: dict[tuple[str, int], int] = defaultdict(lambda: -1)
+    ends: dict[tuple[str, int, int], int] = {}
+    for position, entry in enumerate(entries):
+        if isinstance(entry, Load):
+            tier = entry.link.split(">")[1]
+            for tensor in entry.tensors:
+                opened[tier, tensor] = position
+        elif isinstance(entry, Evict):
+            for tensor in entry.tensors:
+                ends[entry.tier, tensor, opened[entry.tier, tensor]] = position
+    return ends

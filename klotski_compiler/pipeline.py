@@ -1,0 +1,238 @@
+"""From a decision to proved phases: build -> slots -> depend -> waits -> schedule, for the load of residents, prefill and decode."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from klotski_compiler.bounds import critical_us
+from klotski_compiler.cost import Cost, Shape
+from klotski_compiler.passes.depend import depend
+from klotski_compiler.passes.slots import Placed, Pool, slots
+from klotski_compiler.passes.waits import waits
+from klotski_compiler.plan import ALL, Compute, Decision, Load, Op, Phase, Slot, Step, Store, Tensor, Wait, Workload, align_up, step_text
+from klotski_compiler.policies import policy
+from klotski_compiler.program import Evict, Program
+from klotski_compiler.simulate import PhaseTimes, simulate
+from klotski_compiler.tensors import TensorTable
+from klotski_compiler.workspace import workspace
+
+PASSES = ("build", "slots", "depend", "waits", "schedule")
+
+
+@dataclass(slots=True)
+class LoweredPhase:
+    """One phase after all passes. ``placed``: tensors that keep one slot during it. ``critical_us``: of all its passes."""
+
+    shape: Shape
+    steps: list[Step]
+    times: PhaseTimes
+    placed: list[tuple[int, int]]
+    critical_us: float
+    link_bytes: Counter[str]
+
+
+@dataclass(slots=True)
+class Lowered:
+    """A whole schedule: what a plan holds, before it is written down. peak_bytes: per tier, workspace included."""
+
+    tensors: list[Tensor]
+    slots: list[Slot]
+    placed: list[tuple[int, int]]
+    phases: dict[str, LoweredPhase]
+    workspace: dict[str, dict[str, int]]
+    peak_bytes: dict[str, int]
+    groups: int
+    dumps: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def group_us(self) -> float:
+        """Prefill and decode of one full group."""
+        return sum(phase.times.total_us for name, phase in self.phases.items() if name != "load")
+
+    @property
+    def load_us(self) -> float:
+        """Loading what is resident."""
+        return self.phases["load"].times.total_us
+
+
+def shapes(decision: Decision, workload: Workload) -> tuple[Shape, Shape]:
+    """Prefill (one pass per sub-group) and decode (one pass per further token; prefill yields the first)."""
+    prompt, batch = workload.prompt_len, decision.batch_size
+    parts = decision.prefill_groups
+    prefill = Shape("prefill", parts, -(-decision.num_batches // parts), batch, prompt, prompt, prompt)
+    decode = Shape("decode", workload.gen_len - 1, decision.num_batches, batch, 1, prompt + 1, prompt + workload.gen_len - 1)
+    return prefill, decode
+
+
+def lower(cost: Cost, policy_name: str, decision: Decision, workload: Workload, dump_after: str = "") -> Lowered:
+    """Run all passes. Raises PlanError where the policy's program is not sound."""
+    compute_tier = cost.hardware.compute_tier
+    table = TensorTable(cost.spec, decision, workload, cost.dtype, compute_tier)
+    fixed, fixed_slots = _permanent(table, compute_tier)
+    placed = [(tensor, slot) for (_, tensor), slot in fixed.items()]
+    out = Lowered(table.all, [], placed, {}, workspace(cost, decision, workload), {}, 0)
+    arena = Arena(fixed_slots)
+
+    load_shape = Shape("load", 1, 0, 0, 0, 0, 0)
+    out.phases["load"] = _phase(cost, table, load_shape, _residents(table, fixed, compute_tier), fixed, arena, out)
+    for shape in shapes(decision, workload):
+        if shape.passes == 0:
+            continue
+        program = Program(cost, table, shape)
+        policy(policy_name).build(program)
+        out.phases[shape.name] = _phase(cost, table, shape, program.entries, fixed, arena, out, program.late, dump_after)
+    out.slots = arena.slots
+    out.groups = -(-workload.num_sequences // decision.sequences)
+    for tier in {slot.tier for slot in arena.slots} | set(out.workspace):
+        end = max((s.offset + s.nbytes for s in arena.slots if s.tier == tier), default=0)
+        out.peak_bytes[tier] = end + sum(out.workspace.get(tier, {}).values())
+    return out
+
+
+@dataclass(slots=True)
+class Arena:
+    """Slots with offsets: permanent ones first; the phases then share the room after them, one phase at a time."""
+
+    slots: list[Slot]
+
+    def phase(self, pools: Sequence[Pool], states: Sequence[Tensor], tier: str) -> dict[int, int]:
+        """Lay out the pools and states of one phase after the permanent slots. Returns state tensor -> slot."""
+        end = Counter[str]()
+        for slot in self.slots:
+            if slot.id < self.permanent:
+                end[slot.tier] = max(end[slot.tier], slot.offset + slot.nbytes)
+        for pool in pools:
+            for member in pool.members:
+                assert member == len(self.slots)
+                self._add(pool.tier, end, align_up(pool.nbytes))
+        found = {}
+        for state in states:
+            found[state.id] = len(self.slots)
+            self._add(tier, end, align_up(state.nbytes))
+        return found
+
+    permanent: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.permanent = len(self.slots)
+
+    def _add(self, tier: str, end: Counter[str], nbytes: int) -> None:
+        self.slots.append(Slot(len(self.slots), tier, end[tier], nbytes))
+        end[tier] += nbytes
+
+
+def _permanent(table: TensorTable, compute_tier: str) -> tuple[dict[tuple[str, int], int], list[Slot]]:
+    """Slots that are never reused: residents in the compute tier, and everything else in host memory where that is its home."""
+    fixed: dict[tuple[str, int], int] = {}
+    slots_: list[Slot] = []
+    end = Counter[str]()
+    resident = set(table.resident)
+    for tensor in table.all:
+        tier = compute_tier if tensor.id in resident else tensor.home
+        if tensor.kind == "pick" or (tier != compute_tier and tier != "host"):
+            continue
+        fixed[tier, tensor.id] = len(slots_)
+        slots_.append(Slot(len(slots_), tier, end[tier], tensor.slot_bytes))
+        end[tier] += tensor.slot_bytes
+    return fixed, slots_
+
+
+def _residents(table: TensorTable, fixed: dict[tuple[str, int], int], compute_tier: str) -> list[Op | Evict]:
+    """Read every permanent weight from the checkpoint; towards a GPU through host memory."""
+    entries: list[Op | Evict] = []
+    for tier, number in fixed:
+        if table.all[number].kind == "kv":
+            continue
+        entries.append(Load("disk>host", "disk>host", (number,)))
+        if tier == "gpu":
+            entries.append(Load("host>gpu", "host>gpu", (number,)))
+            entries.append(Evict("host", (number,)))
+    return entries
+
+
+def _phase(
+    cost: Cost,
+    table: TensorTable,
+    shape: Shape,
+    entries: list[Op | Evict],
+    fixed: dict[tuple[str, int], int],
+    arena: Arena,
+    out: Lowered,
+    late: dict[int, list[int]] | None = None,
+    dump_after: str = "",
+) -> LoweredPhase:
+    states = [table.state(shape.name, shape.sequences * shape.tokens)] if shape.tokens else []
+    ops, pools = slots(entries, table.all, fixed, cost.hardware.compute_tier, len(arena.slots))
+    renumbered = _renumber(ops, pools, len(arena.slots))
+    placed = arena.phase(pools, states, cost.hardware.compute_tier)
+    edges = depend(renumbered, table.all, shape.batches, shape.passes)
+    after = waits(renumbered, edges)
+    steps = [Step(p.op, p.slots, p.sources, w, 0, 0) for p, w in zip(renumbered, after, strict=True)]
+
+    def durations(at: float, batches: int = shape.batches) -> list[float]:
+        context = shape.first_context + at * (shape.last_context - shape.first_context)
+        present = replace(shape, batches=batches)
+        return [cost.op_us(s.op, table.all, present, context, late or {}) for s in steps]
+
+    times = simulate(steps, shape.passes, cost.processor_name, durations)
+    steps = [replace(s, start_us=round(a), end_us=round(b)) for s, (a, b) in zip(steps, times.steps, strict=True)]
+    moved = Counter[str]()
+    middle = (shape.first_context + shape.last_context) / 2
+    for step in steps:
+        if isinstance(step.op, Load | Store):
+            nbytes = cost.moved_bytes(step.op, table.all, shape, middle, late or {})
+            moved[step.op.link] += round(nbytes * shape.passes)
+    if dump_after:
+        out.dumps[shape.name] = _dump(dump_after, entries, steps, [t.name for t in table.all])
+    chain = critical_us(renumbered, table.all, shape.batches, durations(0.5))
+    repeats = shape.passes if shape.name == "decode" else 1  # sub-groups of prefill do not depend on one another
+    return LoweredPhase(shape, steps, times, list(placed.items()), chain * repeats, moved)
+
+
+def _renumber(ops: list[Placed], pools: Sequence[Pool], first: int) -> list[Placed]:
+    """Slots in pool order, so that a pool is one range of the arena."""
+    order = {old: first + new for new, old in enumerate(m for pool in pools for m in pool.members)}
+    for new, pool in zip(_ranges(pools, first), pools, strict=True):
+        pool.members = new
+    return [
+        Placed(p.op, tuple(order.get(s, s) for s in p.slots), tuple(order.get(s, s) for s in p.sources)) for p in ops
+    ]
+
+
+def _ranges(pools: Sequence[Pool], first: int) -> list[list[int]]:
+    out = []
+    for pool in pools:
+        out.append(list(range(first, first + len(pool.members))))
+        first += len(pool.members)
+    return out
+
+
+def _dump(after: str, entries: Sequence[Op | Evict], steps: Sequence[Step], names: list[str]) -> list[str]:
+    """The program as text after a pass: ``build`` shows evictions, ``slots`` slots, ``waits`` waits, ``schedule`` times."""
+    from klotski_compiler.plan import op_text
+
+    if after == "build":
+        return [
+            f"evict {e.tier} {' '.join(names[t] for t in e.tensors)}" if isinstance(e, Evict) else op_text(e, names)
+            for e in entries
+        ]
+    kept = [
+        replace(s, waits=s.waits if after in ("waits", "schedule") else (), start_us=s.start_us, end_us=s.end_us) for s in steps
+    ]
+    return [f"{n} {step_text(s, names)}" for n, s in enumerate(kept)]
+
+
+def phase_record(phase: LoweredPhase, names: list[str]) -> Phase:
+    """The phase as ``plan.json`` holds it."""
+    return Phase(
+        name=phase.shape.name,
+        passes=phase.shape.passes,
+        batches=phase.shape.batches,
+        placed=tuple(phase.placed),
+        lines=tuple(step_text(s, names) for s in phase.steps),
+    )
+
+
+__all__ = ["ALL", "Compute", "Lowered", "LoweredPhase", "Wait", "lower", "phase_record", "shapes"]

@@ -1,0 +1,425 @@
+"""The plan: the one small file that compiler, runtime and inspection share.
+
+A *program* is ops in one total order. A *plan* adds slots, waits and predicted times, and is what ``plan.json`` holds.
+
+Invariants (checked by ``verify``): streams are FIFO in the total order and every wait points backwards, therefore a plan cannot
+deadlock; the slot map at the end of a pass equals the one at its start, therefore a pass can be replayed. Ids are positions,
+times integer microseconds, sizes integer bytes. Equal inputs give a byte-identical ``plan.json``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from klotski_compiler.errors import PlanError
+
+SCHEMA_VERSION = 1
+PAGE_BYTES = 4096
+ALL = -1  # the batch of an op that covers the whole group
+
+
+def align_up(nbytes: int, unit: int = PAGE_BYTES) -> int:
+    """The smallest multiple of ``unit`` that is not below ``nbytes``."""
+    return -(-nbytes // unit) * unit
+
+
+# ---------------------------------------------------------------------------------------------------- tensors and slots
+
+
+class Tensor(NamedTuple):
+    """What moves as a whole. ``kind``: a module, a late-bound expert (``pick``), KV cache or hidden state (``kv``, ``state``).
+
+    index: expert, pick, batch or page number. nbytes: what crosses a link. segments: pieces in the checkpoint.
+    home: the tier in which it lives when nobody needs it (``none`` for states).
+    """
+
+    id: int
+    kind: str
+    layer: int
+    index: int
+    nbytes: int
+    segments: int
+    home: str
+
+    @property
+    def name(self) -> str:
+        """Short text, unique in a plan: ``L3.E5``, ``L3.attention``, ``head.2``."""
+        where = f"L{self.layer}." if self.layer >= 0 else ""
+        if self.kind in ("expert", "pick"):
+            return f"{where}{'E' if self.kind == 'expert' else 'P'}{self.index}"
+        return f"{where}{self.kind}" + (f".{self.index}" if self.kind in ("head", "kv", "state") else "")
+
+    @property
+    def slot_bytes(self) -> int:
+        """Room that it takes in an arena: direct reads bring the page that each segment starts and ends in."""
+        return align_up(self.nbytes + 2 * PAGE_BYTES * self.segments)
+
+
+class Slot(NamedTuple):
+    """A fixed byte range of a tier's arena that holds tensors one after another."""
+
+    id: int
+    tier: str
+    offset: int
+    nbytes: int
+
+
+# ------------------------------------------------------------------------------------------------------------------ ops
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Bring tensors one hop over ``link``. On a compute stream it is a synchronous copy. ``wraps``: for the next pass."""
+
+    stream: str
+    link: str
+    tensors: tuple[int, ...]
+    wraps: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Write tensors (KV) one hop over ``link``."""
+
+    stream: str
+    link: str
+    tensors: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Run ``fn`` of a layer (-1: outside the layers) on one batch or on ``ALL``, reading ``tensors`` in the compute tier."""
+
+    stream: str
+    fn: str
+    layer: int
+    batch: int
+    tensors: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bind:
+    """Give picks ``first .. first + count - 1`` of a layer their experts, by ``rule``, from what is routed so far (5.3)."""
+
+    stream: str
+    layer: int
+    batch: int
+    rule: str
+    first: int
+    count: int
+
+
+Op = Load | Store | Compute | Bind
+FUNCTIONS = ("embed", "attention", "router", "dense", "experts", "norm", "head", "sample")
+RULES = ("rank", "arrival", "predicted")
+
+
+class Wait(NamedTuple):
+    """An op that must have ended, in this pass (back 0) or in the one before (back 1)."""
+
+    op: int
+    back: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """An op as planned: its slots (one per tensor, in the target or compute tier), where staged loads read, waits, times.
+
+    Times are those of one steady pass at the middle of the phase, from the pass's first op.
+    """
+
+    op: Op
+    slots: tuple[int, ...]
+    sources: tuple[int, ...]
+    waits: tuple[Wait, ...]
+    start_us: int
+    end_us: int
+
+
+def op_text(op: Op, names: list[str]) -> str:
+    """One line without its number: ``disk>host load L3.E5 L3.E6``. ``parse_op`` is the inverse."""
+    tensors = () if isinstance(op, Bind) else tuple(names[t] for t in op.tensors)
+    match op:
+        case Load() | Store():
+            verb = "load" if isinstance(op, Load) else "store"
+            words = [op.stream, verb, *([f"via={op.link}"] if op.link != op.stream else []), *tensors]
+            return " ".join([*words, "next"] if isinstance(op, Load) and op.wraps else words)
+        case Compute():
+            return " ".join([op.stream, op.fn, f"L{op.layer}", _batch_text(op.batch), *tensors])
+        case Bind():
+            picks = f"P{op.first}:P{op.first + op.count}"
+            return f"{op.stream} bind L{op.layer} {_batch_text(op.batch)} {op.rule} {picks}"
+
+
+def _batch_text(batch: int) -> str:
+    return "b*" if batch == ALL else f"b{batch}"
+
+
+def _parse_batch(word: str) -> int:
+    return ALL if word == "b*" else int(word[1:])
+
+
+def parse_op(text: str, ids: dict[str, int]) -> Op:
+    """Inverse of ``op_text``. Raises ValueError or KeyError where the line is not an op."""
+    stream, verb, *words = text.split()
+    if verb in ("load", "store"):
+        link = words.pop(0)[4:] if words[0].startswith("via=") else stream
+        wraps = words[-1] == "next"
+        tensors = tuple(ids[w] for w in (words[:-1] if wraps else words))
+        return Load(stream, link, tensors, wraps) if verb == "load" else Store(stream, link, tensors)
+    layer, batch = int(words[0][1:]), _parse_batch(words[1])
+    if verb == "bind":
+        first, end = (int(p[1:]) for p in words[3].split(":"))
+        return Bind(stream, layer, batch, words[2], first, end - first)
+    if verb not in FUNCTIONS:
+        raise ValueError(f"unknown op {verb!r}")
+    return Compute(stream, verb, layer, batch, tuple(ids[w] for w in words[2:]))
+
+
+def step_text(step: Step, names: list[str]) -> str:
+    """The op, then ``>slot``, ``^source slot``, ``<awaited op`` (with ' where it is one pass back) and ``@start+duration``."""
+    marks = [f">{s}" for s in step.slots] + [f"^{s}" for s in step.sources]
+    marks += [f"<{w.op}{chr(39) * w.back}" for w in step.waits]
+    return " ".join([op_text(step.op, names), *marks, f"@{step.start_us}+{step.end_us - step.start_us}"])
+
+
+def parse_step(text: str, ids: dict[str, int]) -> Step:
+    """Inverse of ``step_text``. Raises ValueError or KeyError where the line is not a step."""
+    words = text.split()
+    first = next((i for i, w in enumerate(words) if i and w[0] in ">^<@"), len(words))
+    slots, sources, waits, start, end = [], [], [], 0, 0
+    for word in words[first:]:
+        mark, rest = word[0], word[1:]
+        if mark == ">":
+            slots.append(int(rest))
+        elif mark == "^":
+            sources.append(int(rest))
+        elif mark == "<":
+            waits.append(Wait(int(rest.rstrip("'")), int(rest.endswith("'"))))
+        else:
+            start, duration = (int(n) for n in rest.split("+"))
+            end = start + duration
+    return Step(parse_op(" ".join(words[:first]), ids), tuple(slots), tuple(sources), tuple(waits), start, end)
+
+
+# ----------------------------------------------------------------------------------------------------------- the plan
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Workload(_Record):
+    """What the plan is for: ``num_sequences`` prompts of ``prompt_len`` tokens (the longest), ``gen_len`` new tokens each."""
+
+    prompt_len: int
+    gen_len: int
+    num_sequences: int
+
+
+class Envelope(_Record):
+    """What the plan can take: sequences of one group, longest prompt, most new tokens."""
+
+    sequences: int
+    prompt_len: int
+    gen_len: int
+
+
+class LayerDecision(_Record):
+    """One layer: its resident modules and experts, the experts streamed by name (in compute order), late-bound picks, KV tier.
+
+    ``resident`` names modules among attention, router, shared, dense; ``on_disk`` the experts whose home is the disk although the
+    machine has host memory between disk and compute tier. Experts in neither ``resident_experts`` nor ``static`` are picks.
+    """
+
+    resident: tuple[str, ...] = ()
+    resident_experts: tuple[int, ...] = ()
+    static: tuple[int, ...] = ()
+    picks: int = 0
+    on_disk: tuple[int, ...] = ()
+    kv: str = ""
+
+
+class Decision(_Record):
+    """The numbers that a policy needs.
+
+    lead: experts that may be in flight or waiting (slots) at once. unit: experts per load. head_pages: loads of the head (0:
+    resident). prefill_groups: sub-groups that prefill runs in, each re-reading the weights. attention_batch: prompts whose
+    attention runs at once in prefill. expert_rows: tokens per expert matmul at most. hot: experts per layer that are
+    prefetched (policy klotski). embedding: whether its rows are resident.
+    """
+
+    num_batches: int
+    batch_size: int
+    lead: int
+    unit: int
+    head_pages: int
+    prefill_groups: int
+    attention_batch: int
+    expert_rows: int
+    hot: int
+    embedding: bool
+    layers: tuple[LayerDecision, ...]
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of one batch group."""
+        return self.num_batches * self.batch_size
+
+
+class Phase(_Record):
+    """``load`` (resident weights, once), ``prefill`` or ``decode``: steps replayed ``passes`` times over ``batches`` batches.
+
+    placed: tensors that stay in one slot for the whole phase. lines: the steps as text.
+    """
+
+    name: str
+    passes: int
+    batches: int
+    placed: tuple[tuple[int, int], ...]
+    lines: tuple[str, ...]
+
+
+class Forecast(_Record):
+    """What the simulator and the bounds say. Times in microseconds, one entry per phase, stream, tier or cause.
+
+    makespan_us: the whole workload without ``load``. pass_us: one middle pass. bound_us: for this decision (design 7.2).
+    bubble_us: idle compute time of the whole workload by cause. link_bytes: planned bytes over each link, ``load`` included.
+    tokens_per_s counts from the first weight byte to the last token.
+    """
+
+    makespan_us: int
+    load_us: int
+    pass_us: dict[str, int]
+    phase_us: dict[str, int]
+    bound_us: int
+    tokens_per_s: float
+    bound_tokens_per_s: float
+    gap: float
+    bubble_fraction: float
+    bubble_us: dict[str, int]
+    busy_us: dict[str, int]
+    peak_bytes: dict[str, int]
+    link_bytes: dict[str, int]
+    schedule_class: str = "phases apart"
+
+
+class Candidate(_Record):
+    """One policy's best schedule on this machine, or why it has none."""
+
+    policy: str
+    tokens_per_s: float
+    num_batches: int
+    batch_size: int
+    feasible: bool
+    why_not: str = ""
+
+
+class Plan(_Record):
+    """Everything that running and reading a schedule takes. See ``load`` and ``dumps`` for the file."""
+
+    schema_version: int
+    model: str
+    model_digest: str
+    dtype: str
+    hardware: str
+    compute_tier: str
+    budgets: dict[str, int]
+    workload: Workload
+    envelope: Envelope
+    policy: str
+    decision: Decision
+    tensors: tuple[Tensor, ...]
+    slots: tuple[Slot, ...]
+    placed: tuple[tuple[int, int], ...]
+    streams: tuple[str, ...]
+    phases: tuple[Phase, ...]
+    workspace: dict[str, dict[str, int]]
+    predictor: tuple[tuple[tuple[tuple[int, int], ...], ...], ...]
+    forecast: Forecast
+    candidates: tuple[Candidate, ...]
+    notes: tuple[str, ...]
+    truncated: bool
+    digest: str
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Tensor names by id."""
+        return [t.name for t in self.tensors]
+
+    def phase(self, name: str) -> Phase:
+        """The phase of that name. Raises KeyError."""
+        return {p.name: p for p in self.phases}[name]
+
+    @cached_property
+    def steps(self) -> dict[str, tuple[Step, ...]]:
+        """The parsed steps of every phase. Raises PlanError where a line cannot be read."""
+        ids = {name: i for i, name in enumerate(self.names)}
+        out = {}
+        for phase in self.phases:
+            try:
+                out[phase.name] = tuple([parse_step(line, ids) for line in phase.lines])
+            except (ValueError, KeyError, IndexError) as fault:
+                raise PlanError("text", f"a line of phase {phase.name} cannot be read: {fault}") from fault
+        return out
+
+    def computed_digest(self) -> str:
+        """SHA-256 of the plan without its digest."""
+        return hashlib.sha256(self._text(exclude_digest=True).encode()).hexdigest()
+
+    def _text(self, exclude_digest: bool = False) -> str:
+        return self.model_dump_json(exclude={"digest"} if exclude_digest else None)
+
+    def sealed(self) -> Plan:
+        """The same plan with its digest filled in."""
+        return self.model_copy(update={"digest": self.computed_digest()})
+
+    def dumps(self) -> str:
+        """The text of ``plan.json``: one field per line, steps one per line."""
+        data = json.loads(self._text())
+        lines = [f"{json.dumps(k)}: {_pretty(v) if k == 'phases' else json.dumps(v)}" for k, v in data.items()]
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write ``plan.json`` whole or not at all."""
+        target = Path(path)
+        partial = target.with_name(target.name + ".partial")
+        try:
+            partial.write_text(self.dumps())
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _pretty(phases: list[dict[str, object]]) -> str:
+    """Phases with one step per line, so that a plan reads, greps and diffs as text."""
+    out = []
+    for phase in phases:
+        head = ", ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in phase.items() if k != "lines")
+        body = ",\n".join("  " + json.dumps(line) for line in phase["lines"])  # type: ignore[attr-defined]
+        out.append(f'{{{head}, "lines": [\n{body}]}}')
+    return "[" + ",\n".join(out) + "]"
+
+
+def load(path: str | Path) -> Plan:
+    """Read ``plan.json``. Raises PlanError for a file that is not a plan, was edited, or is of another schema version."""
+    try:
+        plan = Plan.model_validate_json(Path(path).read_bytes())
+    except OSError as fault:
+        raise PlanError("file", f"{path} cannot be read: {fault.strerror}") from fault
+    except ValidationError as fault:
+        first = fault.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise PlanError("schema", f"{path}: {where}: {first['msg']}; compile the plan again") from fault
+    if plan.schema_version != SCHEMA_VERSION:
+        raise PlanError("schema", f"{path} has version {plan.schema_version}, this program reads {SCHEMA_VERSION}; compile it again")
+    if plan.digest != plan.computed_digest():
+        raise PlanError("digest", f"{path} was changed after it was compiled; compile it again")
+    return plan

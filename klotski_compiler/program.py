@@ -1,0 +1,182 @@
+"""The builder that policies write to: ops of one phase in one total order.
+
+A policy calls ``load / store / compute / evict`` (through the named verbs below) in loop nests. It never states a dependency, a
+wait or an address. Loading or evicting what is resident, and moving KV that is, is a no-op, so that a loop nest need not ask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from klotski_compiler.cost import ALWAYS, Cost, Shape
+from klotski_compiler.plan import ALL, Bind, Compute, Decision, Load, Op, Store
+from klotski_compiler.tensors import TensorTable, late_experts
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """These tensors need their slot in ``tier`` no longer. Consumed by the slots pass."""
+
+    tier: str
+    tensors: tuple[int, ...]
+
+
+class Program:
+    """One phase under construction."""
+
+    def __init__(self, cost: Cost, table: TensorTable, shape: Shape) -> None:
+        self.cost, self.table, self.shape = cost, table, shape
+        self.spec, self.decision = cost.spec, table.decision
+        self.compute_tier, self.cpu = cost.hardware.compute_tier, cost.processor_name
+        self.entries: list[Op | Evict] = []
+        self.late = {
+            number: late_experts(chosen, cost.popular(number)) for number, chosen in enumerate(self.decision.layers)
+        }
+        self._resident = frozenset(table.resident)
+
+    # ------------------------------------------------------------------------------------------- what a policy asks
+
+    @property
+    def layers(self) -> range:
+        """Layer numbers."""
+        return range(len(self.spec.layers))
+
+    @property
+    def batches(self) -> range:
+        """Batches of one pass."""
+        return range(self.shape.batches)
+
+    def after(self, layer: int) -> int:
+        """The layer that follows, in the next pass after the last."""
+        return (layer + 1) % len(self.spec.layers)
+
+    def is_last(self, layer: int) -> bool:
+        """Whether the next layer belongs to the next pass."""
+        return layer == len(self.spec.layers) - 1
+
+    def attention_weights(self, layer: int) -> list[int]:
+        """Attention of a layer."""
+        return self._present(("attention", layer, 0))
+
+    def router_weights(self, layer: int) -> list[int]:
+        """What the MLP part needs before its experts: router and shared expert, or the dense MLP."""
+        return self._present(("router", layer, 0), ("shared", layer, 0), ("dense", layer, 0))
+
+    def resident_experts(self, layer: int) -> list[int]:
+        """Experts that never move."""
+        return self._present(*(("expert", layer, e) for e in self.decision.layers[layer].resident_experts))
+
+    def static_experts(self, layer: int) -> list[int]:
+        """Streamed experts that are loaded by name, in compute order."""
+        return self._present(*(("expert", layer, e) for e in self.decision.layers[layer].static))
+
+    def picks(self, layer: int) -> list[int]:
+        """Late-bound experts in pick order."""
+        return self._present(*(("pick", layer, r) for r in range(self.decision.layers[layer].picks)))
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether the layer routes."""
+        return self.spec.layers[layer].num_experts > 0
+
+    def expected_arrivals(self, layer: int, batches: int) -> int:
+        """How many late experts the first ``batches`` batches touch, nearly surely (paper: each request is sent at once)."""
+        tokens = batches * self.shape.batch_size * self.shape.tokens
+        touched = self.cost.experts(layer, tokens)
+        return sum(touched[e][1] > ALWAYS for e in self.late[layer])
+
+    def _present(self, *keys: tuple[str, int, int]) -> list[int]:
+        return [i for key in keys if (i := self.table.id(*key)) is not None]
+
+    # --------------------------------------------------------------------------------------------------------- verbs
+
+    def load(self, *tensors: int, next_pass: bool = False, sync: bool = False) -> None:
+        """Bring weights to the compute tier, ``unit`` experts per op; ``sync``: as a copy that blocks the compute stream."""
+        moving = [t for t in tensors if t not in self._resident]
+        experts = [t for t in moving if self.table.all[t].kind in ("expert", "pick")]
+        groups = [[t] for t in moving if t not in set(experts)]
+        unit = self.decision.unit
+        groups += [experts[i : i + unit] for i in range(0, len(experts), unit)]
+        for group in groups:
+            hops = self._hops(self.table.all[group[0]].home)
+            for link in hops:
+                self.entries.append(Load(self.cpu if sync else link, link, tuple(group), next_pass))
+            if len(hops) > 1:
+                self.entries.append(Evict(hops[0].split(">")[1], tuple(group)))
+
+    def evict(self, *tensors: int) -> None:
+        """Give up the slots of weights."""
+        if moving := tuple(t for t in tensors if t not in self._resident):
+            self.entries.append(Evict(self.compute_tier, moving))
+
+    def embed(self) -> None:
+        """Hidden states of all batches from their token ids."""
+        for batch in self.batches:
+            self.compute("embed", -1, batch, *self._present(("embedding", -1, 0)))
+
+    def attend(self, layer: int, batches: Iterable[int] | None = None) -> Iterator[int]:
+        """Attention batch by batch, the KV of the next batch in flight, new KV written back; yields after each batch."""
+        todo = list(self.batches if batches is None else batches)
+        if todo:
+            self._load_kv(layer, todo[0])
+        for position, batch in enumerate(todo):
+            if position + 1 < len(todo):
+                self._load_kv(layer, todo[position + 1])
+            self.compute("attention", layer, batch, *self.attention_weights(layer), *self._kv(layer, batch))
+            self._store_kv(layer, batch)
+            yield batch
+
+    def route(self, layer: int, batch: int) -> None:
+        """Router and shared expert, or the dense MLP, of one batch."""
+        self.compute("router" if self.is_moe(layer) else "dense", layer, batch, *self.router_weights(layer))
+
+    def bind(self, layer: int, rule: str, first: int, count: int, batch: int = ALL) -> None:
+        """Give picks their experts from what is routed so far."""
+        if count:
+            self.entries.append(Bind(self.cpu, layer, batch, rule, first, count))
+
+    def experts(self, layer: int, tensors: Iterable[int], batch: int = ALL) -> None:
+        """Expert FFNs over the tokens of one batch or of the whole group: one op per transfer unit."""
+        chosen, unit = list(tensors), self.decision.unit if batch == ALL else 1 << 30
+        for i in range(0, len(chosen), unit):
+            self.compute("experts", layer, batch, *chosen[i : i + unit])
+
+    def logits(self) -> None:
+        """Final norm, the head page by page (one page ahead), the next tokens."""
+        self.compute("norm", -1, ALL, *self._present(("norm", -1, 0)))
+        pages = [t for p in range(max(1, self.decision.head_pages)) for t in self._present(("head", -1, p))]
+        for number, page in enumerate(pages):
+            for ahead in pages[number : number + 2] if number == 0 else pages[number + 1 : number + 2]:
+                self.load(ahead)
+            self.compute("head", -1, ALL, page)
+            self.evict(page)
+        self.compute("sample", -1, ALL)
+
+    def compute(self, fn: str, layer: int, batch: int, *tensors: int) -> None:
+        """One op on the compute stream."""
+        self.entries.append(Compute(self.cpu, fn, layer, batch, tensors))
+
+    # ------------------------------------------------------------------------------------------------------------ KV
+
+    def _kv(self, layer: int, batch: int) -> list[int]:
+        return [t for t in self._present(("kv", layer, batch)) if t not in self._resident]
+
+    def _load_kv(self, layer: int, batch: int) -> None:
+        for tensor in self._kv(layer, batch):
+            hops = self._hops(self.table.all[tensor].home)
+            for link in hops:
+                self.entries.append(Load(link, link, (tensor,)))
+            if len(hops) > 1:
+                self.entries.append(Evict(hops[0].split(">")[1], (tensor,)))
+
+    def _store_kv(self, layer: int, batch: int) -> None:
+        for tensor in self._kv(layer, batch):
+            for link in (">".join(reversed(hop.split(">"))) for hop in reversed(self._hops(self.table.all[tensor].home))):
+                self.entries.append(Store(link, link, (tensor,)))
+            self.entries.append(Evict(self.compute_tier, (tensor,)))
+
+    def _hops(self, home: str) -> list[str]:
+        """Links from a tensor's home to the compute tier."""
+        path = ["disk", "host", "gpu"]
+        stops = path[path.index(home) : path.index(self.compute_tier) + 1]
+        return [f"{a}>{b}" for a, b in zip(stops, stops[1:], strict=False)]

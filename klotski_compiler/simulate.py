@@ -1,0 +1,142 @@
+"""The simulated backend: a stream is a float clock, an event is a time, and a phase becomes pass times, busy times and bubbles.
+
+Without shared bandwidth, FIFO streams and backward waits make the clock recurrence exact: no event queue is needed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from klotski_compiler.execute import execute
+from klotski_compiler.plan import Bind, Compute, Step
+
+SIMULATED_PASSES = 4  # the pipeline has settled well before
+
+Times = list[tuple[float, float]]
+
+
+class Clock:
+    """A stream in virtual time."""
+
+    def __init__(self, duration_us: Sequence[float], log: dict[tuple[int, int], tuple[float, float]]) -> None:
+        self.now, self.duration_us, self.log = 0.0, duration_us, log
+
+    def wait(self, event: float) -> None:
+        self.now = max(self.now, event)
+
+    def run(self, number: int, step: Step, at: int) -> None:
+        start, self.now = self.now, self.now + self.duration_us[number]
+        self.log[at, number] = (start, self.now)
+
+    def record(self) -> float:
+        return self.now
+
+
+class Simulation:
+    """A backend that only keeps time. ``log``: (pass, op) -> (start, end) in microseconds."""
+
+    def __init__(self, duration_us: Sequence[float]) -> None:
+        self.duration_us = duration_us
+        self.streams: dict[str, Clock] = {}
+        self.log: dict[tuple[int, int], tuple[float, float]] = {}
+
+    def stream(self, name: str) -> Clock:
+        if name not in self.streams:
+            self.streams[name] = Clock(self.duration_us, self.log)
+        return self.streams[name]
+
+    def begin(self, at: int) -> bool:
+        return True
+
+
+@dataclass(slots=True)
+class PhaseTimes:
+    """What one phase takes. total_us: all passes. pass_us: a settled one. steps: its ops' (start, end) from its first op.
+    busy_us: per stream, over all passes. bubble_us: idle compute time over all passes, by cause.
+
+    """
+
+    total_us: float
+    pass_us: float
+    steps: Times
+    busy_us: Counter[str] = field(default_factory=Counter)
+    bubble_us: Counter[str] = field(default_factory=Counter)
+
+
+def simulate(
+    steps: Sequence[Step], passes: int, compute: str, durations: Callable[[float], Sequence[float]]
+) -> PhaseTimes:
+    """Time a phase of ``passes`` passes. ``durations(x)``: op times at the fraction x of the way from first to last pass.
+
+    Op times are affine in the position and pass time is their maximum along paths, hence convex: the phase is the mean of its
+    first and last pass (an upper estimate), each settled by replaying it.
+    """
+    ends = (0.0, 1.0) if passes > 1 else (0.5,)
+    runs = [_settled(steps, passes, compute, durations(x)) for x in ends]
+    middle = runs[0] if len(runs) == 1 else _settled(steps, passes, compute, durations(0.5))
+    mean = 1.0 / len(runs)
+    busy, bubble = Counter[str](), Counter[str]()
+    for run in runs:
+        for name, value in run.busy_us.items():
+            busy[name] += value * mean  # type: ignore[assignment]
+        for name, value in run.bubble_us.items():
+            bubble[name] += value * mean  # type: ignore[assignment]
+    return PhaseTimes(sum(r.total_us for r in runs) * mean, middle.pass_us, middle.steps, busy, bubble)
+
+
+def _settled(steps: Sequence[Step], passes: int, compute: str, duration_us: Sequence[float]) -> PhaseTimes:
+    shown = min(passes, SIMULATED_PASSES)
+    clock = Simulation(duration_us)
+    execute(steps, shown, clock)
+    ends = [max(clock.log[at, n][1] for n, s in enumerate(steps) if (at, n) in clock.log) for at in range(shown)]
+    middle = max(0, shown - 2)  # the last pass opens no other, so the one before it is a settled one
+    settled = ends[middle] - ends[middle - 1] if middle else ends[0]
+    total = ends[-1] + (passes - shown) * settled
+    begin = min(clock.log[middle, n][0] for n in range(len(steps)) if (middle, n) in clock.log)
+    spans = [clock.log.get((middle, n), (begin, begin)) for n in range(len(steps))]
+    times = [(start - begin, end - begin) for start, end in spans]
+    busy, bubble = Counter[str](), Counter[str]()
+    for number, step in enumerate(steps):
+        busy[step.op.stream] += duration_us[number] * passes  # type: ignore[assignment]
+    for cause, idle in bubbles(steps, clock.log, shown, compute).items():
+        bubble[cause] += idle * passes / shown  # type: ignore[assignment]
+    return PhaseTimes(total, settled, times, busy, bubble)
+
+
+def bubbles(
+    steps: Sequence[Step], log: dict[tuple[int, int], tuple[float, float]], passes: int, compute: str
+) -> Counter[str]:
+    """Idle time of the compute stream by what it waits for: ``inter_layer`` (attention, router, dense weights),
+    ``intra_layer`` (experts), ``kv``, ``end_of_pass`` (head, embedding). A synchronous copy is idle time of its own kind."""
+    idle = Counter[str]()
+    now = 0.0
+    copying = 0.0
+    for at in range(passes):
+        for number, step in enumerate(steps):
+            if step.op.stream != compute or (at, number) not in log:
+                continue
+            start, end = log[at, number]
+            copying += start - now
+            if isinstance(step.op, Compute | Bind):
+                idle[cause_of(step)] += copying  # type: ignore[assignment]
+                copying = 0.0
+            else:
+                copying += end - start
+            now = end
+    return idle
+
+
+def cause_of(step: Step) -> str:
+    """The kind of bubble that ends when this op starts."""
+    op = step.op
+    if isinstance(op, Compute):
+        if op.fn == "experts":
+            return "intra_layer"
+        if op.fn == "attention" and len(op.tensors) > 1:  # weights and spilled KV
+            return "kv"
+        if op.layer < 0:
+            return "end_of_pass"
+    return "inter_layer"
+

@@ -1,0 +1,93 @@
+"""The tensors of a model under a decision: ids, bytes, homes, and which of them are resident in the compute tier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from klotski_compiler.cost import DTYPE_BYTES
+from klotski_compiler.model import ModelSpec, Module
+from klotski_compiler.plan import Decision, LayerDecision, Tensor, Workload
+
+MODULES = ("attention", "router", "shared", "dense")
+
+
+def kv_bytes(spec: ModelSpec, layer: int, batch_size: int, positions: int, dtype: str) -> int:
+    """KV cache of one layer and batch, reserved for ``positions`` (prompt and generated)."""
+    return batch_size * positions * spec.layers[layer].kv_elements * DTYPE_BYTES[dtype]
+
+
+def state_bytes(spec: ModelSpec, tokens: int, dtype: str) -> int:
+    """Hidden states of ``tokens`` tokens between ops: the sum in twice the compute width, and the experts' input."""
+    return tokens * spec.hidden_size * 3 * DTYPE_BYTES[dtype]
+
+
+@dataclass
+class TensorTable:
+    """Every tensor that the plan may name, in a fixed order, found by kind, layer and index."""
+
+    spec: ModelSpec
+    decision: Decision
+    workload: Workload
+    dtype: str
+    compute_tier: str
+    all: list[Tensor] = field(default_factory=list)
+    resident: list[int] = field(default_factory=list)
+    _ids: dict[tuple[str, int, int], int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        spec, decision = self.spec, self.decision
+        positions = self.workload.prompt_len + self.workload.gen_len
+        if decision.embedding:
+            self._module("embedding", -1, 0, spec.embedding, True)
+        self._module("norm", -1, 0, spec.norm, True)
+        pages = max(1, decision.head_pages)
+        for page in range(pages):
+            rows = page_rows(spec.vocab_size, pages, page)
+            nbytes = spec.head.nbytes * (rows[1] - rows[0]) // spec.vocab_size
+            self._add("head", -1, page, nbytes, spec.head.segments, decision.head_pages == 0)
+        for number, (layer, chosen) in enumerate(zip(spec.layers, decision.layers, strict=True)):
+            for kind in MODULES:
+                if module := getattr(layer, kind):
+                    self._module(kind, number, 0, module, kind in chosen.resident)
+            if layer.expert:
+                for expert in range(layer.num_experts):
+                    home = "disk" if expert in chosen.on_disk else ""
+                    self._module("expert", number, expert, layer.expert, expert in chosen.resident_experts, home)
+                for pick in range(chosen.picks):
+                    self._module("pick", number, pick, layer.expert, False)
+            for batch in range(decision.num_batches):
+                nbytes = kv_bytes(spec, number, decision.batch_size, positions, self.dtype)
+                self._add("kv", number, batch, nbytes, 0, chosen.kv == self.compute_tier, chosen.kv)
+
+    def _module(self, kind: str, layer: int, index: int, module: Module, resident: bool, home: str = "") -> None:
+        self._add(kind, layer, index, module.nbytes, module.segments, resident, home)
+
+    def _add(self, kind: str, layer: int, index: int, nbytes: int, segments: int, resident: bool, home: str = "") -> None:
+        weights_home = home or ("disk" if self.compute_tier == "host" else "host")
+        tensor = Tensor(len(self.all), kind, layer, index, nbytes, segments, weights_home)
+        self._ids[kind, layer, index] = tensor.id
+        self.all.append(tensor)
+        if resident:
+            self.resident.append(tensor.id)
+
+    def id(self, kind: str, layer: int = -1, index: int = 0) -> int | None:
+        """The tensor's id, or None where the model or the decision has no such tensor."""
+        return self._ids.get((kind, layer, index))
+
+    def state(self, phase: str, tokens: int) -> Tensor:
+        """Adds the hidden states of a phase: ``tokens`` tokens at once."""
+        nbytes = state_bytes(self.spec, tokens, self.dtype)
+        tensor = Tensor(len(self.all), "state", -1, 0 if phase == "prefill" else 1, nbytes, 0, "none")
+        self.all.append(tensor)
+        return tensor
+
+
+def page_rows(vocab_size: int, pages: int, page: int) -> tuple[int, int]:
+    """Rows [first, end) of the head that page ``page`` of ``pages`` holds."""
+    return vocab_size * page // pages, vocab_size * (page + 1) // pages
+
+
+def late_experts(layer: LayerDecision, popular: list[int]) -> list[int]:
+    """The experts that a layer's picks range over, most popular first."""
+    named = {*layer.resident_experts, *layer.static}
+    return [e for e in popular if e not in named]

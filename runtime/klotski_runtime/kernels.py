@@ -1,0 +1,375 @@
+"""What the ops of a plan compute, on a machine whose compute tier is host RAM.
+
+A group's tokens are rows of two tensors, batch after batch and sequence after sequence, padding included:
+    wide  [tokens, hidden] in a type twice as wide as the compute dtype: the residual stream, into which experts add
+    x     [tokens, hidden] in the compute dtype: between attention and router the residual stream, after the router the experts' input
+so a token costs 3 x hidden x compute bytes, and no op needs a third buffer of that size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.activations import SiLUActivation
+
+from klotski_runtime.checkpoint import EMBEDDING
+from klotski_runtime.kv import KvBlock
+from klotski_runtime.reader import RowGather
+from klotski_runtime.skeleton import Skeleton
+
+Parts = Mapping[str, torch.Tensor]
+"""One expert's weights: gate, up and down, or gate_up and down with gate_up_bias and down_bias where the model has them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """How much an op takes at a time, which bounds what it allocates.
+
+    attention_batch, decode_batch: sequences per attention call in prefill and in decode (decode needs it too where attention
+    expands its cache, as latent attention does). token_rows: tokens per call of embedding, router or dense MLP. expert_rows:
+    tokens per call of an expert.
+    """
+
+    attention_batch: int
+    decode_batch: int
+    token_rows: int
+    expert_rows: int
+
+
+@dataclass(slots=True)
+class Frame:
+    """What attention needs besides hidden states, the same in every layer; ``masks`` by whether the layer has a sliding window."""
+
+    present: torch.Tensor
+    positions: torch.Tensor
+    angles: Any
+    masks: dict[bool, torch.Tensor | None] = field(default_factory=dict)
+
+
+class Batch:
+    """Sequences computed together, left-padded to the longest prompt.
+
+    ids: [B, q], the tokens of the current pass. pad: [B], padding positions of each sequence. past: cached positions, padding
+    included. first: the batch's first row in the group's tensors.
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
+        width = max(map(len, prompts))
+        self.pad = torch.tensor([width - len(prompt) for prompt in prompts])
+        self.ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        self.past = 0
+        self.first = 0
+        self.frames: dict[int, Frame] = {}
+
+    @property
+    def size(self) -> int:
+        """Sequences."""
+        return int(self.ids.shape[0])
+
+    @property
+    def queries(self) -> int:
+        """Positions of each sequence in this pass."""
+        return int(self.ids.shape[1])
+
+    @property
+    def rows(self) -> slice:
+        """The batch's rows in the group's tensors."""
+        return slice(self.first, self.first + self.ids.numel())
+
+    def present(self, sequences: slice) -> torch.Tensor:
+        """[B, past + q]: whether a position of each of ``sequences`` holds a token rather than padding."""
+        return torch.arange(self.past + self.queries) >= self.pad[sequences, None]
+
+    def advance(self, ids: torch.Tensor) -> None:
+        """End the pass: its tokens are cached, ``ids`` [B] are the next ones."""
+        self.past += self.queries
+        self.ids = ids[:, None]
+        self.frames.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """The (token, choice) pairs of a scope, sorted by expert: those of expert e are ``starts[e]:starts[e + 1]``.
+
+    rows: each pair's row in the group's tensors. weights: its routing weight, in the wide type.
+    """
+
+    rows: torch.Tensor
+    weights: torch.Tensor
+    starts: list[int]
+
+    @classmethod
+    def of(
+        cls, indices: torch.Tensor, weights: torch.Tensor, present: torch.Tensor, first: int, num_experts: int
+    ) -> Assignment:
+        """Sort ``indices`` [t, k] of rows ``first`` onwards, leaving out the rows that are not ``present`` [t]."""
+        choice = indices.masked_fill(~present[:, None], num_experts).flatten()
+        order = torch.sort(choice, stable=True).indices
+        starts = [0, *accumulate(torch.bincount(choice, minlength=num_experts + 1)[:num_experts].tolist())]
+        order = order[: starts[-1]]
+        return cls(order // indices.shape[1] + first, weights.flatten()[order], starts)
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens of each expert."""
+        return [end - begin for begin, end in zip(self.starts, self.starts[1:], strict=False)]
+
+
+class ExpertKernel:
+    """Feed-forward of one routed expert for up to ``rows`` tokens in buffers that are reused.
+
+    Fresh pages cost ten times what reused ones do, so nothing of a chunk's size is allocated, unless the experts' activation is
+    neither SiLU nor absent from the module (gpt-oss): then ``_apply_gate`` of transformers allocates.
+    """
+
+    def __init__(self, rows: int, hidden: int, intermediate: int, compute: torch.dtype, wide: torch.dtype) -> None:
+        self.rows, self._compute = rows, compute
+        self._x = torch.empty(rows, hidden, dtype=compute)
+        self._inner = torch.empty(2 * rows * intermediate, dtype=compute)
+        self._out = torch.empty(rows, hidden, dtype=wide)
+
+    def run(
+        self, experts: Any, parts: Parts, x: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """``weights`` [r] x expert(``x``[``rows``]) as [r, hidden] in the wide type; valid until the next call."""
+        count = rows.shape[0]
+        source, out = self._x[:count], self._out[:count]
+        torch.index_select(x, 0, rows, out=source)
+        parts = {name: part.to(self._compute) for name, part in parts.items()}
+        down = parts["down"] if experts.is_transposed else parts["down"].t()
+        # The experts' input is not needed once the inner values are there: its buffer takes the output.
+        torch.mm(self._gated(experts, parts, source), down, out=source)
+        if "down_bias" in parts:
+            source.add_(parts["down_bias"])
+        return out.copy_(source).mul_(weights[:, None])
+
+    def _gated(self, experts: Any, parts: Parts, x: torch.Tensor) -> torch.Tensor:
+        """act(gate(x)) * up(x) as [r, intermediate]."""
+        count, plain = x.shape[0], hasattr(experts, "act_fn")
+        if (
+            plain
+            and "gate_up" in parts
+            and not experts.is_transposed
+            and experts.is_concatenated
+            and not experts.has_bias
+        ):
+            gate, up = parts["gate_up"].chunk(2)
+            parts = {"gate": gate, "up": up}
+        if "gate" in parts:
+            size = count * parts["gate"].shape[0]
+            gate, up = self._inner[:size].view(count, -1), self._inner[size : 2 * size].view(count, -1)
+            torch.mm(x, parts["gate"].t(), out=gate)
+            torch.mm(x, parts["up"].t(), out=up)
+            return _activation(experts.act_fn)(gate).mul_(up)
+        weight = parts["gate_up"] if experts.is_transposed else parts["gate_up"].t()
+        inner = self._inner[: count * weight.shape[1]].view(count, -1)
+        torch.mm(x, weight, out=inner)
+        if "gate_up_bias" in parts:
+            inner.add_(parts["gate_up_bias"])
+        gated: torch.Tensor = experts._apply_gate(inner)
+        return gated
+
+
+def _activation(function: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``function``, in place where torch has it so."""
+    return partial(functional.silu, inplace=True) if isinstance(function, nn.SiLU | SiLUActivation) else function
+
+
+class Group:
+    """n batches that share each weight load, and the ops over them. Its methods belong to one thread.
+
+    A pass: ``begin``, then for each batch ``embed``, for each layer ``attention`` and (``router`` and ``experts``) or ``dense``,
+    then ``final``, ``head`` for every page of the vocabulary, and ``sample``. The first pass is the prefill.
+    Rows of padding are computed by attention and router, but not routed to experts nor counted.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        prompts: Sequence[Sequence[Sequence[int]]],
+        chunks: Chunks,
+        embedding: RowGather | None = None,
+    ) -> None:
+        """prompts: [batch][sequence][token id]. embedding: reads rows from disk wherever the embedding module is not bound."""
+        self._skeleton, self._chunks, self._embedding = skeleton, chunks, embedding
+        self.batches = [Batch(sequences) for sequences in prompts]
+        widths = [_intermediate(skeleton, layer) for layer in range(skeleton.layers)]
+        self._kernel = ExpertKernel(
+            chunks.expert_rows, skeleton.hidden, max(widths), skeleton.compute_dtype, skeleton.wide_dtype
+        )
+        self._indices = self._weights = torch.empty(0, 0)
+        self._assignments: dict[int | None, Assignment] = {}
+        self._logits = torch.empty(0, dtype=skeleton.compute_dtype)
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the current pass, padding included."""
+        return sum(batch.ids.numel() for batch in self.batches)
+
+    def begin(self, wide: torch.Tensor, x: torch.Tensor) -> None:
+        """Start a pass in ``wide`` (wide type) and ``x`` (compute dtype), each of at least [tokens, hidden]."""
+        first = 0
+        for batch in self.batches:
+            batch.first = first
+            first += batch.ids.numel()
+        self._wide, self._x = wide[:first], x[:first]
+        self._indices = self._weights = torch.empty(0, 0)
+        self._assignments.clear()
+
+    @torch.inference_mode()
+    def embed(self, batch: int) -> None:
+        """wide <- the embeddings of the batch's tokens, gathered from disk where the embedding is not bound."""
+        own = self.batches[batch]
+        ids, resident = own.ids.flatten(), self._skeleton.is_bound(EMBEDDING)
+        limit = self._chunks.token_rows if resident else min(self._chunks.token_rows, self._gather.max_rows)
+        for rows in _split(own.rows, limit):
+            wanted = ids[rows.start - own.first : rows.stop - own.first]
+            if resident:
+                embedded = self._skeleton.embed(wanted)
+            else:
+                distinct, inverse = torch.unique(wanted, return_inverse=True)
+                embedded = self._skeleton.embed(inverse, self._gather.gather(distinct.tolist()))
+            self._wide[rows] = embedded
+
+    @torch.inference_mode()
+    def attention(self, layer: int, batch: int, kv: KvBlock) -> None:
+        """x <- h + attention(norm(h)) where h is wide in the compute dtype; the pass's keys and values go into ``kv``."""
+        own = self.batches[batch]
+        limit = self._chunks.decode_batch if own.past else self._chunks.attention_batch
+        for sequences in _split(slice(0, own.size), limit):
+            frame = self._frame(own, sequences)
+            cache = kv.cache(sequences, own.past)
+            kind = self._skeleton.sliding(layer)
+            if kind not in frame.masks:
+                frame.masks[kind] = self._skeleton.mask(layer, frame.present, own.queries, cache)
+            rows = slice(own.first + sequences.start * own.queries, own.first + sequences.stop * own.queries)
+            hidden = self._x[rows].copy_(self._wide[rows]).view(-1, own.queries, self._skeleton.hidden)
+            hidden += self._skeleton.attention(layer, hidden, frame.masks[kind], frame.positions, frame.angles, cache)
+
+    @torch.inference_mode()
+    def router(self, layer: int, batch: int) -> None:
+        """wide <- h + base and x <- the experts' input, where h is x; notes each token's experts and weights."""
+        for rows in _split(self.batches[batch].rows, self._chunks.token_rows):
+            hidden = self._x[rows]
+            routed = self._skeleton.moe_block(layer, hidden)
+            self._wide[rows].copy_(hidden).add_(routed.base)
+            hidden.copy_(routed.x)
+            if self._indices.shape != (len(self._x), routed.indices.shape[1]):
+                self._indices = torch.empty(len(self._x), routed.indices.shape[1], dtype=torch.int32)
+                self._weights = torch.empty_like(self._indices, dtype=self._wide.dtype)
+            self._indices[rows] = routed.indices.int()
+            self._weights[rows] = routed.weights.to(self._wide.dtype)
+        self._assignments.pop(batch, None)
+        self._assignments.pop(None, None)
+
+    @torch.inference_mode()
+    def dense(self, layer: int, batch: int) -> None:
+        """wide <- h + mlp(norm(h)) where h is x."""
+        for rows in _split(self.batches[batch].rows, self._chunks.token_rows):
+            hidden = self._x[rows]
+            self._wide[rows].copy_(hidden).add_(self._skeleton.dense_block(layer, hidden))
+
+    @torch.inference_mode()
+    def counts(self, layer: int, batch: int | None) -> list[int]:
+        """Tokens routed to each expert, in one batch or (None) in the whole group; their routers have run."""
+        return self._assignment(layer, batch).counts
+
+    @torch.inference_mode()
+    def experts(self, layer: int, experts: Sequence[tuple[int, Parts]], batch: int | None) -> None:
+        """wide += weight x expert(x) for the tokens of one batch, or (None) of the whole group, that chose these experts.
+
+        Sums are formed in the wide type and rounded to the compute dtype once, by the next op. Two orders of the same expert
+        ops differ by 2^-53 (fp32) or 2^-24 (bf16) of the sum before that rounding, which hides it except where the sum lies
+        that close to a rounding boundary: the order of expert ops does not change an fp32 result in practice.
+        """
+        module, assignment = self._skeleton.experts(layer), self._assignment(layer, batch)
+        for expert, parts in experts:
+            for pairs in _split(slice(assignment.starts[expert], assignment.starts[expert + 1]), self._kernel.rows):
+                rows = assignment.rows[pairs]
+                self._wide.index_add_(
+                    0, rows, self._kernel.run(module, parts, self._x, rows, assignment.weights[pairs])
+                )
+
+    @torch.inference_mode()
+    def final(self) -> None:
+        """Normed hidden states of every sequence's last position: what ``head`` multiplies."""
+        last = [torch.arange(b.first + b.queries - 1, b.rows.stop, b.queries) for b in self.batches]
+        self._last = self._skeleton.norm(self._wide[torch.cat(last)].to(self._skeleton.compute_dtype))
+        self._best = torch.full((len(self._last),), -torch.inf, dtype=self._skeleton.compute_dtype)
+        self._token = torch.zeros(len(self._last), dtype=torch.long)
+
+    @torch.inference_mode()
+    def head(self, first: int, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """Compare the logits of words ``first`` onwards, of which ``weight`` [words, hidden] holds the rows, with the best so far.
+
+        Pages come in any order; a tie goes to the lowest id.
+        """
+        size = len(self._last) * len(weight)
+        if self._logits.numel() < size:
+            self._logits = self._logits.new_empty(size)
+        logits = self._logits[:size].view(len(self._last), -1)
+        torch.mm(self._last, weight.to(self._last.dtype).t(), out=logits)
+        if bias is not None:
+            logits.add_(bias)
+        value, word = logits.max(dim=1)
+        word += first
+        better = (value > self._best) | ((value == self._best) & (word < self._token))
+        self._best = torch.where(better, value, self._best)
+        self._token = torch.where(better, word, self._token)
+
+    def sample(self) -> torch.Tensor:
+        """The most likely next token of every sequence of the group [sequences], which the next pass takes as its input."""
+        for batch, ids in zip(self.batches, self._token.split([b.size for b in self.batches]), strict=True):
+            batch.advance(ids)
+        return self._token
+
+    @property
+    def _gather(self) -> RowGather:
+        assert self._embedding is not None, "the embedding is neither bound nor readable"
+        return self._embedding
+
+    def _frame(self, batch: Batch, sequences: slice) -> Frame:
+        """The frame of one attention call: made once per pass in decode. In prefill the masks of a batch would take B x T x T
+        bytes, so there a frame lives for one call.
+        """
+        if sequences.start in batch.frames:
+            return batch.frames[sequences.start]
+        present = batch.present(sequences)
+        positions = (torch.arange(batch.past, batch.past + batch.queries) - batch.pad[sequences, None]).clamp(min=0)
+        frame = Frame(present, positions, self._skeleton.rotary(positions))
+        if batch.past:
+            batch.frames[sequences.start] = frame
+        return frame
+
+    def _assignment(self, layer: int, batch: int | None) -> Assignment:
+        """The assignment of a scope, sorted on first use after its routers."""
+        if batch not in self._assignments:
+            scope = self.batches if batch is None else [self.batches[batch]]
+            rows = slice(scope[0].first, scope[-1].rows.stop)
+            present = torch.cat([b.present(slice(None))[:, b.past :].flatten() for b in scope])
+            self._assignments[batch] = Assignment.of(
+                self._indices[rows],
+                self._weights[rows].contiguous(),
+                present,
+                rows.start,
+                self._skeleton.num_experts(layer),
+            )
+        return self._assignments[batch]
+
+
+def _split(rows: slice, limit: int) -> Iterator[slice]:
+    """``rows`` in pieces of at most ``limit``."""
+    return (slice(begin, min(begin + limit, rows.stop)) for begin in range(rows.start, rows.stop, limit))
+
+
+def _intermediate(skeleton: Skeleton, layer: int) -> int:
+    """Inner width of a layer's routed experts, 0 in a dense layer."""
+    module = skeleton.experts(layer)
+    return 0 if module is None else int(module.down_proj.shape[1 if module.is_transposed else 2])

@@ -1,0 +1,131 @@
+"""The KV cache of one layer and one batch, inside one byte range of an arena.
+
+transformers' own caches concatenate, so they allocate outside any budget; this one writes in place and returns views.
+Layers with a sliding window keep all positions too: the mask does the window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from klotski_compiler.errors import ExecError
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """What one layer caches per sequence and position: ``key_heads`` x ``key_width`` and ``value_heads`` x ``value_width``.
+
+    Latent attention caches its compressed latent as the key and its rotary part as the value, with one head each.
+    """
+
+    key_heads: int
+    key_width: int
+    value_heads: int
+    value_width: int
+
+    @property
+    def elements(self) -> int:
+        """Cached values per sequence and position."""
+        return self.key_heads * self.key_width + self.value_heads * self.value_width
+
+
+class KvBlock:
+    """Keys [B, heads, capacity, width], then values likewise, in ``storage``: [B x capacity x shape.elements] of the compute dtype."""
+
+    def __init__(self, storage: torch.Tensor, shape: KvShape, batch_size: int, capacity: int) -> None:
+        if storage.numel() != batch_size * capacity * shape.elements:
+            raise ValueError(f"{storage.numel()} elements cannot hold {batch_size} x {capacity} positions of {shape}")
+        keys = batch_size * capacity * shape.key_heads * shape.key_width
+        self.capacity = capacity
+        self.keys = storage[:keys].view(batch_size, shape.key_heads, capacity, shape.key_width)
+        self.values = storage[keys:].view(batch_size, shape.value_heads, capacity, shape.value_width)
+
+    def cache(self, rows: slice, past: int) -> KvCache:
+        """The cache that transformers' attention sees for sequences ``rows``, of which ``past`` positions are filled."""
+        return KvCache(self.keys[rows], self.values[rows], past)
+
+    def pack(self, first: int, last: int, out: torch.Tensor) -> None:
+        """Copy positions ``first:last`` to ``out``: per position the keys [B, heads, width], then the values. 1-D, exact size."""
+        for packed, block in self._rows(first, last, out):
+            packed.copy_(block)
+
+    def unpack(self, first: int, last: int, source: torch.Tensor) -> None:
+        """The inverse of ``pack``."""
+        for packed, block in self._rows(first, last, source):
+            block.copy_(packed)
+
+    def _rows(self, first: int, last: int, packed: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Pairs of views, both [positions, B, heads, width], of packed bytes and of this block: keys, then values."""
+        rows, pairs, column = packed.view(last - first, -1), [], 0
+        for block in (self.keys, self.values):
+            batch, heads, _, width = block.shape
+            size = batch * heads * width
+            pairs.append(
+                (
+                    rows[:, column : column + size].unflatten(1, (batch, heads, width)),
+                    block[:, :, first:last].permute(2, 0, 1, 3),
+                )
+            )
+            column += size
+        if column != rows.shape[1]:
+            raise ValueError(f"a packed position has {rows.shape[1]} elements, not {column}")
+        return pairs
+
+
+class _Filled(CacheLayerMixin):
+    """The one layer of a KvCache: preallocated keys and values, of which ``length`` positions are filled."""
+
+    is_sliding = False
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        super().__init__()
+        self.keys, self.values, self.length = keys, values, length
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing: the storage was given."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.keys is not None and self.values is not None
+        end = self.length + key_states.shape[2]
+        if end > self.keys.shape[2]:
+            raise ExecError(f"a KV block of {self.keys.shape[2]} positions cannot take {end}")
+        self.keys[:, :, self.length : end].copy_(key_states)
+        self.values[:, :, self.length : end].copy_(value_states)
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        assert self.keys is not None
+        return int(self.keys.shape[2])
+
+
+class KvCache(Cache):
+    """Some sequences of one block as a transformers Cache for one call of one layer's attention, whatever its index."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, past: int) -> None:
+        self._layer = _Filled(keys, values, past)
+        super().__init__(layers=[self._layer])
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write [B, heads, new, width] in place; returns views of all filled positions. Raises ExecError beyond the capacity."""
+        return self._layer.update(key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int | None = 0) -> int:
+        return self._layer.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int | None) -> tuple[int, int]:
+        return self._layer.get_mask_sizes(query_length)

@@ -1,0 +1,146 @@
+"""Reads extents of files straight into slots: no copy, no page cache, a few threads."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from klotski_compiler.errors import ExecError
+from klotski_runtime.arena import Arena
+from klotski_runtime.checkpoint import PAGE, Extent, Segment, layout
+
+
+@dataclass(slots=True)
+class _File:
+    """An open file. direct: reads bypass the page cache; where the file system refuses that, they drop it afterwards."""
+
+    fd: int
+    direct: bool
+
+
+class DiskReader:
+    """Reads extents with ``threads`` threads in pieces of ``chunk_bytes``; every method may be called from any thread."""
+
+    def __init__(self, threads: int = 2, chunk_bytes: int = 8 << 20) -> None:
+        if threads < 1 or chunk_bytes < PAGE or chunk_bytes % PAGE:
+            raise ValueError(f"threads ({threads}) must be positive, chunk_bytes ({chunk_bytes}) a multiple of {PAGE}")
+        self._chunk_bytes = chunk_bytes
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="disk")
+        self._files: dict[Path, _File] = {}
+        self._lock = threading.Lock()
+        self._bytes_read = 0
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read so far, alignment included."""
+        return self._bytes_read
+
+    def read(self, extents: Iterable[Extent], slot: memoryview) -> int:
+        """Fill ``slot`` (page-aligned memory) with ``extents``; returns the bytes read once all have arrived.
+
+        Raises ExecError where a file cannot be read or ends before the data does.
+        """
+        chunks = [
+            self._pool.submit(self._read_chunk, extent, begin, slot)
+            for extent in extents
+            for begin in range(0, extent.nbytes, self._chunk_bytes)
+        ]
+        total, failure = 0, None
+        for chunk in chunks:  # wait for all, even after a failure: nobody may write into the slot after this returns
+            try:
+                total += chunk.result()
+            except ExecError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        with self._lock:
+            self._bytes_read += total
+        return total
+
+    def close(self) -> None:
+        """Close every file; the reader cannot be used afterwards."""
+        self._pool.shutdown()
+        with self._lock:
+            for file in self._files.values():
+                os.close(file.fd)
+            self._files.clear()
+
+    def _read_chunk(self, extent: Extent, begin: int, slot: memoryview) -> int:
+        """Bytes ``begin`` to ``begin + chunk_bytes`` of one extent; returns how many the file had."""
+        length = min(self._chunk_bytes, extent.nbytes - begin)
+        target = slot[extent.slot_offset + begin :][:length]
+        try:
+            got = self._fill(self._open(extent.file), extent.offset + begin, target)
+        except OSError as error:
+            raise ExecError(f"{extent.file}: cannot be read: {error.strerror}") from error
+        if got < min(length, extent.needed - begin):
+            raise ExecError(
+                f"{extent.file}: ends at byte {extent.offset + begin + got:,}, before its data; download it again"
+            )
+        return got
+
+    def _fill(self, file: _File, offset: int, target: memoryview) -> int:
+        got = 0
+        while got < len(target):
+            try:
+                count = os.preadv(file.fd, [target[got:]], offset + got)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not file.direct:
+                    raise
+                self._refuse_direct(file)
+                continue
+            got += count
+            # A short direct read that does not end on a page has met the end of the file, and the next one would be refused.
+            if count == 0 or (file.direct and got % PAGE):
+                break
+        if not file.direct:
+            os.posix_fadvise(file.fd, offset, got, os.POSIX_FADV_DONTNEED)
+        return got
+
+    def _open(self, path: Path) -> _File:
+        with self._lock:
+            file = self._files.get(path)
+            if file is None:
+                try:
+                    file = _File(os.open(path, os.O_RDONLY | os.O_DIRECT), direct=True)
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+                    file = _File(os.open(path, os.O_RDONLY), direct=False)
+                self._files[path] = file
+            return file
+
+    def _refuse_direct(self, file: _File) -> None:
+        """Some file systems take O_DIRECT when a file is opened and refuse it when it is read."""
+        import fcntl
+
+        with self._lock:
+            file.direct = False
+            fcntl.fcntl(file.fd, fcntl.F_SETFL, fcntl.fcntl(file.fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+
+
+class RowGather:
+    """Reads scattered rows of a matrix on disk: the embedding of a pass's tokens, ``max_rows`` different ones at a time."""
+
+    def __init__(self, reader: DiskReader, segment: Segment, max_rows: int) -> None:
+        self._reader, self._segment, self.max_rows = reader, segment, max_rows
+        width = segment.nbytes // segment.shape[0]
+        self._staging = Arena(max_rows * (width + 2 * PAGE))
+        self._rows = torch.empty(max_rows, *segment.shape[1:], dtype=segment.dtype)
+
+    def gather(self, ids: Sequence[int]) -> torch.Tensor:
+        """Rows ``ids`` (ascending, distinct) as [len(ids), width] in the file's dtype; valid until the next call."""
+        segments = [self._segment.rows(i, i + 1) for i in ids]
+        plan = layout(segments)
+        self._reader.read(plan.extents, self._staging.view(0, plan.slot_bytes))
+        rows = self._rows[: len(ids)]
+        for row, segment, offset in zip(rows, segments, plan.offsets, strict=True):
+            row.copy_(self._staging.tensor(offset, segment.nbytes, segment.dtype, segment.shape[1:]))
+        return rows

@@ -1,0 +1,266 @@
+"""transformers' own model as a skeleton without weights: parameters are bound to slots while an op needs them.
+
+The model lives on the meta device. Every op calls the model's own modules, so each family's arithmetic stays transformers'.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from klotski_compiler.errors import ConfigError
+from klotski_runtime.checkpoint import EMBEDDING, ModuleKey, read_config
+from klotski_runtime.kv import KvShape
+
+WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
+"""Compute dtype -> the type in which expert outputs are summed."""
+
+MODEL_PARTS = {"model", "lm_head"}
+BASE_PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
+LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+
+
+class Routed(NamedTuple):
+    """What a MoE block says of r tokens: the experts' input ``x`` [r, hidden], the ``base`` [r, hidden] into which their outputs
+    add (shared experts included), and each token's experts ``indices`` [r, k] with their ``weights`` [r, k].
+    """
+
+    x: torch.Tensor
+    base: torch.Tensor
+    indices: torch.Tensor
+    weights: torch.Tensor
+
+
+def _capture(experts: Any, hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The experts function of the skeleton: notes what the experts are asked for and answers zero."""
+    experts.captured = (hidden, indices, weights)
+    return torch.zeros_like(hidden)
+
+
+ALL_EXPERTS_FUNCTIONS.register("klotski", _capture)
+
+
+def import_model(folder: str | os.PathLike[str]) -> PreTrainedConfig:
+    """The transformers configuration of ``folder``, with its modeling code imported and no model built.
+
+    Raises ConfigError where transformers has no such model.
+    """
+    kind = read_config(folder)["model_type"]
+    path = Path(folder) / "config.json"
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        importlib.import_module(AutoModelForCausalLM._model_mapping[type(config)].__module__)
+    except (KeyError, ValueError, OSError) as error:
+        raise ConfigError(
+            path, "model_type", f"{kind} is not one that this version of transformers can generate with: {error}"
+        ) from error
+    return config
+
+
+class _KvProbe(Cache):
+    """A cache that only notes the shapes which attention stores."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.shape: KvShape | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.shape = KvShape(key_states.shape[1], key_states.shape[3], value_states.shape[1], value_states.shape[3])
+        return key_states, value_states
+
+
+class Skeleton:
+    """The model that ``config`` describes, for kernels in ``compute_dtype``; holds no weights but those that are bound.
+
+    ``bind`` and ``unbind`` may run on any thread as long as no op of that module runs. Everything else belongs to one thread.
+    """
+
+    def __init__(self, config: PreTrainedConfig, compute_dtype: torch.dtype) -> None:
+        if compute_dtype not in WIDE:
+            raise ConfigError(
+                "", "dtype", f"{compute_dtype} is not a compute dtype; use one of {', '.join(map(str, WIDE))}"
+            )
+        self.config, self.compute_dtype, self.wide_dtype = config, compute_dtype, WIDE[compute_dtype]
+        try:
+            with torch.device("meta"):
+                self.model: Any = AutoModelForCausalLM.from_config(
+                    config, dtype=compute_dtype, experts_implementation="klotski"
+                ).eval()
+        except ValueError as error:
+            raise _unsupported(config, str(error)) from error
+        base = self.model.get_submodule(self.model.base_model_prefix)
+        _check_supported(config, self.model, base)
+        self._embedding, self._layers, self._norm = base.embed_tokens, base.layers, base.norm
+        # Buffers that no file holds (the rotary frequencies) are lost on the meta device: build their module again, with memory.
+        self._rotary = type(base.rotary_emb)(config=config)
+        base.rotary_emb = self._rotary
+        # A gathered part of the embedding is bound too, and then the padding row (which only matters to gradients) may lie outside.
+        self._embedding.padding_idx = None
+        self._full_precision = tuple(self.model._keep_in_fp32_modules_strict or ())
+        self._bound: dict[ModuleKey, dict[str, torch.Tensor]] = {}
+        self.layers = len(self._layers)
+        self.hidden = int(config.hidden_size)
+
+    # ------------------------------------------------------------------------------------------ weights
+
+    def bind(self, key: ModuleKey, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set parameters by their names in the whole model: views where the dtype is the compute dtype, else converted copies."""
+        self._bound.setdefault(key, {})
+        for name, tensor in tensors.items():
+            full = any(part in name for part in self._full_precision)
+            converted = tensor.to(torch.float32 if full else self.compute_dtype)
+            self._bound[key].setdefault(name, self._place(name, converted))
+
+    def unbind(self, key: ModuleKey) -> None:
+        """Put back the parameters without memory that ``bind`` replaced."""
+        for name, empty in self._bound.pop(key, {}).items():
+            self._place(name, empty)
+
+    def is_bound(self, key: ModuleKey) -> bool:
+        """Whether the module's weights are in memory."""
+        return key in self._bound
+
+    def _place(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Swap one parameter or buffer; returns the old one."""
+        owner, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(owner)
+        if leaf in module._parameters:
+            held = module._parameters
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        else:
+            held = module._buffers
+        old: torch.Tensor = held[leaf]
+        held[leaf] = tensor
+        return old
+
+    # ------------------------------------------------------------------------------------------ structure
+
+    def experts(self, layer: int) -> Any:
+        """The experts module of a MoE layer (its parameters stay empty), or None in a dense layer."""
+        return getattr(self._layers[layer].mlp, "experts", None)
+
+    def num_experts(self, layer: int) -> int:
+        """Routed experts of a MoE layer."""
+        return int(self.experts(layer).down_proj.shape[0])
+
+    def sliding(self, layer: int) -> bool:
+        """Whether the layer's attention looks back only ``config.sliding_window`` positions."""
+        types = getattr(self.config, "layer_types", None)
+        if types:
+            return bool(types[layer] == "sliding_attention")
+        return getattr(self.config, "sliding_window", None) is not None
+
+    def kv_shape(self, layer: int) -> KvShape:
+        """What the layer's attention caches per position, found by running it on the meta device. The layer must not be bound."""
+        probe = _KvProbe()
+        hidden = torch.empty(1, 1, self.hidden, dtype=self.compute_dtype, device="meta")
+        positions = torch.zeros(1, 1, dtype=torch.long)
+        angles = self._rotary(hidden.new_empty(1, device="cpu"), positions)
+        on_meta = tuple(angle.to("meta") for angle in angles) if isinstance(angles, tuple) else angles.to("meta")
+        self.attention(layer, hidden, None, positions.to("meta"), on_meta, probe)
+        assert probe.shape is not None
+        return probe.shape
+
+    # ------------------------------------------------------------------------------------------ ops
+
+    def embed(self, ids: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Embeddings of ``ids`` [r] as [r, hidden]; with ``rows`` [u, hidden], ids count rows of that instead of the bound weights."""
+        if rows is not None:
+            self.bind(EMBEDDING, {f"{self.model.base_model_prefix}.embed_tokens.weight": rows})
+        try:
+            embedded: torch.Tensor = self._embedding(ids)
+            return embedded
+        finally:
+            if rows is not None:
+                self.unbind(EMBEDDING)
+
+    def rotary(self, positions: torch.Tensor) -> Any:
+        """Position embeddings of ``positions`` [B, q], in the form that the model's attention takes."""
+        return self._rotary(torch.empty(0, dtype=self.compute_dtype), position_ids=positions)
+
+    def mask(self, layer: int, present: torch.Tensor, queries: int, cache: Cache) -> torch.Tensor | None:
+        """The attention mask of a layer's kind (causal or sliding), None where plain causal attention is right.
+
+        present: [B, past + queries], False where a sequence has padding. cache: not yet updated.
+        """
+        make = create_sliding_window_causal_mask if self.sliding(layer) else create_causal_mask
+        # Only its shape and dtype are read.
+        embeds = torch.empty(1, dtype=self.compute_dtype).expand(present.shape[0], queries, self.hidden)
+        mask: torch.Tensor | None = make(
+            config=self.config, inputs_embeds=embeds, attention_mask=present, past_key_values=cache
+        )
+        return mask
+
+    def attention(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor,
+        angles: Any,
+        cache: Cache,
+    ) -> torch.Tensor:
+        """Norm and attention of ``hidden`` [B, q, hidden], without the residual; writes into ``cache``."""
+        part = self._layers[layer]
+        out: torch.Tensor = part.self_attn(
+            hidden_states=part.input_layernorm(hidden),
+            position_embeddings=angles,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+        )[0]
+        return out
+
+    def moe_block(self, layer: int, hidden: torch.Tensor) -> Routed:
+        """Norm, router and shared experts of ``hidden`` [r, hidden], without the residual and the routed experts."""
+        part = self._layers[layer]
+        out = part.mlp(part.post_attention_layernorm(hidden)[None])
+        base = out[0] if isinstance(out, tuple) else out
+        experts = part.mlp.experts
+        x, indices, weights = experts.captured
+        experts.captured = None
+        return Routed(x, base[0], indices, weights)
+
+    def dense_block(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Norm and MLP of ``hidden`` [r, hidden] in a dense layer, without the residual."""
+        part = self._layers[layer]
+        out: torch.Tensor = part.mlp(part.post_attention_layernorm(hidden)[None])[0]
+        return out
+
+    def norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The final norm of [r, hidden]."""
+        out: torch.Tensor = self._norm(hidden)
+        return out
+
+
+def _check_supported(config: PreTrainedConfig, model: Any, base: nn.Module) -> None:
+    """Raise ConfigError unless the model has just the parts that the ops of a plan compute, in the usual order."""
+    if {name for name, _ in model.named_children()} != MODEL_PARTS or {
+        name for name, _ in base.named_children()
+    } != BASE_PARTS:
+        raise _unsupported(config, "it has other parts than an embedding, decoder layers, a norm and a head")
+    for number, layer in enumerate(base.get_submodule("layers").children()):
+        experts = getattr(getattr(layer, "mlp", None), "experts", None)
+        plain = experts is None or (getattr(experts, "has_gate", False) and not experts.has_post_expert_norm)
+        if {name for name, _ in layer.named_children()} != LAYER_PARTS or not plain:
+            raise _unsupported(
+                config, f"layer {number} is not attention and a gated MLP or mixture of experts, each after its norm"
+            )
+
+
+def _unsupported(config: PreTrainedConfig, why: str) -> ConfigError:
+    return ConfigError(
+        Path(config.name_or_path) / "config.json", "model_type", f"{config.model_type} is not supported: {why}"
+    )

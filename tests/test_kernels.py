@@ -1,0 +1,202 @@
+"""Token ids of a plain sequential run of the ops against transformers' own generate, for every family."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import FAMILIES, make_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from klotski_runtime.arena import Arena
+from klotski_runtime.checkpoint import EMBEDDING, HEAD, NORM, Checkpoint, ModuleKey, layout
+from klotski_runtime.kernels import Chunks, Group
+from klotski_runtime.kv import KvBlock
+from klotski_runtime.reader import DiskReader, RowGather
+from klotski_runtime.skeleton import Skeleton, import_model
+
+MARGIN = 1e-4
+MODEL = Path(__file__).parents[2] / "shared" / "models" / "moe-text-28m"
+
+
+class Sequential:
+    """Every op in the plainest order: one module in memory at a time, all of it read again in every pass."""
+
+    def __init__(
+        self, folder: Path, prompts: list[list[list[int]]], steps: int, chunks: Chunks, whole_group: bool
+    ) -> None:
+        self.skeleton = Skeleton(import_model(folder), torch.float32)
+        self.checkpoint = Checkpoint.open(folder, self.skeleton.model)
+        self.reader = DiskReader()
+        self.slot = Arena(max(layout(segments).slot_bytes for segments in self.checkpoint.modules.values()))
+        rows = RowGather(self.reader, self.checkpoint.modules[EMBEDDING][0], max_rows=7)
+        self.group = Group(self.skeleton, prompts, chunks, rows)
+        self.scopes = [None] if whole_group else list(range(len(prompts)))
+        self.wide = torch.empty(self.group.tokens, self.skeleton.hidden, dtype=self.skeleton.wide_dtype)
+        self.x = torch.empty(self.group.tokens, self.skeleton.hidden)
+        self.kv = {
+            (layer, i): self._block(layer, batch.size, batch.queries + steps)
+            for layer in range(self.skeleton.layers)
+            for i, batch in enumerate(self.group.batches)
+        }
+
+    def _block(self, layer: int, size: int, capacity: int) -> KvBlock:
+        shape = self.skeleton.kv_shape(layer)
+        return KvBlock(torch.full((size * capacity * shape.elements,), torch.nan), shape, size, capacity)
+
+    def load(self, key: ModuleKey) -> dict[str, torch.Tensor]:
+        segments = self.checkpoint.modules[key]
+        plan = layout(segments)
+        self.reader.read(plan.extents, self.slot.view(0, plan.slot_bytes))
+        return {
+            segment.name: self.slot.tensor(offset, segment.nbytes, segment.dtype, segment.shape)
+            for segment, offset in zip(segments, plan.offsets, strict=True)
+        }
+
+    @contextmanager
+    def bound(self, *keys: ModuleKey) -> Iterator[None]:
+        present = [key for key in keys if key in self.checkpoint.modules]
+        for key in present:
+            self.skeleton.bind(key, {name: tensor.clone() for name, tensor in self.load(key).items()})
+        yield
+        for key in present:
+            self.skeleton.unbind(key)
+
+    def step(self) -> list[int]:
+        group = self.group
+        group.begin(self.wide, self.x)
+        batches = range(len(group.batches))
+        for i in batches:
+            group.embed(i)
+        for layer in range(self.skeleton.layers):
+            with self.bound(ModuleKey("attention", layer)):
+                for i in batches:
+                    group.attention(layer, i, self.kv[layer, i])
+            if self.skeleton.experts(layer) is None:
+                with self.bound(ModuleKey("dense", layer)):
+                    for i in batches:
+                        group.dense(layer, i)
+                continue
+            with self.bound(ModuleKey("router", layer), ModuleKey("shared", layer)):
+                for i in batches:
+                    group.router(layer, i)
+            for expert in range(self.skeleton.num_experts(layer)):
+                parts = self.load(ModuleKey("expert", layer, expert))
+                for scope in self.scopes:
+                    group.experts(layer, [(expert, parts)], scope)
+        with self.bound(NORM):
+            group.final()
+        head = self.load(HEAD)
+        weight = head["lm_head.weight"]
+        half = len(weight) // 2
+        for first, last in ((half, len(weight)), (0, half)):
+            bias = head["lm_head.bias"][first:last] if "lm_head.bias" in head else None
+            group.head(first, weight[first:last], bias)
+        return group.sample().tolist()
+
+
+def reference(model: Any, prompt: list[int], steps: int) -> tuple[list[int], list[float]]:
+    """Greedy tokens of the resident model for one prompt, and at each the margin of its logit over the next best."""
+    out = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=steps,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    top = torch.cat(out.logits).topk(2).values
+    return out.sequences[0, len(prompt) :].tolist(), (top[:, 0] - top[:, 1]).tolist()
+
+
+def check_same(folder: Path, prompts: list[list[list[int]]], steps: int, chunks: Chunks, whole_group: bool) -> None:
+    run = Sequential(folder, prompts, steps, chunks, whole_group)
+    produced = list(zip(*(run.step() for _ in range(steps)), strict=True))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
+    model.generation_config.eos_token_id = None
+    for prompt, tokens in zip([p for batch in prompts for p in batch], produced, strict=True):
+        expected, margins = reference(model, prompt, steps)
+        for token, wanted, margin in zip(tokens, expected, margins, strict=True):
+            if token != wanted:
+                assert margin < MARGIN, (prompt, tokens, expected, margins)
+                break  # from here on the two continue different texts
+
+
+def ragged(vocabulary: int, *lengths: tuple[int, ...]) -> list[list[list[int]]]:
+    generator = torch.Generator().manual_seed(1)
+    return [[torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in batch] for batch in lengths]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_tokens(family: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(family, tmp_path)
+    check_same(folder, ragged(128, (12, 9, 1), (20, 20)), 17, Chunks(2, 2, 10, 4), whole_group=True)
+
+
+def test_same_tokens_when_experts_run_batch_by_batch(tmp_path: Path) -> None:
+    folder = make_checkpoint("qwen2_moe", tmp_path, dtype="bfloat16", tie_word_embeddings=True)
+    check_same(folder, ragged(128, (3, 14), (5,)), 6, Chunks(8, 8, 100, 100), whole_group=False)
+
+
+@pytest.mark.skipif(not MODEL.exists(), reason="the trained model is not here")
+def test_same_tokens_of_a_trained_model() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    texts = [json.loads(line)["prompt"] for line in (MODEL / "prompts.jsonl").read_text().splitlines()[:5]]
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    check_same(MODEL, [ids[:3], ids[3:]], 17, Chunks(2, 3, 64, 32), whole_group=True)
+
+
+def test_same_tokens_from_fused_experts(tmp_path: Path) -> None:
+    """A checkpoint saved as the live model holds it: one gate_up tensor for all experts of a layer."""
+    folder = make_checkpoint("qwen3_moe", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    check_same(folder, ragged(128, (3, 14), (5,)), 6, Chunks(8, 8, 100, 100), whole_group=True)
+
+
+@pytest.fixture
+def routed(tmp_path: Path) -> Sequential:
+    """A run of two ragged batches, stopped after the first layer's router."""
+    run = Sequential(
+        make_checkpoint("mixtral", tmp_path), ragged(128, (12, 5), (9,)), 1, Chunks(2, 2, 10, 4), whole_group=True
+    )
+    run.group.begin(run.wide, run.x)
+    for i in range(2):
+        run.group.embed(i)
+    with run.bound(ModuleKey("attention", 0), ModuleKey("router", 0)):
+        for i in range(2):
+            run.group.attention(0, i, run.kv[0, i])
+            run.group.router(0, i)
+    return run
+
+
+def test_padding_is_not_routed(routed: Sequential) -> None:
+    assert sum(routed.group.counts(0, None)) == 2 * (12 + 5 + 9)
+    assert sum(routed.group.counts(0, 0)) == 2 * (12 + 5)
+
+
+def test_order_of_experts_does_not_change_a_result(routed: Sequential) -> None:
+    base, results = routed.wide.clone(), []
+    for order in (range(8), reversed(range(8))):
+        routed.wide.copy_(base)
+        for expert in order:
+            routed.group.experts(0, [(expert, routed.load(ModuleKey("expert", 0, expert)))], None)
+        results.append(routed.wide.float())
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], base.float())
+
+
+def test_a_tie_goes_to_the_lowest_word_whatever_the_order_of_pages(routed: Sequential) -> None:
+    with routed.bound(NORM):
+        routed.group.final()
+    weight = routed.load(HEAD)["lm_head.weight"].clone()
+    for first in (8, 4, 0):
+        routed.group.head(first, weight[:4])
+    twice = routed.group.sample()
+    assert max(twice.tolist()) < 4
