@@ -233,16 +233,17 @@ class Envelope(_Record):
 
 
 class LayerDecision(_Record):
-    """One layer: its resident modules and experts, the experts streamed by name (in compute order), late-bound picks, KV tier.
+    """One layer: its resident modules and experts, the experts streamed by name (in compute order), the late ones, KV tier.
 
-    ``resident`` names modules among attention, router, shared, dense; ``on_disk`` the experts whose home is the disk although the
-    machine has host memory between disk and compute tier. Experts in neither ``resident_experts`` nor ``static`` are picks.
+    ``resident`` names modules among attention, router, shared, dense; ``late`` the experts that the layer's picks range over, most
+    popular first (as many picks as there are); ``on_disk`` the experts whose home is the disk although the machine has host memory
+    between disk and compute tier. Every expert is in exactly one of ``resident_experts``, ``static`` and ``late``.
     """
 
     resident: tuple[str, ...] = ()
     resident_experts: tuple[int, ...] = ()
     static: tuple[int, ...] = ()
-    picks: int = 0
+    late: tuple[int, ...] = ()
     on_disk: tuple[int, ...] = ()
     kv: str = ""
 

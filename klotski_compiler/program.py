@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from klotski_compiler.cost import ALWAYS, Cost, Shape
 from klotski_compiler.plan import ALL, Bind, Compute, Decision, Load, Op, Store
-from klotski_compiler.tensors import TensorTable, late_experts
+from klotski_compiler.tensors import TensorTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +30,7 @@ class Program:
         self.spec, self.decision = cost.spec, table.decision
         self.compute_tier, self.cpu = cost.hardware.compute_tier, cost.processor_name
         self.entries: list[Op | Evict] = []
-        self.late = {
-            number: late_experts(chosen, cost.popular(number)) for number, chosen in enumerate(self.decision.layers)
-        }
+        self.late = {number: list(chosen.late) for number, chosen in enumerate(self.decision.layers)}
         self._resident = frozenset(table.resident)
 
     # ------------------------------------------------------------------------------------------- what a policy asks
@@ -73,7 +71,7 @@ class Program:
 
     def picks(self, layer: int) -> list[int]:
         """Late-bound experts in pick order."""
-        return self._present(*(("pick", layer, r) for r in range(self.decision.layers[layer].picks)))
+        return self._present(*(("pick", layer, r) for r in range(len(self.decision.layers[layer].late))))
 
     def is_moe(self, layer: int) -> bool:
         """Whether the layer routes."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from klotski_compiler.cost import DTYPE_BYTES
 from klotski_compiler.model import ModelSpec, Module
-from klotski_compiler.plan import Decision, LayerDecision, Tensor, Workload
+from klotski_compiler.plan import Decision, Tensor, Workload
 
 MODULES = ("attention", "router", "shared", "dense")
 
@@ -53,7 +53,7 @@ class TensorTable:
                 for expert in range(layer.num_experts):
                     home = "disk" if expert in chosen.on_disk else ""
                     self._module("expert", number, expert, layer.expert, expert in chosen.resident_experts, home)
-                for pick in range(chosen.picks):
+                for pick in range(len(chosen.late)):
                     self._module("pick", number, pick, layer.expert, False)
             for batch in range(decision.num_batches):
                 nbytes = kv_bytes(spec, number, decision.batch_size, positions, self.dtype)
@@ -86,8 +86,3 @@ def page_rows(vocab_size: int, pages: int, page: int) -> tuple[int, int]:
     """Rows [first, end) of the head that page ``page`` of ``pages`` holds."""
     return vocab_size * page // pages, vocab_size * (page + 1) // pages
 
-
-def late_experts(layer: LayerDecision, popular: list[int]) -> list[int]:
-    """The experts that a layer's picks range over, most popular first."""
-    named = {*layer.resident_experts, *layer.static}
-    return [e for e in popular if e not in named]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import random
 import resource
 from dataclasses import replace
@@ -12,13 +15,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, make_checkpoint
 
 from klotski_compiler.errors import ConfigError, ExecError
 from klotski_runtime.arena import Arena
 from klotski_runtime.checkpoint import EMBEDDING, HEAD, NORM, PAGE, Checkpoint, ModuleKey, Segment, layout, read_header
 from klotski_runtime.reader import DiskReader, RowGather
 from klotski_runtime.skeleton import Skeleton, import_model
+from tiny import FAMILIES, make_checkpoint
 
 
 def opened(folder: Path) -> Checkpoint:
@@ -267,12 +270,26 @@ def test_reads_in_chunks(tmp_path: Path, threads: int) -> None:
     reader.close()
 
 
-def test_reads_where_direct_io_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("refused", ["open", "read"])
+def test_reads_where_direct_io_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
     values = numbered(tmp_path / "f", 10_000)
     plan, arena, reader = layout([read_header(tmp_path / "f")["a"]]), Arena(1 << 20), DiskReader()
-    # An unaligned destination is what the kernel refuses for certain.
-    reader.read(plan.extents, arena.view(8, plan.slot_bytes))
-    assert torch.equal(arena.tensor(8 + plan.offsets[0], 80_000, torch.int64, (10_000,)), values)
+    real_open, real_read = os.open, os.preadv
+
+    def open_file(path: Path, flags: int) -> int:
+        if refused == "open" and flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "refused")
+        return real_open(path, flags)
+
+    def read_file(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "refused")
+        return real_read(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "open", open_file)
+    monkeypatch.setattr(os, "preadv", read_file)
+    reader.read(plan.extents, arena.view(0, plan.slot_bytes))
+    assert torch.equal(arena.tensor(plan.offsets[0], 80_000, torch.int64, (10_000,)), values)
 
 
 def test_a_file_cut_after_it_was_opened(tmp_path: Path) -> None:

@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import FAMILIES, make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from klotski_compiler.errors import ExecError
 from klotski_runtime.arena import Arena
 from klotski_runtime.checkpoint import EMBEDDING, HEAD, NORM, Checkpoint, ModuleKey, layout
 from klotski_runtime.kernels import Chunks, Group
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.reader import DiskReader, RowGather
 from klotski_runtime.skeleton import Skeleton, import_model
+from tiny import FAMILIES, make_checkpoint
 
 MARGIN = 1e-4
 MODEL = Path(__file__).parents[2] / "shared" / "models" / "moe-text-28m"
@@ -160,6 +162,16 @@ def test_same_tokens_from_fused_experts(tmp_path: Path) -> None:
     check_same(folder, ragged(128, (3, 14), (5,)), 6, Chunks(8, 8, 100, 100), whole_group=True)
 
 
+def test_same_tokens_where_a_family_has_its_own_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def apply_gate(experts: Any, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return experts.act_fn(gate) * up
+
+    monkeypatch.setattr(MixtralExperts, "_apply_gate", apply_gate)
+    folder = make_checkpoint("mixtral", tmp_path)
+    check_same(folder, ragged(128, (3, 14), (5,)), 6, Chunks(8, 8, 100, 3), whole_group=True)
+
+
 @pytest.fixture
 def routed(tmp_path: Path) -> Sequential:
     """A run of two ragged batches, stopped after the first layer's router."""
@@ -198,5 +210,12 @@ def test_a_tie_goes_to_the_lowest_word_whatever_the_order_of_pages(routed: Seque
     weight = routed.load(HEAD)["lm_head.weight"].clone()
     for first in (8, 4, 0):
         routed.group.head(first, weight[:4])
-    twice = routed.group.sample()
-    assert max(twice.tolist()) < 4
+    assert max(routed.group.sample().tolist()) < 4
+
+
+def test_logits_that_are_not_finite(routed: Sequential) -> None:
+    with routed.bound(NORM):
+        routed.group.final()
+    routed.group.head(0, torch.full_like(routed.load(HEAD)["lm_head.weight"], torch.nan))
+    with pytest.raises(ExecError, match="not finite"):
+        routed.group.sample()

@@ -86,7 +86,7 @@ def make_checkpoint(
 ) -> Path:
     """Write a random model of ``family`` into ``folder``; ``overrides`` are fields of its configuration.
 
-    Matrices are normal with a deviation of 0.08, which makes routing differ between tokens; norms are near 1; biases are not 0.
+    Values are normal with a deviation of 0.08, around 1 in norms and 0 elsewhere: routing differs between tokens.
     """
     config = AutoConfig.for_model(family, **{**BASE, **FAMILIES[family], **overrides})
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()

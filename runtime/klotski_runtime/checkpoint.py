@@ -1,7 +1,7 @@
 """Where every weight of a checkpoint lies on disk, module by module, and how to read a module into a slot.
 
-The safetensors headers are parsed here (8-byte little-endian length, then JSON): the plan needs byte ranges, not tensors.
-Names of the file become names of the live transformers model through transformers' own conversion mapping.
+The safetensors headers are parsed here (8-byte little-endian length, then JSON): a plan needs byte ranges, not
+tensors. Names in the files become names in the live model through transformers' own conversion mapping.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PAGE = 4096
 """Alignment, in bytes, of file offsets, lengths and destinations that O_DIRECT asks for."""
 
 MERGE_GAP = 2 * PAGE
-"""Widest gap, in bytes, that is read along rather than skipped: with it a layout keeps the bound that ``layout`` states."""
+"""Widest gap, in bytes, that is read along rather than skipped: the widest with which ``layout`` keeps its bound."""
 
 MAX_HEADER = 100_000_000
 """The safetensors format's own limit on the bytes of a header."""
@@ -59,12 +59,13 @@ AGAIN = "download the checkpoint again"
 class ModuleKey(NamedTuple):
     """A part of the model with its own weights.
 
-    kind: embedding, norm, head (``layer`` -1), attention, router, shared, dense or expert. index: the expert's number, else 0.
+    kind: embedding, norm, head (``layer`` -1), attention, router, shared, dense or expert. index: the expert's number,
+    else 0.
     """
 
     kind: str
     layer: int = -1
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # hides tuple.index, which no key needs
 
 
 EMBEDDING, NORM, HEAD = ModuleKey("embedding"), ModuleKey("norm"), ModuleKey("head")
@@ -74,7 +75,8 @@ EMBEDDING, NORM, HEAD = ModuleKey("embedding"), ModuleKey("norm"), ModuleKey("he
 class Segment:
     """One tensor (or one expert's slice of it) as a byte range of a file.
 
-    name: the live parameter's name in the whole model; for an expert, its part: gate, up, down, gate_up, gate_up_bias, down_bias.
+    name: the live parameter's name in the whole model; for an expert its part, one of gate, up, down, gate_up,
+    gate_up_bias and down_bias.
     """
 
     name: str
@@ -98,7 +100,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """One read: ``nbytes`` at ``offset`` of ``file`` go to ``slot_offset`` of the slot; all four numbers are page multiples.
+    """One read: ``nbytes`` at ``offset`` of ``file`` go to ``slot_offset`` of the slot; the numbers are page multiples.
 
     needed: bytes from ``offset`` that hold data; the rest is alignment and may lie past the end of the file.
     """
@@ -122,8 +124,8 @@ class Layout:
 def layout(segments: Sequence[Segment]) -> Layout:
     """Reads that bring ``segments`` into one slot without a copy; segments that are close in a file share one read.
 
-    ``slot_bytes`` is at most sum(nbytes) + 8192 x len(segments), rounded up to a page: what the compiler reserves without
-    seeing the files. Every segment pays for less than two pages of alignment, or for one gap of at most MERGE_GAP.
+    ``slot_bytes`` is at most sum(nbytes) + 8192 x len(segments), rounded up to a page: what the compiler reserves
+    without seeing the files. A segment pays for less than two pages of alignment, or for one gap of at most MERGE_GAP.
     """
     order = sorted(range(len(segments)), key=lambda i: (segments[i].file, segments[i].offset))
     runs: list[list[int]] = []
@@ -159,7 +161,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An opened checkpoint: ``config`` is the raw config.json, ``modules`` maps each part to its segments in file order.
+    """An opened checkpoint: ``config`` is the raw config.json, ``modules`` has each part's segments in file order.
 
     A tied head (or one that the files lack) has the embedding's segment under the head's own name.
     """

@@ -2,7 +2,7 @@
 
 A group's tokens are rows of two tensors, batch after batch and sequence after sequence, padding included:
     wide  [tokens, hidden] in a type twice as wide as the compute dtype: the residual stream, into which experts add
-    x     [tokens, hidden] in the compute dtype: between attention and router the residual stream, after the router the experts' input
+    x     [tokens, hidden] in the compute dtype: the residual stream until the router, then the experts' input
 so a token costs 3 x hidden x compute bytes, and no op needs a third buffer of that size.
 """
 
@@ -18,23 +18,25 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers.activations import SiLUActivation
+from transformers.integrations.moe import _default_apply_gate
 
+from klotski_compiler.errors import ExecError
 from klotski_runtime.checkpoint import EMBEDDING
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.reader import RowGather
 from klotski_runtime.skeleton import Skeleton
 
 Parts = Mapping[str, torch.Tensor]
-"""One expert's weights: gate, up and down, or gate_up and down with gate_up_bias and down_bias where the model has them."""
+"""One expert's weights: gate, up, down; or gate_up, down and, where the model has them, gate_up_bias and down_bias."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
     """How much an op takes at a time, which bounds what it allocates.
 
-    attention_batch, decode_batch: sequences per attention call in prefill and in decode (decode needs it too where attention
-    expands its cache, as latent attention does). token_rows: tokens per call of embedding, router or dense MLP. expert_rows:
-    tokens per call of an expert.
+    attention_batch, decode_batch: sequences per attention call in prefill and in decode (which needs a bound too where
+    attention expands its cache, as latent attention does). token_rows: tokens per call of embedding, router or dense
+    MLP. expert_rows: tokens per call of an expert.
     """
 
     attention_batch: int
@@ -45,7 +47,7 @@ class Chunks:
 
 @dataclass(slots=True)
 class Frame:
-    """What attention needs besides hidden states, the same in every layer; ``masks`` by whether the layer has a sliding window."""
+    """What attention needs besides hidden states, the same in every layer; ``masks`` by whether a layer is sliding."""
 
     present: torch.Tensor
     positions: torch.Tensor
@@ -56,8 +58,8 @@ class Frame:
 class Batch:
     """Sequences computed together, left-padded to the longest prompt.
 
-    ids: [B, q], the tokens of the current pass. pad: [B], padding positions of each sequence. past: cached positions, padding
-    included. first: the batch's first row in the group's tensors.
+    ids: [B, q], the tokens of the current pass. pad: [B], padding positions of each sequence. past: cached positions,
+    padding included. first: the batch's first row in the group's tensors.
     """
 
     def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -125,12 +127,12 @@ class Assignment:
 class ExpertKernel:
     """Feed-forward of one routed expert for up to ``rows`` tokens in buffers that are reused.
 
-    Fresh pages cost ten times what reused ones do, so nothing of a chunk's size is allocated, unless the experts' activation is
-    neither SiLU nor absent from the module (gpt-oss): then ``_apply_gate`` of transformers allocates.
+    Fresh pages cost ten times what reused ones do, so nothing of a chunk's size is allocated; only an activation other
+    than SiLU, and the experts' own ``_apply_gate`` where it is special (gpt-oss), allocate in transformers.
     """
 
     def __init__(self, rows: int, hidden: int, intermediate: int, compute: torch.dtype, wide: torch.dtype) -> None:
-        self.rows, self._compute = rows, compute
+        self.rows = rows
         self._x = torch.empty(rows, hidden, dtype=compute)
         self._inner = torch.empty(2 * rows * intermediate, dtype=compute)
         self._out = torch.empty(rows, hidden, dtype=wide)
@@ -142,7 +144,6 @@ class ExpertKernel:
         count = rows.shape[0]
         source, out = self._x[:count], self._out[:count]
         torch.index_select(x, 0, rows, out=source)
-        parts = {name: part.to(self._compute) for name, part in parts.items()}
         down = parts["down"] if experts.is_transposed else parts["down"].t()
         # The experts' input is not needed once the inner values are there: its buffer takes the output.
         torch.mm(self._gated(experts, parts, source), down, out=source)
@@ -151,25 +152,28 @@ class ExpertKernel:
         return out.copy_(source).mul_(weights[:, None])
 
     def _gated(self, experts: Any, parts: Parts, x: torch.Tensor) -> torch.Tensor:
-        """act(gate(x)) * up(x) as [r, intermediate]."""
-        count, plain = x.shape[0], hasattr(experts, "act_fn")
-        if (
-            plain
-            and "gate_up" in parts
-            and not experts.is_transposed
-            and experts.is_concatenated
-            and not experts.has_bias
-        ):
-            gate, up = parts["gate_up"].chunk(2)
-            parts = {"gate": gate, "up": up}
+        """act(gate(x)) * up(x), or what the family has in its place, as [r, intermediate]."""
+        count = x.shape[0]
+        common = type(experts)._apply_gate is _default_apply_gate and not experts.is_transposed and not experts.has_bias
         if "gate" in parts:
-            size = count * parts["gate"].shape[0]
-            gate, up = self._inner[:size].view(count, -1), self._inner[size : 2 * size].view(count, -1)
-            torch.mm(x, parts["gate"].t(), out=gate)
-            torch.mm(x, parts["up"].t(), out=up)
-            return _activation(experts.act_fn)(gate).mul_(up)
+            gate, up = parts["gate"], parts["up"]
+        elif common:
+            gate, up = parts["gate_up"].chunk(2)
+        else:
+            return self._fused(experts, parts, x)
+        size = count * gate.shape[0]
+        gated, other = self._inner[:size].view(count, -1), self._inner[size : 2 * size].view(count, -1)
+        torch.mm(x, gate.t(), out=gated)
+        torch.mm(x, up.t(), out=other)
+        if common:
+            return _activation(experts.act_fn)(gated).mul_(other)
+        special: torch.Tensor = experts._apply_gate(torch.cat([gated, other], dim=1))
+        return special
+
+    def _fused(self, experts: Any, parts: Parts, x: torch.Tensor) -> torch.Tensor:
+        """The same from one gate_up matrix, by the experts module's own rules."""
         weight = parts["gate_up"] if experts.is_transposed else parts["gate_up"].t()
-        inner = self._inner[: count * weight.shape[1]].view(count, -1)
+        inner = self._inner[: x.shape[0] * weight.shape[1]].view(x.shape[0], -1)
         torch.mm(x, weight, out=inner)
         if "gate_up_bias" in parts:
             inner.add_(parts["gate_up_bias"])
@@ -185,8 +189,8 @@ def _activation(function: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 class Group:
     """n batches that share each weight load, and the ops over them. Its methods belong to one thread.
 
-    A pass: ``begin``, then for each batch ``embed``, for each layer ``attention`` and (``router`` and ``experts``) or ``dense``,
-    then ``final``, ``head`` for every page of the vocabulary, and ``sample``. The first pass is the prefill.
+    A pass: ``begin``, ``embed`` for each batch; per layer ``attention``, then ``dense`` or ``router``, ``experts``;
+    ``final``, ``head`` for every page of the vocabulary, ``sample``. The first pass is the prefill.
     Rows of padding are computed by attention and router, but not routed to experts nor counted.
     """
 
@@ -197,7 +201,7 @@ class Group:
         chunks: Chunks,
         embedding: RowGather | None = None,
     ) -> None:
-        """prompts: [batch][sequence][token id]. embedding: reads rows from disk wherever the embedding module is not bound."""
+        """prompts: [batch][sequence][token id]. embedding: reads rows from disk where the embedding is not bound."""
         self._skeleton, self._chunks, self._embedding = skeleton, chunks, embedding
         self.batches = [Batch(sequences) for sequences in prompts]
         widths = [_intermediate(skeleton, layer) for layer in range(skeleton.layers)]
@@ -240,7 +244,7 @@ class Group:
 
     @torch.inference_mode()
     def attention(self, layer: int, batch: int, kv: KvBlock) -> None:
-        """x <- h + attention(norm(h)) where h is wide in the compute dtype; the pass's keys and values go into ``kv``."""
+        """x <- h + attention(norm(h)) where h is wide in the compute dtype; new keys and values go into ``kv``."""
         own = self.batches[batch]
         limit = self._chunks.decode_batch if own.past else self._chunks.attention_batch
         for sequences in _split(slice(0, own.size), limit):
@@ -283,19 +287,22 @@ class Group:
 
     @torch.inference_mode()
     def experts(self, layer: int, experts: Sequence[tuple[int, Parts]], batch: int | None) -> None:
-        """wide += weight x expert(x) for the tokens of one batch, or (None) of the whole group, that chose these experts.
+        """wide += weight x expert(x) for the tokens of one batch, or (None) of the group, that chose these experts.
 
-        Sums are formed in the wide type and rounded to the compute dtype once, by the next op. Two orders of the same expert
-        ops differ by 2^-53 (fp32) or 2^-24 (bf16) of the sum before that rounding, which hides it except where the sum lies
-        that close to a rounding boundary: the order of expert ops does not change an fp32 result in practice.
+        Sums are formed in the wide type and rounded to the compute dtype once, by the next op. Before that rounding two
+        orders of the same expert ops differ by about 2^-53 (fp32) or 2^-24 (bf16) of the sum, and the rounding hides
+        this unless the sum lies as close to a rounding boundary: in fp32 the order of expert ops cannot be seen.
         """
         module, assignment = self._skeleton.experts(layer), self._assignment(layer, batch)
-        for expert, parts in experts:
-            for pairs in _split(slice(assignment.starts[expert], assignment.starts[expert + 1]), self._kernel.rows):
-                rows = assignment.rows[pairs]
-                self._wide.index_add_(
-                    0, rows, self._kernel.run(module, parts, self._x, rows, assignment.weights[pairs])
-                )
+        for expert, stored in experts:
+            pairs = slice(assignment.starts[expert], assignment.starts[expert + 1])
+            if pairs.start == pairs.stop:
+                continue
+            parts = {name: part.to(self._x.dtype) for name, part in stored.items()}
+            for piece in _split(pairs, self._kernel.rows):
+                rows = assignment.rows[piece]
+                output = self._kernel.run(module, parts, self._x, rows, assignment.weights[piece])
+                self._wide.index_add_(0, rows, output)
 
     @torch.inference_mode()
     def final(self) -> None:
@@ -307,7 +314,7 @@ class Group:
 
     @torch.inference_mode()
     def head(self, first: int, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        """Compare the logits of words ``first`` onwards, of which ``weight`` [words, hidden] holds the rows, with the best so far.
+        """Compare the logits of words ``first`` onwards, whose rows are ``weight`` [words, hidden], with the best yet.
 
         Pages come in any order; a tie goes to the lowest id.
         """
@@ -325,8 +332,15 @@ class Group:
         self._token = torch.where(better, word, self._token)
 
     def sample(self) -> torch.Tensor:
-        """The most likely next token of every sequence of the group [sequences], which the next pass takes as its input."""
-        for batch, ids in zip(self.batches, self._token.split([b.size for b in self.batches]), strict=True):
+        """The most likely next token of every sequence of the group [sequences]: the next pass's input.
+
+        Raises ExecError where no page gave a sequence a finite logit.
+        """
+        if not torch.isfinite(self._best).all():
+            raise ExecError(
+                "logits are not finite; the checkpoint is damaged, or its values overflow the compute dtype"
+            )
+        for batch, ids in zip(self.batches, torch.split(self._token, [b.size for b in self.batches]), strict=True):
             batch.advance(ids)
         return self._token
 
@@ -336,8 +350,8 @@ class Group:
         return self._embedding
 
     def _frame(self, batch: Batch, sequences: slice) -> Frame:
-        """The frame of one attention call: made once per pass in decode. In prefill the masks of a batch would take B x T x T
-        bytes, so there a frame lives for one call.
+        """The frame of one attention call: made once per pass in decode. In prefill the masks of a batch would take
+        B x T x T bytes, so there a frame lives for one call.
         """
         if sequences.start in batch.frames:
             return batch.frames[sequences.start]

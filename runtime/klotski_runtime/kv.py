@@ -16,7 +16,7 @@ from klotski_compiler.errors import ExecError
 
 @dataclass(frozen=True, slots=True)
 class KvShape:
-    """What one layer caches per sequence and position: ``key_heads`` x ``key_width`` and ``value_heads`` x ``value_width``.
+    """What one layer caches per sequence and position: keys of ``key_heads`` x ``key_width``, and values likewise.
 
     Latent attention caches its compressed latent as the key and its rotary part as the value, with one head each.
     """
@@ -33,7 +33,7 @@ class KvShape:
 
 
 class KvBlock:
-    """Keys [B, heads, capacity, width], then values likewise, in ``storage``: [B x capacity x shape.elements] of the compute dtype."""
+    """Keys [B, heads, capacity, width], then values likewise, in ``storage`` [B x capacity x shape.elements]."""
 
     def __init__(self, storage: torch.Tensor, shape: KvShape, batch_size: int, capacity: int) -> None:
         if storage.numel() != batch_size * capacity * shape.elements:
@@ -44,11 +44,11 @@ class KvBlock:
         self.values = storage[keys:].view(batch_size, shape.value_heads, capacity, shape.value_width)
 
     def cache(self, rows: slice, past: int) -> KvCache:
-        """The cache that transformers' attention sees for sequences ``rows``, of which ``past`` positions are filled."""
+        """The cache that transformers' attention sees for sequences ``rows`` with ``past`` filled positions."""
         return KvCache(self.keys[rows], self.values[rows], past)
 
     def pack(self, first: int, last: int, out: torch.Tensor) -> None:
-        """Copy positions ``first:last`` to ``out``: per position the keys [B, heads, width], then the values. 1-D, exact size."""
+        """Copy positions ``first:last`` to ``out``, 1-D: per position the keys [B, heads, width], then the values."""
         for packed, block in self._rows(first, last, out):
             packed.copy_(block)
 
@@ -65,7 +65,7 @@ class KvBlock:
             size = batch * heads * width
             pairs.append(
                 (
-                    rows[:, column : column + size].unflatten(1, (batch, heads, width)),
+                    rows[:, column : column + size].view(last - first, batch, heads, width),
                     block[:, :, first:last].permute(2, 0, 1, 3),
                 )
             )
@@ -75,13 +75,13 @@ class KvBlock:
         return pairs
 
 
-class _Filled(CacheLayerMixin):
+class _Filled(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """The one layer of a KvCache: preallocated keys and values, of which ``length`` positions are filled."""
 
     is_sliding = False
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.keys, self.values, self.length = keys, values, length
         self.is_initialized = True
 
@@ -121,7 +121,7 @@ class KvCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write [B, heads, new, width] in place; returns views of all filled positions. Raises ExecError beyond the capacity."""
+        """Write [B, heads, new, width] in place; returns views of all filled positions. Raises ExecError when full."""
         return self._layer.update(key_states, value_states)
 
     def get_seq_length(self, layer_idx: int | None = 0) -> int:

@@ -2,7 +2,8 @@
 
 Kernel times are lower quartiles of many short samples: what else runs on a machine only ever slows a sample down, by
 two hundred times where two threads wait for each other and one of them has lost its core. Each is measured in two
-rounds and the better kept, against disturbances that last. Disk rates are medians of few long samples. Buffers are cycled so that no weight and no cached key is found in a processor's cache.
+rounds and the better kept, against disturbances that last. Disk rates are medians of few long samples. Buffers are
+cycled so that no weight and no cached key is found in a processor's cache.
 """
 
 from __future__ import annotations
@@ -55,9 +56,10 @@ QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 4, 128
 class Sizes:
     """How much to measure.
 
-    hidden, inter, tokens: the expert and its token counts. cold_bytes: size of the buffers that are cycled. sample_s:
-    time per number and round. rounds: how often each number is measured. scratch_bytes, disk_passes: the scratch file and how often each way of reading it is tried.
-    decode: (batch, context) of decode attention. prompt: tokens of a prompt of prefill attention.
+    hidden, inter, tokens: the expert and its token counts. cold_bytes: size of the buffers that are cycled.
+    sample_s: time per number and round. rounds: how often each number is measured. scratch_bytes, disk_passes: the
+    scratch file and how often each way of reading it is tried. decode: (batch, context) of decode attention.
+    prompt: tokens of a prompt of prefill attention.
     """
 
     hidden: int

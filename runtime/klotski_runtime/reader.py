@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import threading
 from collections.abc import Iterable, Sequence
@@ -19,14 +20,17 @@ from klotski_runtime.checkpoint import PAGE, Extent, Segment, layout
 
 @dataclass(slots=True)
 class _File:
-    """An open file. direct: reads bypass the page cache; where the file system refuses that, they drop it afterwards."""
+    """An open file. direct: reads bypass the page cache; where the file system refuses that, they drop it after."""
 
     fd: int
     direct: bool
 
 
 class DiskReader:
-    """Reads extents with ``threads`` threads in pieces of ``chunk_bytes``; every method may be called from any thread."""
+    """Reads extents with ``threads`` threads in pieces of ``chunk_bytes``.
+
+    Every method but ``close`` may be called from any thread; reads are served in the order of the calls.
+    """
 
     def __init__(self, threads: int = 2, chunk_bytes: int = 8 << 20) -> None:
         if threads < 1 or chunk_bytes < PAGE or chunk_bytes % PAGE:
@@ -97,7 +101,7 @@ class DiskReader:
                 self._refuse_direct(file)
                 continue
             got += count
-            # A short direct read that does not end on a page has met the end of the file, and the next one would be refused.
+            # A direct read that does not end on a page has met the end of the file, and another would be refused.
             if count == 0 or (file.direct and got % PAGE):
                 break
         if not file.direct:
@@ -119,15 +123,16 @@ class DiskReader:
 
     def _refuse_direct(self, file: _File) -> None:
         """Some file systems take O_DIRECT when a file is opened and refuse it when it is read."""
-        import fcntl
-
         with self._lock:
             file.direct = False
             fcntl.fcntl(file.fd, fcntl.F_SETFL, fcntl.fcntl(file.fd, fcntl.F_GETFL) & ~os.O_DIRECT)
 
 
 class RowGather:
-    """Reads scattered rows of a matrix on disk: the embedding of a pass's tokens, ``max_rows`` different ones at a time."""
+    """Reads scattered rows of a matrix on disk, such as the embeddings of a pass's tokens, ``max_rows`` at a time.
+
+    One call at a time; a reader of its own keeps it from waiting behind the loads of another thread.
+    """
 
     def __init__(self, reader: DiskReader, segment: Segment, max_rows: int) -> None:
         self._reader, self._segment, self.max_rows = reader, segment, max_rows

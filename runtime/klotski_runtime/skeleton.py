@@ -1,6 +1,6 @@
 """transformers' own model as a skeleton without weights: parameters are bound to slots while an op needs them.
 
-The model lives on the meta device. Every op calls the model's own modules, so each family's arithmetic stays transformers'.
+The model lives on the meta device. Every op calls the model's own modules: each family's arithmetic is transformers'.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.cache_utils import Cache
@@ -31,8 +32,10 @@ LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"
 
 
 class Routed(NamedTuple):
-    """What a MoE block says of r tokens: the experts' input ``x`` [r, hidden], the ``base`` [r, hidden] into which their outputs
-    add (shared experts included), and each token's experts ``indices`` [r, k] with their ``weights`` [r, k].
+    """What a MoE block says of r tokens.
+
+    x: the routed experts' input [r, hidden]. base: what their outputs add into, shared experts included [r, hidden].
+    indices, weights: each token's experts and their weights [r, k].
     """
 
     x: torch.Tensor
@@ -58,9 +61,9 @@ def import_model(folder: str | os.PathLike[str]) -> PreTrainedConfig:
     kind = read_config(folder)["model_type"]
     path = Path(folder) / "config.json"
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
         importlib.import_module(AutoModelForCausalLM._model_mapping[type(config)].__module__)
-    except (KeyError, ValueError, OSError) as error:
+    except (KeyError, ValueError, OSError, StrictDataclassError) as error:
         raise ConfigError(
             path, "model_type", f"{kind} is not one that this version of transformers can generate with: {error}"
         ) from error
@@ -84,7 +87,7 @@ class _KvProbe(Cache):
 class Skeleton:
     """The model that ``config`` describes, for kernels in ``compute_dtype``; holds no weights but those that are bound.
 
-    ``bind`` and ``unbind`` may run on any thread as long as no op of that module runs. Everything else belongs to one thread.
+    ``bind`` and ``unbind`` may run on any thread while no op of that module runs. The rest belongs to one thread.
     """
 
     def __init__(self, config: PreTrainedConfig, compute_dtype: torch.dtype) -> None:
@@ -95,7 +98,7 @@ class Skeleton:
         self.config, self.compute_dtype, self.wide_dtype = config, compute_dtype, WIDE[compute_dtype]
         try:
             with torch.device("meta"):
-                self.model: Any = AutoModelForCausalLM.from_config(
+                self.model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                     config, dtype=compute_dtype, experts_implementation="klotski"
                 ).eval()
         except ValueError as error:
@@ -103,10 +106,10 @@ class Skeleton:
         base = self.model.get_submodule(self.model.base_model_prefix)
         _check_supported(config, self.model, base)
         self._embedding, self._layers, self._norm = base.embed_tokens, base.layers, base.norm
-        # Buffers that no file holds (the rotary frequencies) are lost on the meta device: build their module again, with memory.
+        # Buffers that no file holds (rotary frequencies) are lost on the meta device: build their module again, off it.
         self._rotary = type(base.rotary_emb)(config=config)
         base.rotary_emb = self._rotary
-        # A gathered part of the embedding is bound too, and then the padding row (which only matters to gradients) may lie outside.
+        # Gathered rows of the embedding are bound too; the padding row, which only gradients ask for, may not be there.
         self._embedding.padding_idx = None
         self._full_precision = tuple(self.model._keep_in_fp32_modules_strict or ())
         self._bound: dict[ModuleKey, dict[str, torch.Tensor]] = {}
@@ -116,7 +119,7 @@ class Skeleton:
     # ------------------------------------------------------------------------------------------ weights
 
     def bind(self, key: ModuleKey, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Set parameters by their names in the whole model: views where the dtype is the compute dtype, else converted copies."""
+        """Set parameters by their names in the whole model; a tensor of another dtype than ops use is converted."""
         self._bound.setdefault(key, {})
         for name, tensor in tensors.items():
             full = any(part in name for part in self._full_precision)
@@ -163,7 +166,7 @@ class Skeleton:
         return getattr(self.config, "sliding_window", None) is not None
 
     def kv_shape(self, layer: int) -> KvShape:
-        """What the layer's attention caches per position, found by running it on the meta device. The layer must not be bound."""
+        """What the layer's attention caches per position, found by running it, unbound, on the meta device."""
         probe = _KvProbe()
         hidden = torch.empty(1, 1, self.hidden, dtype=self.compute_dtype, device="meta")
         positions = torch.zeros(1, 1, dtype=torch.long)
@@ -176,7 +179,7 @@ class Skeleton:
     # ------------------------------------------------------------------------------------------ ops
 
     def embed(self, ids: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Embeddings of ``ids`` [r] as [r, hidden]; with ``rows`` [u, hidden], ids count rows of that instead of the bound weights."""
+        """Embeddings of ``ids`` [r] as [r, hidden]; ids count the rows of ``rows`` [u, hidden] where that is given."""
         if rows is not None:
             self.bind(EMBEDDING, {f"{self.model.base_model_prefix}.embed_tokens.weight": rows})
         try:
@@ -195,7 +198,7 @@ class Skeleton:
 
         present: [B, past + queries], False where a sequence has padding. cache: not yet updated.
         """
-        make = create_sliding_window_causal_mask if self.sliding(layer) else create_causal_mask
+        make: Any = create_sliding_window_causal_mask if self.sliding(layer) else create_causal_mask
         # Only its shape and dtype are read.
         embeds = torch.empty(1, dtype=self.compute_dtype).expand(present.shape[0], queries, self.hidden)
         mask: torch.Tensor | None = make(
@@ -262,5 +265,5 @@ def _check_supported(config: PreTrainedConfig, model: Any, base: nn.Module) -> N
 
 def _unsupported(config: PreTrainedConfig, why: str) -> ConfigError:
     return ConfigError(
-        Path(config.name_or_path) / "config.json", "model_type", f"{config.model_type} is not supported: {why}"
+        Path(config.name_or_path or ".") / "config.json", "model_type", f"{config.model_type} is not supported: {why}"
     )

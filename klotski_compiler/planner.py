@@ -1,0 +1,492 @@
+"""The search: for every policy the best (n, batch size) that fits, and of all of them the one to run.
+
+Sizes are enumerated outside, residency is solved inside (``milp``) for ``joint`` and filled greedily for the others; each candidate is
+timed by the same simulator on its distinct layer periods, and each policy's best is lowered whole. Nobody is handicapped: all
+policies see the same grid, the same readers, the same memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from klotski_compiler.bounds import bound_tokens_per_s
+from klotski_compiler.cost import ALWAYS, Cost
+from klotski_compiler.errors import Infeasible
+from klotski_compiler.hardware import Hardware
+from klotski_compiler.milp.solve import residency
+from klotski_compiler.model import ModelSpec
+from klotski_compiler.pipeline import Lowered, lower, phase_record, shapes
+from klotski_compiler.plan import (
+    SCHEMA_VERSION,
+    Candidate,
+    Decision,
+    Envelope,
+    Forecast,
+    LayerDecision,
+    Plan,
+    Workload,
+)
+from klotski_compiler.policies import POLICIES, policy
+from klotski_compiler.routing import Routing
+from klotski_compiler.tensors import MODULES, kv_bytes, state_bytes
+from klotski_compiler.verify import verify
+from klotski_compiler.workspace import workspace
+
+LOAD_BYTES = 32 << 20  # a load aims at this many bytes: below, latency and per-op cost show
+SMALL_SHARE = 0.03  # head and embedding stay resident where they take less than this of the budget
+PREFILL_TOKENS = 4096  # attention works on so many prompt tokens at once
+SAMPLED = 2  # layers of the short model on which candidates are timed; a second one has twice as many
+WHOLE_OPS = 600  # programs of at most this many experts are timed whole
+KEPT_SIZES = 4  # group sizes per policy that are timed, the largest that fit first
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compile. ``batch_size``, ``num_batches``: fixed, or None to be solved. ``max_latency_s``: of one decode pass."""
+
+    spec: ModelSpec
+    hardware: Hardware
+    routing: Routing
+    workload: Workload
+    budgets: dict[str, int]
+    dtype: str
+    policy: str = "auto"
+    batch_size: int | None = None
+    num_batches: int | None = None
+    max_latency_s: float | None = None
+    time_limit_s: float = 60.0
+    model_digest: str = ""
+
+
+@dataclass(slots=True)
+class Best:
+    """A policy's best schedule so far."""
+
+    policy: str
+    decision: Decision
+    tokens_per_s: float
+    lowered: Lowered | None = None
+
+
+def compile_plan(request: Request, progress: Callable[[str, float], None] | None = None) -> Plan:
+    """Solve, time every asked policy, keep the best, prove it. Raises Infeasible where nothing fits."""
+    search = Search(request)
+    names = POLICIES if request.policy == "auto" else (request.policy,)
+    found: list[Best] = []
+    candidates: list[Candidate] = []
+    refusals: list[Infeasible] = []
+    for number, name in enumerate(names):
+        if progress:
+            progress(name, number / len(names))
+        try:
+            best = search.best(name)
+        except Infeasible as refusal:
+            refusals.append(refusal)
+            candidates.append(_refused(name, refusal))
+            continue
+        found.append(best)
+        decision = best.decision
+        candidates.append(
+            Candidate(
+                policy=name,
+                tokens_per_s=best.tokens_per_s,
+                num_batches=decision.num_batches,
+                batch_size=decision.batch_size,
+                feasible=True,
+            )
+        )
+    if not found:
+        raise min(refusals, key=lambda r: sum(r.shortfalls.values()))
+    best = max(found, key=lambda b: b.tokens_per_s)
+    plan = search.plan(best, sorted(candidates, key=lambda c: -c.tokens_per_s))
+    verify(plan)
+    return plan
+
+
+def _refused(name: str, refusal: Infeasible) -> Candidate:
+    why = str(refusal).splitlines()[0]
+    return Candidate(policy=name, tokens_per_s=0.0, num_batches=0, batch_size=0, feasible=False, why_not=why)
+
+
+class Search:
+    """One request under search."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.cost = Cost(request.spec, request.hardware, request.routing, request.dtype)
+        self.tier = request.hardware.compute_tier
+        self.deadline = time.monotonic() + request.time_limit_s
+        self.truncated = False
+
+    # ---------------------------------------------------------------------------------------------------- candidates
+
+    def best(self, name: str) -> Best:
+        """The fastest schedule of one policy, lowered whole. Raises Infeasible."""
+        timed: list[Best] = []
+        refusal: Infeasible | None = None
+        sizes: set[int] = set()
+        for decision in self.bases(name):
+            if decision.sequences not in sizes and len(sizes) >= KEPT_SIZES:
+                break
+            if time.monotonic() > self.deadline and timed:
+                self.truncated = True
+                break
+            try:
+                filled = self.fill(name, decision)
+            except Infeasible as fault:
+                if refusal is None or sum(fault.shortfalls.values()) < sum(refusal.shortfalls.values()):
+                    refusal = fault
+                continue
+            rate = self.estimate(name, filled)
+            if rate > 0:
+                sizes.add(decision.sequences)
+                timed.append(Best(name, filled, rate))
+        for best in sorted(timed, key=lambda b: -b.tokens_per_s)[:2]:
+            try:
+                best.lowered, best.decision = self.whole(name, best.decision)
+            except Infeasible as fault:
+                refusal = fault
+                continue
+            best.tokens_per_s = self.rate(best.lowered)
+        whole = [b for b in timed if b.lowered]
+        if not whole:
+            raise refusal or self._too_slow()
+        return max(whole, key=lambda b: b.tokens_per_s)
+
+    def bases(self, name: str) -> Iterator[Decision]:
+        """Sizes and leads to try, largest groups first; nothing resident yet."""
+        module, request = policy(name), self.request
+        for sequences in self.group_sizes():
+            for num_batches in (1,) if module.ONE_BATCH else self.batch_counts(sequences):
+                batch_size = request.batch_size or -(-sequences // num_batches)
+                if module.ONE_BATCH and request.batch_size is None and num_batches * batch_size > sequences:
+                    continue
+                for lead, unit in self.leads(module.EXPERTS):
+                    for parts in self.prefill_parts(num_batches, batch_size):
+                        yield self.base(module.EXPERTS, num_batches, batch_size, lead, unit, parts)
+
+    def group_sizes(self) -> list[int]:
+        """Sequences per group: the workload in 1, 2, 3, ... equal groups, thinned out geometrically."""
+        request, total = self.request, self.request.workload.num_sequences
+        if request.batch_size and request.num_batches:
+            return [request.batch_size * request.num_batches]
+        sizes, groups = list[int](), 1
+        while groups <= total:
+            size = -(-total // groups)
+            if not sizes or size < sizes[-1]:
+                sizes.append(size)
+            groups = max(groups + 1, int(groups * 1.25))
+        return sizes if sizes[-1] == 1 else [*sizes, 1]
+
+    def batch_counts(self, sequences: int) -> list[int]:
+        """Batches of a group: few large ones cost least, more of them overlap KV and bound workspace."""
+        request = self.request
+        if request.num_batches:
+            return [request.num_batches]
+        if request.batch_size:
+            return [max(1, sequences // request.batch_size)]
+        counts = [n for n in (1, 2, 4, 8, 16) if n == 1 or sequences // n >= 8]
+        return counts[-3:]
+
+    def leads(self, experts: str) -> list[tuple[int, int]]:
+        """(expert slots, experts per load)."""
+        layer = next(layer for layer in self.request.spec.layers if layer.expert)
+        assert layer.expert is not None
+        unit = max(1, min(layer.num_experts, round(LOAD_BYTES / layer.expert.nbytes)))
+        if experts == "static":
+            return [(layer.num_experts, unit)]
+        if experts == "picks":
+            return [(layer.num_experts, unit), (max(layer.top_k + unit, layer.num_experts // 4), unit)]
+        return sorted({(2 * unit, unit), (4 * unit, unit), (3, 1)}, reverse=True)
+
+    def prefill_parts(self, num_batches: int, batch_size: int) -> list[int]:
+        """Sub-groups of prefill: whole, and split until the hidden states take a sixth of the budget."""
+        workload, parts = self.request.workload, [1]
+        tokens = num_batches * batch_size * workload.prompt_len
+        budget = self.request.budgets[self.tier]
+        while parts[-1] < num_batches and state_bytes(self.request.spec, tokens // parts[-1], self.request.dtype) > budget / 6:
+            parts.append(min(num_batches, parts[-1] * 2))
+        return parts
+
+    def base(self, experts: str, num_batches: int, batch_size: int, lead: int, unit: int, parts: int) -> Decision:
+        """A decision in which nothing is resident and KV lives in the compute tier."""
+        spec, budget = self.request.spec, self.request.budgets[self.tier]
+        small = SMALL_SHARE * budget
+        layers = []
+        for number, layer in enumerate(spec.layers):
+            order = tuple(self.cost.popular(number)) if layer.expert else ()
+            static = order if experts != "picks" else ()
+            layers.append(LayerDecision(static=static, late=() if static else order, kv=self.tier))
+        top_k = max(layer.top_k for layer in spec.layers)
+        prompt = self.request.workload.prompt_len
+        return Decision(
+            num_batches=num_batches,
+            batch_size=batch_size,
+            lead=lead,
+            unit=unit,
+            head_pages=0 if spec.head.nbytes <= small else max(1, -(-spec.head.nbytes // (2 * LOAD_BYTES))),
+            prefill_groups=parts,
+            attention_batch=max(1, min(batch_size, PREFILL_TOKENS // prompt)),
+            expert_rows=min(2048, max(64, num_batches * batch_size * prompt)),
+            hot=top_k if experts == "picks" else 0,
+            embedding=self.tier == "host" and spec.embedding.nbytes <= small,
+            layers=tuple(layers),
+        )
+
+    # ------------------------------------------------------------------------------------------------------ residency
+
+    def fill(self, name: str, base: Decision) -> Decision:
+        """The decision with what is resident. Raises Infeasible where not even streaming everything fits."""
+        capacity = self.capacity(name, base)
+        if policy(name).EXPERTS == "solved":
+            solved = residency(self.cost, self.request.workload, base, capacity)
+            self.truncated |= solved.truncated
+            pages = 0 if solved.head_resident else max(1, base.head_pages)
+            return base.model_copy(update={"layers": solved.layers, "embedding": solved.embedding, "head_pages": pages})
+        return self.greedy(base, capacity)
+
+    def capacity(self, name: str, base: Decision) -> dict[str, int]:
+        """Bytes of each tier for residents and KV: the budget without slots, hidden states, workspace, norm, head, embedding."""
+        spec, workload, budgets = self.request.spec, self.request.workload, self.request.budgets
+        short, cost = self.short(base, SAMPLED)
+        trial = lower(cost, name, short, replace_gen(workload))
+        streamed = {
+            tier: max((s.offset + s.nbytes for s in trial.slots if s.tier == tier), default=0)
+            - sum(trial.slots[slot].nbytes for _, slot in trial.placed if trial.slots[slot].tier == tier)
+            for tier in {slot.tier for slot in trial.slots}
+        }
+        fixed = spec.norm.nbytes + 4 * 4096
+        if not base.head_pages:
+            fixed += spec.head.nbytes
+        if base.embedding:
+            fixed += spec.embedding.nbytes
+        free = dict(budgets)
+        for tier in budgets:
+            free[tier] -= streamed.get(tier, 0) + sum(workspace(self.cost, base, workload).get(tier, {}).values())
+        free[self.tier] -= fixed
+        if free[self.tier] < 0:
+            raise self._shortfall(-free[self.tier])
+        return free
+
+    def greedy(self, base: Decision, capacity: dict[str, int]) -> Decision:
+        """Ours for policies whose paper states no fill: KV, then routers, attention, shared experts, then popular experts."""
+        spec, workload, dtype = self.request.spec, self.request.workload, self.request.dtype
+        positions, free = workload.prompt_len + workload.gen_len, capacity[self.tier]
+        cache = [base.num_batches * kv_bytes(spec, n, base.batch_size, positions, dtype) for n in range(len(spec.layers))]
+        kv_tier = self.tier
+        if sum(cache) > free:
+            kv_tier = "host" if self.tier == "gpu" else "disk"
+            free -= 3 * max(cache) // base.num_batches
+            if free < 0:
+                raise self._shortfall(-free)
+        else:
+            free -= sum(cache)
+        resident: list[list[str]] = [[] for _ in spec.layers]
+        for kind in ("router", "attention", "shared", "dense"):
+            for number, layer in enumerate(spec.layers):
+                module = getattr(layer, kind)
+                if module and module.nbytes + 8192 * module.segments <= free:
+                    resident[number].append(kind)
+                    free -= module.nbytes + 8192 * module.segments
+        moe = [n for n, layer in enumerate(spec.layers) if layer.expert]
+        expert = spec.layers[moe[0]].expert
+        assert expert is not None
+        total = max(0, free) // (expert.nbytes + 8192 * expert.segments)
+        share = {n: min(spec.layers[n].num_experts, total // len(moe) + (i < total % len(moe))) for i, n in enumerate(moe)}
+        layers = tuple(
+            LayerDecision(
+                resident=tuple(sorted(kinds, key=MODULES.index)),
+                resident_experts=tuple(sorted(self.cost.popular(n)[: share.get(n, 0)])),
+                static=tuple(e for e in old.static if e not in self.cost.popular(n)[: share.get(n, 0)]),
+                late=tuple(e for e in old.late if e not in self.cost.popular(n)[: share.get(n, 0)]),
+                kv=kv_tier,
+            )
+            for n, (kinds, old) in enumerate(zip(resident, base.layers, strict=True))
+        )
+        return base.model_copy(update={"layers": layers})
+
+    def _shortfall(self, nbytes: int) -> Infeasible:
+        mend = f"give --memory {self.tier}=... that much more, or fewer or shorter sequences"
+        return Infeasible({self.tier: nbytes}, mend)
+
+    def _too_slow(self) -> Infeasible:
+        return Infeasible({}, f"no schedule has a decode pass within --max-latency {self.request.max_latency_s} s")
+
+    # --------------------------------------------------------------------------------------------------------- timing
+
+    def short(self, decision: Decision, count: int) -> tuple[Decision, Cost]:
+        """The model cut to its dense layers' first and ``count`` MoE layers, evenly spaced, with their decisions."""
+        spec = self.request.spec
+        moe = [n for n, layer in enumerate(spec.layers) if layer.expert]
+        dense = [n for n, layer in enumerate(spec.layers) if not layer.expert][:1]
+        count = min(count, len(moe))
+        kept = dense + [moe[(2 * i + 1) * len(moe) // (2 * count)] for i in range(count)]
+        routing = self.request.routing.model_copy(
+            update={"popularity": tuple(self.request.routing.popularity[n] for n in kept), "successors": ()}
+        )
+        cut = replace(spec, layers=tuple(spec.layers[n] for n in kept))
+        cost = Cost(cut, self.request.hardware, routing, self.request.dtype)
+        return decision.model_copy(update={"layers": tuple(decision.layers[n] for n in kept)}), cost
+
+    def estimate(self, name: str, decision: Decision) -> float:
+        """Tokens per second, timed on distinct layer periods: what L layers take from what 2 and 4 of them take."""
+        moe = self.request.spec.moe_layers
+        if sum(self.request.spec.layers[n].num_experts for n in moe) <= WHOLE_OPS:
+            return self.rate(lower(self.cost, name, decision, self.request.workload))
+        runs = []
+        for count in (SAMPLED, 2 * SAMPLED):
+            cut, cost = self.short(decision, count)
+            runs.append(lower(cost, name, cut, self.request.workload))
+        few, more = runs
+        grown = {
+            phase: more.phases[phase].times.total_us
+            + (len(moe) - 2 * SAMPLED) * (more.phases[phase].times.total_us - few.phases[phase].times.total_us) / SAMPLED
+            for phase in more.phases
+        }
+        decode = more.phases.get("decode")
+        if decode and self._late(grown["decode"] / decode.shape.passes):
+            return 0.0
+        return self._rate(more.groups * sum(us for phase, us in grown.items() if phase != "load") + grown["load"])
+
+    def whole(self, name: str, decision: Decision) -> tuple[Lowered, Decision]:
+        """The whole schedule. Where it needs more slots than the short model showed, residents make room."""
+        lowered = lower(self.cost, name, decision, self.request.workload)
+        for _ in range(8):
+            over = {t: lowered.peak_bytes[t] - b for t, b in self.request.budgets.items() if lowered.peak_bytes.get(t, 0) > b}
+            if not over:
+                break
+            decision = self.relieve(decision, over)
+            lowered = lower(self.cost, name, decision, self.request.workload)
+        else:
+            raise Infeasible(over, "residents cannot make room; give more --memory or fewer sequences")
+        if (decode := lowered.phases.get("decode")) and self._late(decode.times.pass_us):
+            raise self._too_slow()
+        return lowered, decision
+
+    def relieve(self, decision: Decision, over: dict[str, int]) -> Decision:
+        """Stream as many of the least popular resident experts as the excess takes. Raises Infeasible where there are none."""
+        layers, excess = list(decision.layers), over.get(self.tier, 0)
+        while excess > 0:
+            number = max(range(len(layers)), key=lambda n: len(layers[n].resident_experts))
+            layer, expert = layers[number], self.request.spec.layers[number].expert
+            if expert is None or not layer.resident_experts:
+                raise Infeasible(over, "nothing resident is left to stream; give more --memory or fewer sequences")
+            popular = self.cost.popular(number)
+            least = max(layer.resident_experts, key=popular.index)
+            group = "late" if layer.late and not layer.static else "static"
+            grown = tuple(sorted((*getattr(layer, group), least), key=popular.index))
+            kept = tuple(e for e in layer.resident_experts if e != least)
+            layers[number] = layer.model_copy(update={"resident_experts": kept, group: grown})
+            excess -= expert.nbytes
+        return decision.model_copy(update={"layers": tuple(layers)})
+
+    def rate(self, lowered: Lowered) -> float:
+        """Generated tokens per second of a whole schedule, from the first weight byte on; 0 beyond the latency ceiling."""
+        if (decode := lowered.phases.get("decode")) and self._late(decode.times.pass_us):
+            return 0.0
+        return self._rate(lowered.load_us + lowered.groups * lowered.group_us)
+
+    def _rate(self, total_us: float) -> float:
+        workload = self.request.workload
+        return 1e6 * workload.num_sequences * workload.gen_len / total_us
+
+    def _late(self, pass_us: float) -> bool:
+        ceiling = self.request.max_latency_s
+        return ceiling is not None and pass_us > 1e6 * ceiling
+
+    # ----------------------------------------------------------------------------------------------------------- plan
+
+    def plan(self, best: Best, candidates: list[Candidate]) -> Plan:
+        """The record of the winner, sealed."""
+        request, lowered = self.request, best.lowered
+        assert lowered is not None
+        names = [t.name for t in lowered.tensors]
+        forecast = self.forecast(lowered)
+        decision, workload = best.decision, request.workload
+        return Plan(
+            schema_version=SCHEMA_VERSION,
+            model=request.spec.name,
+            model_digest=request.model_digest,
+            dtype=request.dtype,
+            hardware=request.hardware.name,
+            compute_tier=self.tier,
+            budgets=request.budgets,
+            workload=workload,
+            envelope=Envelope(sequences=decision.sequences, prompt_len=workload.prompt_len, gen_len=workload.gen_len),
+            policy=best.policy,
+            decision=decision,
+            tensors=tuple(lowered.tensors),
+            slots=tuple(lowered.slots),
+            placed=tuple(lowered.placed),
+            streams=tuple(sorted({s.op.stream for p in lowered.phases.values() for s in p.steps})),
+            phases=tuple(phase_record(phase, names) for phase in lowered.phases.values()),
+            workspace=lowered.workspace,
+            predictor=request.routing.successors if best.policy == "klotski" else (),
+            forecast=forecast,
+            candidates=tuple(candidates),
+            notes=tuple(self.notes(best, forecast)),
+            truncated=self.truncated,
+            digest="",
+        ).sealed()
+
+    def forecast(self, lowered: Lowered) -> Forecast:
+        """Pass times, busy times, bubbles and both bounds of a whole schedule."""
+        request, groups = self.request, lowered.groups
+        work = {name: phase for name, phase in lowered.phases.items() if name != "load"}
+        busy = {s: sum(p.times.busy_us[s] for p in work.values()) for p in work.values() for s in p.times.busy_us}
+        bubble = {c: sum(p.times.bubble_us[c] for p in work.values()) for p in work.values() for c in p.times.bubble_us}
+        links = {n: p.link_bytes[n] for p in lowered.phases.values() for n in p.link_bytes}
+        for link in links:
+            links[link] = sum(p.link_bytes[link] * (1 if name == "load" else groups) for name, p in lowered.phases.items())
+        rate = self.rate(lowered)
+        bound_us = sum(max(p.critical_us, *p.times.busy_us.values()) for p in work.values())
+        ceiling = max(rate, bound_tokens_per_s(self.cost, request.workload, request.budgets))
+        return Forecast(
+            makespan_us=round(groups * lowered.group_us),
+            load_us=round(lowered.load_us),
+            pass_us={name: round(phase.times.pass_us) for name, phase in work.items()},
+            phase_us={name: round(phase.times.total_us) for name, phase in work.items()},
+            bound_us=round(groups * bound_us),
+            tokens_per_s=rate,
+            bound_tokens_per_s=ceiling,
+            gap=ceiling / rate - 1,
+            bubble_fraction=sum(bubble.values()) / lowered.group_us,
+            bubble_us={c: round(groups * v) for c, v in sorted(bubble.items())},
+            busy_us={s: round(groups * v) for s, v in sorted(busy.items())},
+            peak_bytes=lowered.peak_bytes,
+            link_bytes=links,
+        )
+
+    def notes(self, best: Best, forecast: Forecast) -> Iterator[str]:
+        """What binds, and what one more GiB or one more batch would buy, by solving again."""
+        slowest = max(forecast.busy_us, key=lambda s: forecast.busy_us[s])
+        share = forecast.busy_us[slowest] / forecast.makespan_us
+        yield f"{slowest} binds: it is busy {share:.0%} of the time"
+        yield f"routing: {self.request.routing.source}"
+        tried = Search(replace(self.request, budgets={**self.request.budgets, self.tier: self.request.budgets[self.tier] + (1 << 30)}))
+        decision = best.decision
+        for what, search, num_batches in (
+            (f"one more GiB of {self.tier}", tried, decision.num_batches),
+            ("one more batch", self, decision.num_batches + 1),
+        ):
+            if what == "one more batch" and decision.sequences >= self.request.workload.num_sequences:
+                yield "one more batch: the workload already fits in one group"
+                continue
+            experts = policy(best.policy).EXPERTS
+            base = search.base(experts, num_batches, decision.batch_size, decision.lead, decision.unit, decision.prefill_groups)
+            try:
+                rate = search.estimate(best.policy, search.fill(best.policy, base))
+            except Infeasible as refusal:
+                yield f"{what}: does not fit ({str(refusal).splitlines()[0]})"
+                continue
+            yield f"{what}: {rate / forecast.tokens_per_s - 1:+.1%} tokens/s"
+
+
+def replace_gen(workload: Workload) -> Workload:
+    """The workload with at most three new tokens: enough to see every slot that decode takes."""
+    return workload.model_copy(update={"gen_len": min(workload.gen_len, 3)})
+
+
+__all__ = ["ALWAYS", "Request", "compile_plan", "shapes"]

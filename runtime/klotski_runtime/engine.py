@@ -1,0 +1,439 @@
+"""Runs a plan on a machine without a GPU: slots in one arena, a thread per stream, transformers' own modules as kernels.
+
+The engine decides nothing: order, slots and waits are the plan's, and ``binding`` says which expert a pick stands for.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from klotski_compiler.errors import ConfigError, ExecError, KlotskiError, PlanError, window
+from klotski_compiler.execute import execute
+from klotski_compiler.plan import ALL, Bind, Compute, Load, Phase, Plan, Slot, Step, Store, Tensor
+from klotski_compiler.tensors import page_rows
+from klotski_compiler.verify import verify
+from klotski_runtime import binding
+from klotski_runtime.arena import Arena
+from klotski_runtime.checkpoint import EMBEDDING, HEAD, Checkpoint, Layout, ModuleKey, Segment, layout
+from klotski_runtime.kernels import Chunks, Group
+from klotski_runtime.kv import KvBlock
+from klotski_runtime.reader import DiskReader, RowGather
+from klotski_runtime.skeleton import Skeleton
+from klotski_runtime.spill import SpillFile
+from klotski_runtime.streams import Ran, ThreadBackend
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+GATHERED_ROWS = 256
+"""Embedding rows read from disk at a time."""
+
+
+@dataclass(slots=True)
+class Sequence_:
+    """One prompt on its way: token ids in, token ids out. ``done``: ended by an end token or by its own limit."""
+
+    prompt: list[int]
+    max_new_tokens: int
+    tokens: list[int] = field(default_factory=list)
+    done: bool = False
+    reason: str = "length"
+
+
+@dataclass(slots=True)
+class Measured:
+    """What a run took. log: per phase run (group, phase name, seconds at which it began, finished ops)."""
+
+    load_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    passes_us: dict[str, list[float]] = field(default_factory=dict)
+    busy_s: Counter[str] = field(default_factory=Counter)
+    bubble_s: float = 0.0
+    log: list[tuple[int, str, list[Ran]]] = field(default_factory=list)
+
+    def pass_us(self, phase: str) -> float:
+        """Median time of a pass, 0 where there was none."""
+        return statistics.median(self.passes_us[phase]) if self.passes_us.get(phase) else 0.0
+
+
+class Engine:
+    """A plan, its model and its memory. ``load`` once, then ``run`` any number of groups; ``close`` gives everything back."""
+
+    def __init__(
+        self, plan: Plan, folder: str | os.PathLike[str], config: PreTrainedConfig, scratch: Path, readers: int = 2
+    ) -> None:
+        """config: from ``skeleton.import_model``. Raises ConfigError or PlanError where plan, model and machine do not fit."""
+        verify(plan)
+        if plan.compute_tier != "host":
+            raise ConfigError("plan", "compute_tier", f"{plan.compute_tier}: this runtime computes in host memory only")
+        self.plan, self._config = plan, config
+        self.skeleton = Skeleton(config, DTYPES[plan.dtype])
+        self.checkpoint = Checkpoint.open(folder, self.skeleton.model)
+        self._check_model()
+        self.reader = DiskReader(readers)
+        self.arena = Arena(max((s.offset + s.nbytes for s in plan.slots if s.tier == "host"), default=0))
+        self._resident = dict(plan.placed)
+        self._layouts: dict[int, tuple[ModuleKey, tuple[Segment, ...], Layout]] = {}
+        self._occupant: dict[int, ModuleKey] = {}
+        self._parts: dict[int, tuple[int, dict[str, torch.Tensor]]] = {}
+        self._kv_shapes = [self.skeleton.kv_shape(layer) for layer in range(self.skeleton.layers)]
+        self._capacity = plan.envelope.prompt_len + plan.envelope.gen_len
+        self._spill = self._open_spill(scratch)
+        self._rows = self._gather()
+        self.measured = Measured()
+        self.observe: Callable[[int, Group], None] | None = None
+
+    # ------------------------------------------------------------------------------------------------------- running
+
+    def load(self) -> None:
+        """Bring in what is resident."""
+        began = time.perf_counter()
+        self._run_phase(self.plan.phase("load"), None, 0)
+        self.measured.load_s = time.perf_counter() - began
+
+    def run(self, sequences: Sequence[Sequence_], number: int = 0, progress: Callable[[int], None] | None = None) -> None:
+        """Generate for one batch group, in batches in the given order; fills in ``tokens``.
+
+        progress: called after every pass with the tokens generated in it. Raises ExecError.
+        """
+        size = self.plan.decision.batch_size
+        batches = [list(sequences[i : i + size]) for i in range(0, len(sequences), size)]
+        chunks = Chunks(self.plan.decision.attention_batch, self.plan.decision.expert_rows, self.plan.decision.expert_rows)
+        group = Group(self.skeleton, [[s.prompt for s in batch] for batch in batches], chunks, self._rows)
+        active = ActiveGroup(group, list(sequences), progress)
+        began = time.perf_counter()
+        self._run_phase(self.plan.phase("prefill"), active, number)
+        between = time.perf_counter()
+        self.measured.prefill_s += between - began
+        if not all(s.done for s in sequences):
+            self._run_phase(self.plan.phase("decode"), active, number)
+        self.measured.decode_s += time.perf_counter() - between
+
+    def close(self) -> None:
+        """Close files; memory goes with the last view."""
+        self.reader.close()
+        if self._spill:
+            self._spill.close()
+
+    @property
+    def bytes_per_link(self) -> dict[str, int]:
+        """Bytes moved so far over each link, alignment included."""
+        moved = {"disk>host": self.reader.bytes_read}
+        if self._spill:
+            moved["disk>host"] += self._spill.bytes_read
+            moved["host>disk"] = self._spill.bytes_written
+        return moved
+
+    def _run_phase(self, phase: Phase, active: ActiveGroup | None, number: int) -> None:
+        steps = self.plan.steps[phase.name]
+        if not steps:
+            return
+        runner = PhaseRunner(self, phase, steps, active)
+        compute = next((s.op.stream for s in steps if isinstance(s.op, Compute)), "disk>host")
+        with ThreadBackend(compute, runner.perform) as backend:
+            runner.backend = backend
+            execute(steps, phase.passes, backend)
+        if backend.failure:
+            index, cause = backend.failure
+            if isinstance(cause, KlotskiError) and not isinstance(cause, ExecError):
+                raise cause
+            raise ExecError(f"{type(cause).__name__}: {cause}", window(phase.lines, index)) from cause
+        self._note(phase.name, steps, backend.log, compute, number)
+
+    def _note(self, name: str, steps: Sequence[Step], log: list[Ran], compute: str, number: int) -> None:
+        self.measured.log.append((number, name, log))
+        ends = [ran.end for ran in log if isinstance(op := steps[ran.number].op, Compute) and op.fn == "sample"]
+        if ends:
+            starts = [log[0].start, *ends[:-1]]
+            spans = [1e6 * (end - start) for start, end in zip(starts, ends, strict=True)]
+            self.measured.passes_us.setdefault(name, []).extend(spans)
+        for ran in log:
+            self.measured.busy_s[ran.stream] += ran.end - ran.start
+        computed = sum(r.end - r.start for r in log if r.stream == compute and isinstance(steps[r.number].op, Compute | Bind))
+        if name != "load" and log:
+            self.measured.bubble_s += max(r.end for r in log) - log[0].start - computed
+
+    # ------------------------------------------------------------------------------------------------------- placing
+
+    def slot(self, number: int) -> Slot:
+        """The byte range of a slot."""
+        return self.plan.slots[number]
+
+    def fetch(self, tensor: Tensor, slot: int, expert: int) -> None:
+        """Read a module from the checkpoint into a slot and make its weights usable there."""
+        key = module_key(tensor, expert)
+        segments, plan = self._layout(tensor, key)
+        at = self.slot(slot)
+        if plan.slot_bytes > at.nbytes:
+            raise PlanError("model", f"{tensor.name} needs {plan.slot_bytes:,} bytes, its slot has {at.nbytes:,}; compile again")
+        if old := self._occupant.pop(slot, None):
+            self.skeleton.unbind(old)
+        self.reader.read(plan.extents, self.arena.view(at.offset, at.nbytes))
+        views = {
+            segment.name: self.arena.tensor(at.offset + offset, segment.nbytes, segment.dtype, segment.shape)
+            for segment, offset in zip(segments, plan.offsets, strict=True)
+        }
+        if key.kind in ("expert", "head"):
+            self._parts[slot] = (key.index, views)
+        else:
+            self.skeleton.bind(key, views)
+            self._occupant[slot] = key
+
+    def parts(self, slot: int) -> tuple[int, dict[str, torch.Tensor]]:
+        """The expert (or head page) in a slot."""
+        return self._parts[slot]
+
+    def kv(self, layer: int, batch: int, size: int, slot: int | None) -> KvBlock:
+        """The KV block of a layer and batch of ``size`` sequences: in its permanent slot, or in the one given."""
+        number = self._resident[self._kv_id(layer, batch)] if slot is None else slot
+        shape, dtype = self._kv_shapes[layer], self.skeleton.compute_dtype
+        count = size * self._capacity * shape.elements
+        storage = self.arena.tensor(self.slot(number).offset, count * dtype.itemsize, dtype, (count,))
+        return KvBlock(storage, shape, size, self._capacity)
+
+    def state(self, phase: Phase, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The hidden states of a phase: wide [tokens, hidden], then x."""
+        skeleton, at = self.skeleton, self.slot(phase.placed[0][1])
+        wide, width = tokens * skeleton.hidden * skeleton.wide_dtype.itemsize, skeleton.compute_dtype.itemsize
+        shape = (tokens, skeleton.hidden)
+        return (
+            self.arena.tensor(at.offset, wide, skeleton.wide_dtype, shape),
+            self.arena.tensor(at.offset + wide, tokens * skeleton.hidden * width, skeleton.compute_dtype, shape),
+        )
+
+    def spill(self) -> SpillFile:
+        """The file of spilled KV."""
+        assert self._spill is not None
+        return self._spill
+
+    def region(self, layer: int, batch: int) -> int:
+        """Number of the spilled KV region of a layer and batch."""
+        return layer * self.plan.decision.num_batches + batch
+
+    def _layout(self, tensor: Tensor, key: ModuleKey) -> tuple[tuple[Segment, ...], Layout]:
+        if tensor.kind == "pick":
+            segments = self.checkpoint.modules[key]
+            return segments, layout(segments)
+        if tensor.id not in self._layouts:
+            segments = self.checkpoint.modules[HEAD if key.kind == "head" else key]
+            if key.kind == "head":
+                pages = max(1, self.plan.decision.head_pages)
+                vocabulary = segments[0].shape[0]
+                segments = tuple(s.rows(*page_rows(vocabulary, pages, tensor.index)) for s in segments)
+            self._layouts[tensor.id] = (key, segments, layout(segments))
+        _, segments, plan = self._layouts[tensor.id]
+        return segments, plan
+
+    def _kv_id(self, layer: int, batch: int) -> int:
+        if not hasattr(self, "_kv_ids"):
+            self._kv_ids = {(t.layer, t.index): t.id for t in self.plan.tensors if t.kind == "kv"}
+        return self._kv_ids[layer, batch]
+
+    def _gather(self) -> RowGather | None:
+        if self.plan.decision.embedding:
+            return None
+        return RowGather(self.reader, self.checkpoint.modules[EMBEDDING][0], GATHERED_ROWS)
+
+    def _open_spill(self, scratch: Path) -> SpillFile | None:
+        spilled = [t for t in self.plan.tensors if t.kind == "kv" and t.id not in self._resident]
+        if not spilled:
+            return None
+        decision = self.plan.decision
+        regions = len(decision.layers) * decision.num_batches
+        row = max(shape.elements for shape in self._kv_shapes) * decision.batch_size * self.skeleton.compute_dtype.itemsize
+        return SpillFile(scratch, regions, self._capacity, row)
+
+    def _check_model(self) -> None:
+        """The plan's modules must be the checkpoint's."""
+        planned = {module_key(t, t.index) for t in self.plan.tensors if t.kind not in ("kv", "state", "pick", "head")}
+        found = {key for key in self.checkpoint.modules if key.kind != "head" and (key != EMBEDDING or EMBEDDING in planned)}
+        if planned != found or len(self.plan.decision.layers) != self.skeleton.layers:
+            odd = sorted(planned ^ found)[:3]
+            raise PlanError("model", f"the plan is for {self.plan.model}, another model than this checkpoint ({odd} differ)")
+
+
+class ActiveGroup:
+    """A batch group while its phases run."""
+
+    def __init__(self, group: Group, sequences: list[Sequence_], progress: Callable[[int], None] | None) -> None:
+        self.group, self.sequences, self.progress = group, sequences, progress
+        self.end_tokens: frozenset[int] = frozenset()
+
+    def take(self, first: int, tokens: list[int]) -> bool:
+        """Append the new tokens of sequences ``first`` onwards; True once every sequence of the group has ended."""
+        fresh = 0
+        for sequence, token in zip(self.sequences[first:], tokens, strict=False):
+            if sequence.done:
+                continue
+            sequence.tokens.append(token)
+            fresh += 1
+            if token in self.end_tokens:
+                sequence.done, sequence.reason = True, "stop"
+            elif len(sequence.tokens) >= sequence.max_new_tokens:
+                sequence.done = True
+        if self.progress:
+            self.progress(fresh)
+        return all(s.done for s in self.sequences)
+
+
+class PhaseRunner:
+    """Does the work of the ops of one phase. Streams call ``perform`` concurrently; the plan's waits keep them apart."""
+
+    def __init__(self, engine: Engine, phase: Phase, steps: Sequence[Step], active: ActiveGroup | None) -> None:
+        self.engine, self.phase, self.steps, self.active = engine, phase, steps, active
+        self.tensors = engine.plan.tensors
+        self.backend: Any = None
+        self.part: Group | None = None
+        self.bound: dict[int, dict[int, tuple[int, bool]]] = {}
+        self._before: list[int] = []
+
+    def perform(self, number: int, step: Step, at: int) -> None:
+        """Run one op in pass ``at``."""
+        match step.op:
+            case Load():
+                for index, slot in zip(step.op.tensors, step.slots, strict=True):
+                    self._load(self.tensors[index], slot, at)
+            case Store():
+                for index, slot in zip(step.op.tensors, step.slots, strict=True):
+                    self._store(self.tensors[index], slot, at)
+            case Bind():
+                self._bind(step.op)
+            case Compute():
+                self._compute(step.op, step, at)
+
+    # ------------------------------------------------------------------------------------------------------ transfers
+
+    def _load(self, tensor: Tensor, slot: int, at: int) -> None:
+        if tensor.kind == "kv":
+            self._move_kv(tensor, slot, at, store=False)
+            return
+        expert = tensor.index
+        if tensor.kind == "pick":
+            expert, wanted = self.bound[tensor.layer][tensor.index]
+            if not wanted:
+                return
+        self.engine.fetch(tensor, slot, expert)
+
+    def _store(self, tensor: Tensor, slot: int, at: int) -> None:
+        self._move_kv(tensor, slot, at, store=True)
+
+    def _move_kv(self, tensor: Tensor, slot: int, at: int, store: bool) -> None:
+        batch = self._batch(tensor.index, at)
+        if batch is None or self.active is None:
+            return
+        own = self.active.group.batches[batch]
+        block = self.engine.kv(tensor.layer, batch, own.size, slot)
+        region = self.engine.region(tensor.layer, batch)
+        if store:
+            self.engine.spill().store(region, block, own.past, own.past + own.queries)
+        elif own.past:
+            self.engine.spill().load(region, block, own.past)
+
+    # ------------------------------------------------------------------------------------------------------- compute
+
+    def _batch(self, number: int, at: int) -> int | None:
+        """The group's batch that batch ``number`` of pass ``at`` is; None where the last group is too short to have it."""
+        assert self.active is not None
+        batch = number + (at * self.phase.batches if self.phase.name == "prefill" else 0)
+        return batch if batch < len(self.active.group.batches) else None
+
+    def _compute(self, op: Compute, step: Step, at: int) -> None:
+        if op.batch != ALL and self._batch(op.batch, at) is None:
+            return
+        if op.fn == "embed" and op.batch == 0:
+            self._begin(at)
+        group = self.part
+        if group is None or not group.batches:
+            return
+        match op.fn:
+            case "embed":
+                group.embed(op.batch)
+            case "attention":
+                self._attention(op, step, at, group)
+            case "router":
+                group.router(op.layer, op.batch)
+            case "dense":
+                group.dense(op.layer, op.batch)
+            case "experts":
+                self._experts(op, step, group)
+            case "norm":
+                group.final()
+            case "head":
+                page, weights = self.engine.parts(step.slots[0])
+                pages = max(1, self.engine.plan.decision.head_pages)
+                first = page_rows(self.engine.checkpoint.modules[HEAD][0].shape[0], pages, page)[0]
+                group.head(first, weights["lm_head.weight"], weights.get("lm_head.bias"))
+            case "sample":
+                self._sample(group, at)
+
+    def _begin(self, at: int) -> None:
+        assert self.active is not None
+        first = at * self.phase.batches if self.phase.name == "prefill" else 0
+        self.part = self.active.group.part(slice(first, first + self.phase.batches))
+        if self.part.batches:
+            self.part.begin(*self.engine.state(self.phase, self.part.tokens))
+
+    def _attention(self, op: Compute, step: Step, at: int, group: Group) -> None:
+        batch = self._batch(op.batch, at)
+        assert batch is not None
+        spilled = [s for t, s in zip(op.tensors, step.slots, strict=True) if self.tensors[t].kind == "kv"]
+        block = self.engine.kv(op.layer, batch, group.batches[op.batch].size, spilled[0] if spilled else None)
+        group.attention(op.layer, op.batch, block)
+
+    def _experts(self, op: Compute, step: Step, group: Group) -> None:
+        chosen = []
+        for index, slot in zip(op.tensors, step.slots, strict=True):
+            tensor = self.tensors[index]
+            if tensor.kind == "pick" and not self.bound[op.layer][tensor.index][1]:
+                continue
+            chosen.append(self.engine.parts(slot))
+        if self.engine.observe:
+            self.engine.observe(op.layer, group)
+        group.experts(op.layer, chosen, None if op.batch == ALL else op.batch)
+
+    def _sample(self, group: Group, at: int) -> None:
+        assert self.active is not None
+        first = at * self.phase.batches * self.engine.plan.decision.batch_size if self.phase.name == "prefill" else 0
+        if self.active.take(first, group.sample().tolist()):
+            self.backend.stop()
+
+    # ------------------------------------------------------------------------------------------------------- binding
+
+    def _bind(self, op: Bind) -> None:
+        group, layer = self.part, op.layer
+        if group is None or not group.batches:
+            return
+        if op.first == 0:
+            self.bound[layer] = {}
+        done = self.bound[layer]
+        taken = {expert for expert, _ in done.values()}
+        candidates = [e for e in self.engine.plan.decision.layers[layer].late if e not in taken]
+        routed = op.rule != "predicted"
+        whole = routed and op.batch == ALL
+        tokens = group.counts(layer, None) if whole else []
+        match op.rule:
+            case "rank":
+                order = binding.rank(candidates, tokens)
+            case "arrival":
+                present = len(group.batches) if op.batch == ALL else min(op.batch + 1, len(group.batches))
+                order = binding.arrival(candidates, group.requests(layer, present))
+            case _:
+                table = self.engine.plan.predictor[layer - 1] if layer and self.engine.plan.predictor else ()
+                order = binding.predicted(candidates, group.last_counts(layer - 1) if table else (), table)
+        for pick, expert in zip(range(op.first, op.first + op.count), order, strict=False):
+            done[pick] = (expert, not whole or tokens[expert] > 0)
+
+
+def module_key(tensor: Tensor, expert: int) -> ModuleKey:
+    """The checkpoint's module that a tensor is; ``expert``: what a pick stands for."""
+    kind = "expert" if tensor.kind == "pick" else tensor.kind
+    return ModuleKey(kind, tensor.layer, expert if kind == "expert" else tensor.index if kind == "head" else 0)

@@ -1,0 +1,121 @@
+"""Streams as worker threads: each runs its ops in FIFO order, and an event is a flag that another stream waits for.
+
+After a failure or an early stop the remaining ops do no work but still signal, so that every thread comes to its end.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import NamedTuple
+
+from klotski_compiler.plan import Step
+
+Perform = Callable[[int, Step, int], None]
+
+
+class Ran(NamedTuple):
+    """A finished op: pass, number in its phase, stream, start and end in seconds of ``time.perf_counter``."""
+
+    at: int
+    number: int
+    stream: str
+    start: float
+    end: float
+
+
+class ThreadStream:
+    """One worker thread with its queue."""
+
+    def __init__(self, name: str, backend: ThreadBackend) -> None:
+        self.name, self._backend = name, backend
+        self._queue: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self.log: list[Ran] = []
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def wait(self, event: threading.Event) -> None:
+        """Whatever is issued next starts after ``event``."""
+        self._queue.put(event.wait)
+
+    def run(self, number: int, step: Step, at: int) -> None:
+        """Issue one op."""
+        self._queue.put(lambda: self._perform(number, step, at))
+
+    def record(self) -> threading.Event:
+        """An event that happens when everything issued so far has ended."""
+        event = threading.Event()
+        self._queue.put(event.set)
+        return event
+
+    def close(self) -> None:
+        """Let the thread end after what is issued, and wait for it."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _perform(self, number: int, step: Step, at: int) -> None:
+        if self._backend.stopped:
+            return
+        start = time.perf_counter()
+        try:
+            self._backend.perform(number, step, at)
+        except BaseException as failure:
+            self._backend.fail(number, failure)
+        self.log.append(Ran(at, number, self.name, start, time.perf_counter()))
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            item()
+
+
+class ThreadBackend:
+    """Runs one phase on threads, one per stream. ``perform`` does an op's work. Use as a context manager."""
+
+    PASSES_AHEAD = 2  # issued but unfinished passes: the next one must be there for its loads to start early
+
+    def __init__(self, compute: str, perform: Perform) -> None:
+        self._compute, self.perform = compute, perform
+        self._streams: dict[str, ThreadStream] = {}
+        self._ends: deque[threading.Event] = deque()
+        self.stopped = False
+        self.failure: tuple[int, BaseException] | None = None
+
+    def stream(self, name: str) -> ThreadStream:
+        """The thread of that stream."""
+        if name not in self._streams:
+            self._streams[name] = ThreadStream(name, self)
+        return self._streams[name]
+
+    def begin(self, at: int) -> bool:
+        """Hold the issuing thread back until the pass before the last issued one has ended; False once stopped."""
+        if at > 0:
+            self._ends.append(self.stream(self._compute).record())
+        if len(self._ends) >= self.PASSES_AHEAD:
+            self._ends.popleft().wait()
+        return not self.stopped
+
+    def stop(self) -> None:
+        """Do no further work: every sequence has ended, or something failed."""
+        self.stopped = True
+
+    def fail(self, number: int, failure: BaseException) -> None:
+        """Keep the first failure and stop."""
+        self.failure = self.failure or (number, failure)
+        self.stop()
+
+    def __enter__(self) -> ThreadBackend:
+        return self
+
+    def __exit__(self, kind: object, value: object, trace: object) -> None:
+        if kind is not None:
+            self.stop()
+        for stream in self._streams.values():
+            stream.close()
+
+    @property
+    def log(self) -> list[Ran]:
+        """All finished ops, by start."""
+        return sorted((ran for stream in self._streams.values() for ran in stream.log), key=lambda ran: ran.start)
