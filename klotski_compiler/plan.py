@@ -252,9 +252,9 @@ class Decision(_Record):
     """The numbers that a policy needs.
 
     lead: experts that may be in flight or waiting (slots) at once. unit: experts per load. head_pages: loads of the head (0:
-    resident). prefill_groups: sub-groups that prefill runs in, each re-reading the weights. attention_batch: prompts whose
-    attention runs at once in prefill. expert_rows: tokens per expert matmul at most. hot: experts per layer that are
-    prefetched (policy klotski). embedding: whether its rows are resident.
+    resident). prefill_groups: sub-groups that prefill runs in, each re-reading the weights. attention_batch, decode_batch:
+    sequences whose attention runs at once in prefill and in decode. expert_rows: tokens per matmul of an expert, router or
+    dense MLP at most. hot: experts per layer that are prefetched (policy klotski). embedding: whether its rows are resident.
     """
 
     num_batches: int
@@ -264,6 +264,7 @@ class Decision(_Record):
     head_pages: int
     prefill_groups: int
     attention_batch: int
+    decode_batch: int
     expert_rows: int
     hot: int
     embedding: bool

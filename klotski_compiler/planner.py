@@ -220,6 +220,8 @@ class Search:
             static = order if experts != "picks" else ()
             layers.append(LayerDecision(static=static, late=() if static else order, kv=self.tier))
         top_k = max(layer.top_k for layer in spec.layers)
+        context = self.request.workload.prompt_len + self.request.workload.gen_len
+        expanded = context * self.cost.compute_bytes * max(layer.expand_elements for layer in spec.layers)
         prompt = self.request.workload.prompt_len
         return Decision(
             num_batches=num_batches,
@@ -229,6 +231,7 @@ class Search:
             head_pages=0 if spec.head.nbytes <= small else max(1, -(-spec.head.nbytes // (2 * LOAD_BYTES))),
             prefill_groups=parts,
             attention_batch=max(1, min(batch_size, PREFILL_TOKENS // prompt)),
+            decode_batch=max(1, min(batch_size, int(small) // expanded)) if expanded else batch_size,
             expert_rows=min(2048, max(64, num_batches * batch_size * prompt)),
             hot=top_k if experts == "picks" else 0,
             embedding=self.tier == "host" and spec.embedding.nbytes <= small,

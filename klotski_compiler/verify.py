@@ -8,6 +8,7 @@ Each check is a loop over the ops, so that a plan of 60,000 takes a second or tw
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -253,19 +254,21 @@ class Memory:
 
 def race(plan: Plan) -> None:
     """Of any two ops that touch the same memory, one of them writing, FIFO streams and waits order the two."""
-    home = {tensor: slot for tensor, slot in plan.placed}
+    home, found = dict(plan.placed), _by_layer(plan)
     for phase, steps in _phases(plan):
-        touched = [tuple(_touched(plan, home, step)) for step in steps]
+        touched = [_touched(plan, home, found, step) for step in steps]
         execute(steps, min(phase.passes, UNROLLED), Clocks(plan, phase, touched))
 
 
-def _touched(plan: Plan, home: dict[int, int], step: Step) -> tuple[list[int], list[int]]:
+def _touched(
+    plan: Plan, home: dict[int, int], found: dict[tuple[str, int], list[Tensor]], step: Step
+) -> tuple[list[int], list[int]]:
     """The cells that an op reads and writes. A cell is a slot or, numbered after them, what a tensor has outside of any slot:
     the assignment of a pick, a KV cache on disk."""
     op, beyond, tensors = step.op, len(plan.slots), plan.tensors
     if isinstance(op, Bind):
         bound = range(op.first, op.first + op.count)
-        return [], [beyond + t.id for t in _of_layer(plan, "pick", op.layer) if t.index in bound]
+        return [], [beyond + t.id for t in found["pick", op.layer] if t.index in bound]
     reads = [beyond + t for t in op.tensors if tensors[t].kind == "pick"]
     if isinstance(op, Load):
         reads += step.sources or [beyond + t for t in op.tensors if tensors[t].kind == "kv"]
@@ -333,16 +336,16 @@ class Lane:
 
 
 def picks(plan: Plan) -> None:
-    """Picks range over exactly the experts that are not named; each is bound once in a pass, after the routers that its rule
-    reads and before its load."""
+    """Every expert is resident, static or late, picks range over the late ones, and each pick is bound once in a pass, after the
+    routers that its rule reads and before its load."""
+    found = _by_layer(plan)
     for layer, chosen in enumerate(plan.decision.layers):
-        named = {*chosen.resident_experts, *chosen.static}
-        experts = _of_layer(plan, "expert", layer)
-        late = [t for t in experts if t.index not in named]
-        tensors = _of_layer(plan, "pick", layer)
-        if not len(late) == len(tensors) == chosen.picks:
-            raise Fault(f"L{layer} has {chosen.picks} picks and {len(tensors)} pick tensors for {len(late)} late-bound experts")
-        if odd := [t.name for t in late if t.home != tensors[0].home]:
+        experts, tensors = found["expert", layer], found["pick", layer]
+        if sorted((*chosen.resident_experts, *chosen.static, *chosen.late)) != sorted(t.index for t in experts):
+            raise Fault(f"L{layer}: not every expert is exactly one of resident, static and late")
+        if sorted(t.index for t in tensors) != list(range(len(chosen.late))):
+            raise Fault(f"L{layer} has {len(tensors)} picks for {len(chosen.late)} late experts")
+        if odd := [t.name for t in experts if t.index in chosen.late and t.home != tensors[0].home]:
             raise Fault(f"{odd[0]} may be picked, but does not live in {tensors[0].home} as picks do")
     for phase, steps in _computing(plan):
         bound: set[tuple[int, int]] = set()
@@ -371,27 +374,27 @@ def picks(plan: Plan) -> None:
 
 def work(plan: Plan) -> None:
     """Every batch passes every module once and in order, and every expert of a layer once, with the tensors that it needs."""
-    course = [("embed", -1)]
+    course, found = [("embed", -1)], _by_layer(plan)
     for layer in range(len(plan.decision.layers)):
-        routed = bool(_of_layer(plan, "expert", layer))
+        routed = bool(found["expert", layer])
         course += [("attention", layer), *([("router", layer), ("experts", layer)] if routed else [("dense", layer)])]
-    place = {stop: number for number, stop in enumerate(course)}
+    experts = {
+        layer: frozenset(t.id for t in (*found["expert", layer], *found["pick", layer]) if t.kind == "pick" or t.index not in chosen.late)
+        for layer, chosen in enumerate(plan.decision.layers)
+    }
     for phase, steps in _computing(plan):
-        _Pass(plan, phase, course, place).follow(steps)
+        _Pass(plan, phase, course, experts).follow(steps)
 
 
 class _Pass:
     """Where every batch stands in one pass, and which experts of each layer it has met."""
 
-    def __init__(self, plan: Plan, phase: Phase, course: list[tuple[str, int]], place: dict[tuple[str, int], int]) -> None:
-        self.plan, self.phase, self.course, self.place = plan, phase, course, place
+    def __init__(self, plan: Plan, phase: Phase, course: list[tuple[str, int]], experts: dict[int, frozenset[int]]) -> None:
+        self.plan, self.phase, self.course, self.experts = plan, phase, course, experts
+        self.place = {stop: number for number, stop in enumerate(course)}
         self.needs = partial(_needs, plan, {(t.kind, t.layer, t.index): t.id for t in plan.tensors}, _in_place(plan))
         self.stands = [0] * phase.batches  # stops of the course that lie behind
         self.waiting = dict.fromkeys(range(len(plan.decision.layers)), 0)  # batches that the layer's router has sent to experts
-        self.experts = {
-            layer: frozenset(t.id for kind in ("expert", "pick") for t in _of_layer(plan, kind, layer) if not _is_late(plan, t))
-            for layer in self.waiting
-        }
         self.met: dict[tuple[int, int], set[int]] = {}  # (layer, batch or ALL) -> experts computed
         self.ending = ["norm", *["head"] * sum(t.kind == "head" for t in plan.tensors), "sample"]
         self.pages: set[int] = set()
@@ -485,12 +488,6 @@ def _in_place(plan: Plan) -> set[int]:
     return {tensor for tensor, slot in plan.placed if plan.slots[slot].tier == plan.compute_tier}
 
 
-def _is_late(plan: Plan, tensor: Tensor) -> bool:
-    """Whether an expert is computed only under the name of a pick."""
-    chosen = plan.decision.layers[tensor.layer]
-    return tensor.kind == "expert" and tensor.index not in chosen.resident_experts and tensor.index not in chosen.static
-
-
 # ------------------------------------------------------------------------------------------------------------- helpers
 
 
@@ -507,8 +504,12 @@ def _scope(batch: int, phase: Phase) -> Sequence[int]:
     return range(phase.batches) if batch == ALL else (batch,)
 
 
-def _of_layer(plan: Plan, kind: str, layer: int) -> list[Tensor]:
-    return [t for t in plan.tensors if t.kind == kind and t.layer == layer]
+def _by_layer(plan: Plan) -> dict[tuple[str, int], list[Tensor]]:
+    """Tensors by kind and layer; a list for whatever is asked."""
+    found = defaultdict[tuple[str, int], list[Tensor]](list)
+    for tensor in plan.tensors:
+        found[tensor.kind, tensor.layer].append(tensor)
+    return found
 
 
 CHECKS: tuple[tuple[str, Callable[[Plan], None]], ...] = (

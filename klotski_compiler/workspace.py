@@ -17,7 +17,7 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
     parts = {
         "attention": tokens * spec.hidden_size * 8 * width,
         "kv expansion": max(
-            max(decision.batch_size, decision.attention_batch) * context * max(layer.expand_elements, 2 * layer.kv_elements) * width
+            max(decision.decode_batch, decision.attention_batch) * context * max(layer.expand_elements, 2 * layer.kv_elements) * width
             for layer in spec.layers
         ),
         "experts": decision.expert_rows * (spec.hidden_size * 3 + 2 * inner) * width,

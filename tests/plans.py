@@ -95,7 +95,7 @@ def tiny_decision(policy_name: str, spec: ModelSpec, kv: str, num_batches: int =
                 resident=("router",) if layer.num_experts and number % 2 else (),
                 resident_experts=(0,) if layer.num_experts else (),
                 static=tuple(streamed[: len(streamed) - picks]),
-                picks=picks,
+                late=tuple(streamed[len(streamed) - picks :]),
                 kv=kv,
             )
         )
@@ -107,6 +107,7 @@ def tiny_decision(policy_name: str, spec: ModelSpec, kv: str, num_batches: int =
         head_pages=2,
         prefill_groups=1,
         attention_batch=1,
+        decode_batch=batch_size,
         expert_rows=64,
         hot=2 if module_.EXPERTS == "picks" else 0,
         embedding=True,

@@ -100,16 +100,23 @@ class Engine:
         self._run_phase(self.plan.phase("load"), None, 0)
         self.measured.load_s = time.perf_counter() - began
 
-    def run(self, sequences: Sequence[Sequence_], number: int = 0, progress: Callable[[int], None] | None = None) -> None:
+    def run(
+        self,
+        sequences: Sequence[Sequence_],
+        end_tokens: frozenset[int] = frozenset(),
+        number: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
         """Generate for one batch group, in batches in the given order; fills in ``tokens``.
 
-        progress: called after every pass with the tokens generated in it. Raises ExecError.
+        end_tokens: ids that end a sequence. number: of the group, for the trace. progress: called after every pass with the tokens generated in it. Raises ExecError.
         """
         size = self.plan.decision.batch_size
         batches = [list(sequences[i : i + size]) for i in range(0, len(sequences), size)]
-        chunks = Chunks(self.plan.decision.attention_batch, self.plan.decision.expert_rows, self.plan.decision.expert_rows)
+        decision = self.plan.decision
+        chunks = Chunks(decision.attention_batch, decision.decode_batch, decision.expert_rows, decision.expert_rows)
         group = Group(self.skeleton, [[s.prompt for s in batch] for batch in batches], chunks, self._rows)
-        active = ActiveGroup(group, list(sequences), progress)
+        active = ActiveGroup(group, list(sequences), end_tokens, progress)
         began = time.perf_counter()
         self._run_phase(self.plan.phase("prefill"), active, number)
         between = time.perf_counter()
@@ -264,9 +271,11 @@ class Engine:
 class ActiveGroup:
     """A batch group while its phases run."""
 
-    def __init__(self, group: Group, sequences: list[Sequence_], progress: Callable[[int], None] | None) -> None:
-        self.group, self.sequences, self.progress = group, sequences, progress
-        self.end_tokens: frozenset[int] = frozenset()
+    def __init__(
+        self, group: Group, sequences: list[Sequence_], end_tokens: frozenset[int], progress: Callable[[int], None] | None
+    ) -> None:
+        self.group, self.sequences, self.end_tokens, self.progress = group, sequences, end_tokens, progress
+        self.widths = [batch.queries for batch in group.batches]
 
     def take(self, first: int, tokens: list[int]) -> bool:
         """Append the new tokens of sequences ``first`` onwards; True once every sequence of the group has ended."""
@@ -330,13 +339,15 @@ class PhaseRunner:
         batch = self._batch(tensor.index, at)
         if batch is None or self.active is None:
             return
-        own = self.active.group.batches[batch]
-        block = self.engine.kv(tensor.layer, batch, own.size, slot)
+        # A transfer may run before or after the pass's own ``sample``, so the positions follow from the pass, not the batch.
+        width = self.active.widths[batch]
+        past, end = (0, width) if self.phase.name == "prefill" else (width + at, width + at + 1)
+        block = self.engine.kv(tensor.layer, batch, self.active.group.batches[batch].size, slot)
         region = self.engine.region(tensor.layer, batch)
         if store:
-            self.engine.spill().store(region, block, own.past, own.past + own.queries)
-        elif own.past:
-            self.engine.spill().load(region, block, own.past)
+            self.engine.spill().store(region, block, past, end)
+        elif past:
+            self.engine.spill().load(region, block, past)
 
     # ------------------------------------------------------------------------------------------------------- compute
 
@@ -420,6 +431,8 @@ class PhaseRunner:
         routed = op.rule != "predicted"
         whole = routed and op.batch == ALL
         tokens = group.counts(layer, None) if whole else []
+        if whole:
+            self._before = tokens
         match op.rule:
             case "rank":
                 order = binding.rank(candidates, tokens)
@@ -428,7 +441,7 @@ class PhaseRunner:
                 order = binding.arrival(candidates, group.requests(layer, present))
             case _:
                 table = self.engine.plan.predictor[layer - 1] if layer and self.engine.plan.predictor else ()
-                order = binding.predicted(candidates, group.last_counts(layer - 1) if table else (), table)
+                order = binding.predicted(candidates, self._before if table else (), table)
         for pick, expert in zip(range(op.first, op.first + op.count), order, strict=False):
             done[pick] = (expert, not whole or tokens[expert] > 0)
 

@@ -9,6 +9,7 @@ so a token costs 3 x hidden x compute bytes, and no op needs a third buffer of t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -217,6 +218,12 @@ class Group:
         """Rows of the current pass, padding included."""
         return sum(batch.ids.numel() for batch in self.batches)
 
+    def part(self, batches: slice) -> Group:
+        """A view of some batches as a group of their own: a sub-group of prefill. Batches are shared, routing is not."""
+        own = copy(self)
+        own.batches, own._assignments = self.batches[batches], {}
+        return own
+
     def begin(self, wide: torch.Tensor, x: torch.Tensor) -> None:
         """Start a pass in ``wide`` (wide type) and ``x`` (compute dtype), each of at least [tokens, hidden]."""
         first = 0
@@ -284,6 +291,17 @@ class Group:
     def counts(self, layer: int, batch: int | None) -> list[int]:
         """Tokens routed to each expert, in one batch or (None) in the whole group; their routers have run."""
         return self._assignment(layer, batch).counts
+
+    @torch.inference_mode()
+    def requests(self, layer: int, batches: int) -> list[int]:
+        """Experts that the first ``batches`` batches ask for, in the order of the first token that does."""
+        order: dict[int, None] = {}
+        for batch in range(batches):
+            assignment = self._assignment(layer, batch)
+            spans = zip(assignment.starts, assignment.starts[1:], strict=False)
+            asked = [(int(assignment.rows[a]), expert) for expert, (a, b) in enumerate(spans) if b > a]
+            order.update(dict.fromkeys(expert for _, expert in sorted(asked)))
+        return list(order)
 
     @torch.inference_mode()
     def experts(self, layer: int, experts: Sequence[tuple[int, Parts]], batch: int | None) -> None:

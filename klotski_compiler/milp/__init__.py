@@ -1,0 +1,1 @@
+"""The residency problem as a mixed-integer linear program: ``problem`` (numbers), ``formulation`` (inequalities), ``solve``."""

@@ -1,0 +1,390 @@
+"""Residency as inequalities. This docstring is the paper page; a family of constraints is the method of the same name.
+
+Sets         g layer groups (of N_g equal layers), c expert classes of a group in compute order (of m_c experts per layer),
+             p phases (prefill, decode), k modules (attention, router, shared, dense), t tiers.
+Parameters   of one layer and pass: A attention, R router or dense MLP, C_c one expert's compute, L one expert's link time,
+             l_c its expected link time after the router, M_k a module's link time, V and W link time of spilled KV in and out;
+             b = lead (expert slots), u = unit (experts per load), s slot bytes.
+Variables    resident[g.c], static[g.c], late[g.c]: experts that never move, are streamed by name, are bound after the router;
+             disk[g.c]: of the static ones, those that live on disk although the machine has host memory between;
+             resident[g.k], resident[head], resident[embedding]: modules; kv[g]: layers whose KV stays in the compute tier;
+             spilling: whether any does not. All are integer, and totals over the layers of g.
+             prefetched_us[g.p]: link time already done when a layer begins; period_us[g.p], period_us[end.p]: T.
+Objective    sum_p passes_p (sum_g N_g T[g.p] + T[end.p]) + time to load what is resident, once.
+
+Expert loads do not change compute times, so all of this is linear. Written per layer below; a row is N_g times that. Every row holds
+for every schedule of policy ``joint``, or is exact where a class is wholly streamed: within a class the first (last) load
+or compute counts as the share x_c / m_c of one transfer unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from klotski_compiler.milp.problem import HEAD_SLOTS, Group, LayerWork, Problem
+
+MIB = 1 << 20
+Terms = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """lower <= name <= upper."""
+
+    name: str
+    lower: float
+    upper: float
+    integer: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """lower <= sum of coefficient x variable <= upper. The family is the name up to its bracket."""
+
+    name: str
+    terms: Terms
+    lower: float
+    upper: float
+
+
+@dataclass(slots=True)
+class Model:
+    """A mixed-integer linear program as plain data: what is inspected, and what any solver is given. Minimised."""
+
+    variables: dict[str, Variable] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    objective: Terms = field(default_factory=dict)
+
+    def statistics(self) -> dict[str, int]:
+        """Variables, integers, rows and nonzeros, then rows by family."""
+        out = {
+            "variables": len(self.variables),
+            "integers": sum(v.integer for v in self.variables.values()),
+            "rows": len(self.rows),
+            "nonzeros": sum(len(row.terms) for row in self.rows),
+        }
+        for row in self.rows:
+            family = row.name.split("[")[0]
+            out[family] = out.get(family, 0) + 1
+        return out
+
+
+def plus(*parts: Mapping[str, float]) -> Terms:
+    """The sum of linear expressions; "" names the constant."""
+    out: Terms = {}
+    for part in parts:
+        for name, value in part.items():
+            out[name] = out.get(name, 0.0) + value
+    return out
+
+
+def times(factor: float, terms: Mapping[str, float]) -> Terms:
+    """A multiple of a linear expression."""
+    return {name: factor * value for name, value in terms.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A class of streamed experts in compute order, as totals over the group. first: the share of the loads (computes) that the
+    class's first (last) transfer unit is."""
+
+    name: str
+    load: Terms
+    compute: Terms
+    first: float
+    late: bool
+
+
+class Formulation:
+    """Builds the model of one problem. ``elastic``: capacities may be exceeded, and the excess is what is minimised."""
+
+    def __init__(self, problem: Problem, elastic: bool = False) -> None:
+        self.problem, self.elastic, self.model = problem, elastic, Model()
+
+    def add_all(self) -> Model:
+        """The table of contents."""
+        self.variables()
+        self.assign()
+        self.spill()
+        for tier in filter(None, (self.problem.compute_tier, self.problem.home_tier)):
+            self.capacity(tier)
+        if self.elastic:
+            return self.model
+        for group, phase, work in self.periods():
+            self.prefetch(group, phase)
+            self.processor(group, phase, work)
+            self.link(group, phase, work)
+            self.disk_link(group, phase)
+            self.store_link(group, phase, work)
+            self.weights_first(group, phase, work)
+            self.deadlines(group, phase, work)
+            self.late_deadlines(group, phase, work)
+            self.kv_deadline(group, phase, work)
+            self.slot_order(group, phase, work)
+            self.slot_time(group, phase, work)
+        for phase in self.problem.passes:
+            self.end_of_pass(phase)
+        self.objective()
+        return self.model
+
+    # ---------------------------------------------------------------------------------------------- variables
+
+    def variables(self) -> None:
+        """Counts over a group, in 0 .. N_g or 0 .. N_g m_c; a class that the router's word does not help is never late."""
+        problem = self.problem
+        for g in problem.groups:
+            for kind in g.modules:
+                self._count(f"resident[{g.name}.{kind}]", g.count)
+            self._count(f"kv[{g.name}]", g.count, at_least=0 if problem.may_spill else g.count)
+            for c, size in enumerate(g.sizes):
+                whole = size * g.count
+                self._count(f"resident[{g.name}.c{c}]", whole)
+                self._count(f"static[{g.name}.c{c}]", whole)
+                self._count(f"late[{g.name}.c{c}]", whole if g.late[c] else 0)
+                if self.homes_on_disk:
+                    self._count(f"disk[{g.name}.c{c}]", whole)
+            for phase in () if self.elastic else problem.passes:
+                self._time(f"prefetched_us[{g.name}.{phase}]")
+                self._time(f"period_us[{g.name}.{phase}]")
+        self._count("resident[head]", 1, at_least=0 if problem.head_pages else 1)
+        self._count("resident[embedding]", 1)
+        self._count("spilling", 1)
+        for phase in () if self.elastic else problem.passes:
+            self._time(f"period_us[end.{phase}]")
+
+    @property
+    def homes_on_disk(self) -> bool:
+        """Whether the tier that feeds the compute tier may be too small for the weights (else: no such variables)."""
+        problem = self.problem
+        if not problem.home_tier:
+            return False
+        weights = problem.head.slot_bytes + sum(
+            g.count * (sum(m.slot_bytes for m in g.modules.values()) + sum(g.sizes) * g.expert.slot_bytes + g.kv_slot_bytes)
+            for g in problem.groups
+        )
+        return weights > problem.capacity[problem.home_tier]
+
+    def periods(self) -> Iterator[tuple[Group, str, LayerWork]]:
+        """Every group in every phase."""
+        for g in self.problem.groups:
+            for phase, work in g.work.items():
+                yield g, phase, work
+
+    # ----------------------------------------------------------------------------------------------- expressions
+
+    def modules_us(self, g: Group, *kinds: str) -> Terms:
+        """sum_k M_k (N_g - resident[g.k]): link time of the streamed modules (all, or those named)."""
+        return plus(
+            *(
+                {"": g.count * item.load_us, f"resident[{g.name}.{kind}]": -item.load_us}
+                for kind, item in g.modules.items()
+                if not kinds or kind in kinds
+            )
+        )
+
+    def steps(self, g: Group, work: LayerWork) -> list[Step]:
+        """Streamed experts in compute order: static, then late, each in class order (Johnson's, see ``solve.johnson``)."""
+        out = []
+        for late in (False, True):
+            for c, (size, cost) in enumerate(zip(g.sizes, work.classes, strict=True)):
+                if late and not g.late[c]:
+                    continue
+                name = f"{'late' if late else 'static'}[{g.name}.c{c}]"
+                load = {name: cost.late_us if late else g.expert.load_us}
+                out.append(Step(name, load, {name: cost.compute_us}, min(1.0, self.problem.unit / size), late))
+        return out
+
+    def residents_us(self, g: Group, work: LayerWork) -> Terms:
+        """sum_c C_c resident[g.c]."""
+        return {f"resident[{g.name}.c{c}]": cost.compute_us for c, cost in enumerate(work.classes)}
+
+    def kv_us(self, g: Group, us: float) -> Terms:
+        """us (N_g - kv[g])."""
+        return {"": g.count * us, f"kv[{g.name}]": -us}
+
+    # --------------------------------------------------------------------------------------------------- families
+
+    def assign(self) -> None:
+        """resident + static + late = m_c N_g;  disk <= static: what the router names late is read from the nearer tier."""
+        for g in self.problem.groups:
+            for c, size in enumerate(g.sizes):
+                where = f"{g.name}.c{c}"
+                whole = float(size * g.count)
+                self._row(f"assign[{where}]", {f"{v}[{where}]": 1.0 for v in ("resident", "static", "late")}, whole, whole)
+                if self.homes_on_disk:
+                    self._row(f"disk_is_static[{where}]", {f"static[{where}]": 1.0, f"disk[{where}]": -1.0}, 0.0)
+
+    def spill(self) -> None:
+        """N_g - kv[g] <= N_g spilling."""
+        for g in self.problem.groups:
+            self._row(f"spill[{g.name}]", {f"kv[{g.name}]": 1.0, "spilling": float(g.count)}, g.count)
+
+    def capacity(self, tier: str) -> None:
+        """sum of slot bytes in the tier <= its capacity: residents, KV and its spill slots; in the home tier the rest."""
+        problem = self.problem
+        here = tier == problem.compute_tier
+        sign = 1.0 if here else -1.0  # the home tier holds what is not resident
+        used: Terms = {"": float(problem.norm_bytes) if here else 0.0}
+        fixed = 0.0
+        for g in problem.groups:
+            used = plus(used, {f"resident[{g.name}.{k}]": sign * m.slot_bytes for k, m in g.modules.items()})
+            used = plus(used, {f"resident[{g.name}.c{c}]": sign * g.expert.slot_bytes for c in range(len(g.sizes))})
+            used = plus(used, {f"kv[{g.name}]": sign * g.kv_slot_bytes})
+            fixed += g.count * (sum(m.slot_bytes for m in g.modules.values()) + sum(g.sizes) * g.expert.slot_bytes)
+            fixed += g.count * g.kv_slot_bytes
+            if not here and self.homes_on_disk:
+                used = plus(used, {f"disk[{g.name}.c{c}]": -g.expert.slot_bytes for c in range(len(g.sizes))})
+        used = plus(used, {"resident[head]": sign * problem.head.slot_bytes})
+        if here:
+            used = plus(used, {"resident[embedding]": problem.embedding.slot_bytes, "spilling": problem.spill_bytes})
+        else:
+            used[""] += fixed + problem.head.slot_bytes
+        if self.elastic:
+            self._time(f"excess[{tier}]")
+            self.model.objective[f"excess[{tier}]"] = 1.0
+            used[f"excess[{tier}]"] = -float(MIB)
+        scaled = times(1.0 / MIB, used)
+        self._row(f"capacity[{tier}]", scaled, -float("inf"), problem.capacity[tier] / MIB)
+
+    def prefetch(self, g: Group, phase: str) -> None:
+        """prefetched <= streamed modules + static loads;  prefetched <= streamed modules + b L: what the slots hold."""
+        credit = times(-1.0, self._prefetched(g, phase))
+        statics = {f"static[{g.name}.c{c}]": g.expert.load_us for c in range(len(g.sizes))}
+        self._row(f"prefetch_named[{g.name}.{phase}]", plus(self.modules_us(g), statics, credit), 0.0)
+        slots = {"": g.count * self.problem.lead * g.expert.load_us}
+        self._row(f"prefetch_slots[{g.name}.{phase}]", plus(self.modules_us(g), slots, credit), 0.0)
+
+    def processor(self, g: Group, phase: str, work: LayerWork) -> None:
+        """T >= A + R + sum_c C_c m_c: all of the layer's compute, wherever its experts live."""
+        experts = sum(size * cost.compute_us for size, cost in zip(g.sizes, work.classes, strict=True))
+        self._period("processor", g, phase, {"": g.count * (work.batches_us + experts)})
+
+    def link(self, g: Group, phase: str, work: LayerWork) -> None:
+        """T >= streamed modules + static loads + late loads + spilled KV: a layer prefetches for the next what it was spared."""
+        loads = [step.load for step in self.steps(g, work)]
+        self._period("link", g, phase, plus(self.modules_us(g), *loads, self.kv_us(g, work.kv_load_us)))
+
+    def disk_link(self, g: Group, phase: str) -> None:
+        """T >= disk loads of the experts that live there."""
+        if self.homes_on_disk:
+            self._period("disk_link", g, phase, {f"disk[{g.name}.c{c}]": g.expert.disk_us for c in range(len(g.sizes))})
+
+    def store_link(self, g: Group, phase: str, work: LayerWork) -> None:
+        """T >= spilled KV on its way back."""
+        if work.kv_store_us:
+            self._period("store_link", g, phase, self.kv_us(g, work.kv_store_us))
+
+    def weights_first(self, g: Group, phase: str, work: LayerWork) -> None:
+        """T >= M_attention - prefetched + all compute;  T >= M - prefetched + R + experts: modules before what needs them."""
+        experts = sum(size * cost.compute_us for size, cost in zip(g.sizes, work.classes, strict=True))
+        credit = times(-1.0, self._prefetched(g, phase))
+        whole = {"": g.count * (work.batches_us + experts)}
+        self._period("weights_first.attention", g, phase, plus(self.modules_us(g, "attention"), whole, credit))
+        rest = {"": g.count * (work.router_us + experts)}
+        self._period("weights_first.router", g, phase, plus(self.modules_us(g), rest, credit))
+
+    def deadlines(self, g: Group, phase: str, work: LayerWork) -> None:
+        """T >= M + loads up to i - prefetched + computes from i on, for every class i and both ends of it.
+
+        The paths of a two-machine flow shop, with the link's head start: a soft deadline for every expert.
+        """
+        start = plus(self.modules_us(g), times(-1.0, self._prefetched(g, phase)))
+        for name, path in _paths(self.steps(g, work)):
+            self._period(f"deadlines.{name}", g, phase, plus(start, path))
+
+    def late_deadlines(self, g: Group, phase: str, work: LayerWork) -> None:
+        """T >= A + R + late loads up to i + computes from i on, for every late class i: the router speaks first."""
+        start = {"": g.count * work.batches_us}
+        for name, path in _paths([step for step in self.steps(g, work) if step.late]):
+            self._period(f"late_deadlines.{name}", g, phase, plus(start, path))
+
+    def kv_deadline(self, g: Group, phase: str, work: LayerWork) -> None:
+        """T >= V (1 - what the spill slots hold) + R + experts: the last batch's KV arrives before its attention."""
+        if ahead := work.kv_load_us * (1.0 - work.kv_ahead):
+            experts = sum(size * cost.compute_us for size, cost in zip(g.sizes, work.classes, strict=True))
+            after = {"": g.count * (work.router_us + experts)}
+            self._period("kv_deadline", g, phase, plus(self.kv_us(g, ahead), after))
+
+    def slot_order(self, g: Group, phase: str, work: LayerWork) -> None:
+        """T >= A + R + residents + computes up to i + loads from i on - b L + prefetched - M, for every class i.
+
+        Until class i is computed at most b further experts fit; what is left, and what the next layer wants to find, comes after.
+        """
+        steps = self.steps(g, work)
+        held = {"": g.count * (work.batches_us - self.problem.lead * g.expert.load_us)}
+        start = plus(held, self.residents_us(g, work), self._prefetched(g, phase), times(-1.0, self.modules_us(g)))
+        for i in range(len(steps)):
+            path = plus(*(s.compute for s in steps[:i]), *(s.load for s in steps[i:]))
+            self._period(f"slot_order.{steps[i].name}", g, phase, plus(start, path))
+
+    def slot_time(self, g: Group, phase: str, work: LayerWork) -> None:
+        """b T >= u sum over streamed experts of (load + compute): each holds its slot while its unit loads and computes."""
+        if steps := self.steps(g, work):
+            held = plus(*(s.load for s in steps), *(s.compute for s in steps))
+            self._period("slot_time", g, phase, times(self.problem.unit / self.problem.lead, held))
+
+    def end_of_pass(self, phase: str) -> None:
+        """T[end] >= embedding + norm + head;  T[end] >= head's loads;  T[end] >= its loads but 2 pages + its last page."""
+        end, head, pages = self.problem.end[phase], self.problem.head, max(1, self.problem.head_pages)
+        gathered = {"": end.compute_us + end.gather_us, "resident[embedding]": -end.gather_us}
+        self._row(f"end_of_pass.processor[{phase}]", *_at_least({f"period_us[end.{phase}]": 1.0}, gathered))
+        load = {"": head.load_us, "resident[head]": -head.load_us}
+        self._row(f"end_of_pass.link[{phase}]", *_at_least({f"period_us[end.{phase}]": 1.0}, load))
+        rest = plus(times(max(0.0, 1 - HEAD_SLOTS / pages), load), {"": end.page_us})
+        self._row(f"end_of_pass.head[{phase}]", *_at_least({f"period_us[end.{phase}]": 1.0}, rest))
+
+    def objective(self) -> None:
+        """Whole workload, then the time to load what is resident (read from disk once, also if it passes through the host)."""
+        problem, out = self.problem, self.model.objective
+        for phase, passes in problem.passes.items():
+            out[f"period_us[end.{phase}]"] = float(passes)
+            for g in problem.groups:
+                out[f"period_us[{g.name}.{phase}]"] = float(passes * g.count)
+        out.update(self.load_terms())
+
+    def load_terms(self) -> Terms:
+        """Time to load what is resident, beyond what is loaded in any case; less what stays on disk."""
+        problem = self.problem
+        terms: Terms = {"resident[head]": problem.head.load_us, "resident[embedding]": problem.embedding.load_us}
+        for g in problem.groups:
+            terms |= {f"resident[{g.name}.{kind}]": item.load_us for kind, item in g.modules.items()}
+            terms |= {f"resident[{g.name}.c{c}]": g.expert.load_us for c in range(len(g.sizes))}
+            if self.homes_on_disk:
+                terms |= {f"disk[{g.name}.c{c}]": -g.expert.disk_us for c in range(len(g.sizes))}
+        return terms
+
+    # ---------------------------------------------------------------------------------------------------- helpers
+
+    def _prefetched(self, g: Group, phase: str) -> Terms:
+        return {f"prefetched_us[{g.name}.{phase}]": float(g.count)}
+
+    def _count(self, name: str, most: int, at_least: int = 0) -> None:
+        self.model.variables[name] = Variable(name, at_least, most, True)
+
+    def _time(self, name: str) -> None:
+        self.model.variables[name] = Variable(name, 0.0, float("inf"), False)
+
+    def _period(self, family: str, g: Group, phase: str, least: Terms) -> None:
+        """N_g T >= least."""
+        terms, lower = _at_least({f"period_us[{g.name}.{phase}]": float(g.count)}, least)
+        self._row(f"{family}[{g.name}.{phase}]" if "[" not in family else f"{family}.{phase}", terms, lower)
+
+    def _row(self, name: str, terms: Terms, lower: float, upper: float = float("inf")) -> None:
+        constant = terms.get("", 0.0)
+        kept = {variable: value for variable, value in terms.items() if variable and value}
+        self.model.rows.append(Row(name, kept, lower - constant, upper - constant))
+
+
+def _at_least(left: Terms, right: Terms) -> tuple[Terms, float]:
+    """left >= right, as terms and a lower limit."""
+    return plus(left, times(-1.0, right)), 0.0
+
+
+def _paths(steps: list[Step]) -> Iterator[tuple[str, Terms]]:
+    """For every class: loads before it, then (its first load and all its computes) or (all its loads and its last compute),
+    then the computes after it."""
+    for i, step in enumerate(steps):
+        around = plus(*(s.load for s in steps[:i]), *(s.compute for s in steps[i + 1 :]))
+        yield f"first.{step.name}", plus(around, times(step.first, step.load), step.compute)
+        yield f"last.{step.name}", plus(around, step.load, times(step.first, step.compute))

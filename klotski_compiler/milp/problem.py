@@ -1,0 +1,239 @@
+"""The numbers of one residency problem: layer groups, expert classes, their work and their bytes. No variables, no solver.
+
+Layers with equal modules and equal (sorted) popularity form a group; experts of similar popularity within a layer form a class.
+What is interchangeable is counted, not named: symmetry would keep any solver busy for ever (``facts``: design 7.3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+from klotski_compiler.cost import ALWAYS, Cost, Shape
+from klotski_compiler.model import Layer, Module
+from klotski_compiler.pipeline import shapes
+from klotski_compiler.plan import ALL, PAGE_BYTES, Decision, Workload, align_up
+from klotski_compiler.tensors import MODULES, kv_bytes
+
+EXACT_EXPERTS = 16  # up to so many experts, a class holds equally popular ones only
+MAX_CLASSES = 8
+SPILL_SLOTS = 3  # KV blocks in flight once any layer spills: read ahead, in use, written back
+HEAD_SLOTS = 2  # pages of a streamed head
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A weight that is resident or streamed. slot_bytes: room it takes. load_us: its time on the link into the compute tier.
+    disk_us: its time on ``disk>host``."""
+
+    slot_bytes: int
+    load_us: float
+    disk_us: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClassWork:
+    """One expert of a class in one pass: its compute, and its link time where it is bound after the router (expected)."""
+
+    compute_us: float
+    late_us: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWork:
+    """One layer in one pass: all batches through attention, then through router (or dense MLP); classes; spilled KV."""
+
+    attention_us: float
+    router_us: float
+    classes: tuple[ClassWork, ...]
+    kv_load_us: float
+    kv_store_us: float
+    kv_ahead: float
+
+    @property
+    def batches_us(self) -> float:
+        """What precedes the experts."""
+        return self.attention_us + self.router_us
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Identical layers. sizes: experts per class and layer. late: whether a class may be bound after the router.
+    kv_slot_bytes: the KV of one layer, all batches."""
+
+    name: str
+    layers: tuple[int, ...]
+    sizes: tuple[int, ...]
+    late: tuple[bool, ...]
+    modules: dict[str, Item]
+    expert: Item
+    kv_slot_bytes: int
+    work: dict[str, LayerWork]
+
+    @property
+    def count(self) -> int:
+        """Layers in the group."""
+        return len(self.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class EndWork:
+    """What a pass does outside the layers. gather_us: what a streamed embedding adds to it. page_us: one page of the head."""
+
+    compute_us: float
+    gather_us: float
+    page_us: float
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """All numbers of one residency problem. passes: how often each phase's pass runs in the whole workload.
+
+    head: all its pages, head_pages of them (0: it must be resident). may_spill: the machine can write KV back. home_tier: where
+    the rest of the weights lives, if that is a memory with a capacity (host, on a machine with a GPU).
+    """
+
+    groups: tuple[Group, ...]
+    passes: dict[str, int]
+    end: dict[str, EndWork]
+    head: Item
+    head_pages: int
+    embedding: Item
+    norm_bytes: int
+    spill_bytes: int
+    may_spill: bool
+    compute_tier: str
+    home_tier: str
+    links: tuple[str, str]
+    capacity: dict[str, int]
+    lead: int
+    unit: int
+
+
+def build(cost: Cost, workload: Workload, decision: Decision, capacity: dict[str, int]) -> Problem:
+    """Price everything that the formulation needs. ``decision``: see ``solve.residency``."""
+    on_gpu = cost.hardware.compute_tier == "gpu"
+    into, back = ("host>gpu", "gpu>host") if on_gpu else ("disk>host", "host>disk")
+    phases = [shape for shape in shapes(decision, workload) if shape.passes]
+    whole_groups = -(-workload.num_sequences // decision.sequences)
+    pages = decision.head_pages
+
+    def item(module: Module, share: int = 1, loads: float = 1.0) -> Item:
+        slot = align_up(module.nbytes // share + 2 * PAGE_BYTES * module.segments) * share
+        times = [
+            module.nbytes * 1e6 / cost.hardware.links[link].bandwidth_bytes_per_s + loads * cost.hardware.links[link].latency_us
+            if link in cost.hardware.links
+            else 0.0
+            for link in (into, "disk>host")
+        ]
+        return Item(slot, *times)
+
+    positions = workload.prompt_len + workload.gen_len
+    kv = [align_up(kv_bytes(cost.spec, n, decision.batch_size, positions, cost.dtype)) for n in range(len(cost.spec.layers))]
+    groups = []
+    for number, members in enumerate(_identical(cost)):
+        layer = cost.spec.layers[members[0]]
+        classes = _classes(cost, members[0])
+        decode_tokens = decision.sequences
+        touched = cost.experts(members[0], decode_tokens)
+        groups.append(
+            Group(
+                name=f"g{number}",
+                layers=members,
+                sizes=tuple(len(c) for c in classes),
+                late=tuple(min(touched[e][1] for e in c) <= ALWAYS for c in classes),
+                modules={kind: item(m) for kind in MODULES if (m := getattr(layer, kind))},
+                expert=item(layer.expert, loads=1 / decision.unit) if layer.expert else Item(0, 0.0, 0.0),
+                kv_slot_bytes=decision.num_batches * kv[members[0]],
+                work={s.name: _work(cost, members[0], classes, s, decision.unit, (into, back)) for s in phases},
+            )
+        )
+    return Problem(
+        groups=tuple(groups),
+        passes={shape.name: whole_groups * shape.passes for shape in phases},
+        end={shape.name: _end(cost, shape, max(1, pages)) for shape in phases},
+        head=item(cost.spec.head, share=max(1, pages), loads=max(1, pages)),
+        head_pages=pages,
+        embedding=item(cost.spec.embedding),
+        norm_bytes=item(cost.spec.norm).slot_bytes,
+        spill_bytes=SPILL_SLOTS * max(kv),
+        may_spill=back in cost.hardware.links,
+        compute_tier=cost.hardware.compute_tier,
+        home_tier="host" if on_gpu else "",
+        links=(into, back),
+        capacity=capacity,
+        lead=decision.lead,
+        unit=decision.unit,
+    )
+
+
+def _identical(cost: Cost) -> list[tuple[int, ...]]:
+    """Layer numbers by what the problem can tell apart, in order of first appearance."""
+    found: dict[tuple[Layer, tuple[float, ...]], list[int]] = {}
+    for number, (layer, shares) in enumerate(zip(cost.spec.layers, cost.routing.popularity, strict=True)):
+        found.setdefault((layer, tuple(sorted(shares))), []).append(number)
+    return [tuple(members) for members in found.values()]
+
+
+def _classes(cost: Cost, layer: int) -> list[list[int]]:
+    """Experts in classes, most popular first: equally popular ones, or bands of equal popularity mass where those are many."""
+    popular, shares = cost.popular(layer), cost.routing.popularity[layer]
+    equal = [list(members) for _, members in groupby(popular, key=lambda e: shares[e])]
+    if len(popular) <= EXACT_EXPERTS or len(equal) <= MAX_CLASSES:
+        return equal
+    total, mass = sum(shares), 0.0
+    bands: dict[int, list[int]] = {}
+    for expert in popular:
+        bands.setdefault(min(MAX_CLASSES - 1, int(MAX_CLASSES * mass / total)), []).append(expert)
+        mass += shares[expert]
+    return list(bands.values())
+
+
+def class_members(cost: Cost, layer: int, sizes: tuple[int, ...]) -> list[list[int]]:
+    """The experts of each class in a layer of the group, most popular first."""
+    popular, first, out = cost.popular(layer), 0, []
+    for size in sizes:
+        out.append(popular[first : first + size])
+        first += size
+    return out
+
+
+def middle(shape: Shape) -> float:
+    """The context at which a phase is priced."""
+    return (shape.first_context + shape.last_context) / 2
+
+
+def _work(
+    cost: Cost, number: int, classes: list[list[int]], shape: Shape, unit: int, links: tuple[str, str]
+) -> LayerWork:
+    layer, processor = cost.spec.layers[number], cost.processor
+    tokens, batch_tokens = shape.scope_tokens(ALL), shape.scope_tokens(0)
+    if layer.expert:
+        router = shape.batches * cost.router_us(layer, batch_tokens) + processor.op_us  # and one bind
+    else:
+        dense = cost.module_us(layer.dense, batch_tokens) if layer.dense else 0.0
+        router = shape.batches * (processor.op_us + dense)
+    work = []
+    for members in classes:
+        compute = sum(cost.expert_us(number, e, tokens) for e in members) / len(members) + processor.op_us / unit
+        touched = sum(cost.experts(number, tokens)[e][1] for e in members) / len(members)
+        link = cost.hardware.links[links[0]]
+        assert layer.expert is not None
+        late = touched * layer.expert.nbytes * 1e6 / link.bandwidth_bytes_per_s + link.latency_us / unit
+        work.append(ClassWork(compute, late))
+    position = shape.batch_size * layer.kv_elements * cost.compute_bytes
+    load = store = 0.0
+    if links[1] in cost.hardware.links:
+        # Prefill has nothing to read back: it makes the cache.
+        load = shape.batches * cost.transfer_us(links[0], position * middle(shape)) if shape.name == "decode" else 0.0
+        store = shape.batches * cost.transfer_us(links[1], position * shape.tokens)
+    attention = shape.batches * cost.attention_us(layer, shape, middle(shape))
+    return LayerWork(attention, router, tuple(work), load, store, min(1.0, SPILL_SLOTS / shape.batches))
+
+
+def _end(cost: Cost, shape: Shape, pages: int) -> EndWork:
+    op_us, tokens = cost.processor.op_us, shape.scope_tokens(0)
+    head = cost.module_us(cost.spec.head, shape.sequences)
+    embed = shape.batches * cost.embed_us(tokens, True)
+    gather = shape.batches * cost.embed_us(tokens, False) - embed
+    return EndWork((shape.batches + 2 + pages) * op_us + embed + head, gather, op_us + head / pages)

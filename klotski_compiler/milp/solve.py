@@ -1,0 +1,249 @@
+"""Solves the residency problem and turns counts into layer decisions.
+
+The solver is SCIP through MathOpt: one thread, a fixed seed, stopped by gap or nodes, so that equal inputs give equal plans. The
+wall clock is a safety net; whether it struck is in the result.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ortools.math_opt.python import mathopt
+
+from klotski_compiler.cost import Cost
+from klotski_compiler.errors import Infeasible, KlotskiError
+from klotski_compiler.milp.formulation import MIB, Formulation, Model
+from klotski_compiler.milp.problem import Group, Problem, build, class_members
+from klotski_compiler.pipeline import shapes
+from klotski_compiler.plan import ALL, Decision, LayerDecision, Workload
+
+RELATIVE_GAP = 1e-4
+NODE_LIMIT = 2000
+SAFETY_SECONDS = 20.0
+SEED = 1
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The best residency found. Times in microseconds.
+
+    objective_us: whole workload without ``load_us``, the time to load what is resident (beyond what is loaded in any case).
+    bound_us: the solver's lower bound on objective_us + load_us. binding: microseconds saved per further byte of each tier, from
+    the duals of the linear relaxation. period_us: per layer group and phase. statistics: size of the model.
+    """
+
+    status: str
+    objective_us: float
+    load_us: float
+    bound_us: float
+    wall_s: float
+    truncated: bool
+    layers: tuple[LayerDecision, ...]
+    embedding: bool
+    head_resident: bool
+    binding: dict[str, float]
+    period_us: dict[str, float] = field(default_factory=dict)
+    statistics: dict[str, int] = field(default_factory=dict)
+
+    def decide(self, base: Decision) -> Decision:
+        """``base`` with this residency."""
+        return base.model_copy(
+            update={
+                "layers": self.layers,
+                "embedding": self.embedding,
+                "head_pages": 0 if self.head_resident else base.head_pages,
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What a solver said. values by variable name; duals by row name (linear relaxations only)."""
+
+    status: str
+    objective: float
+    bound: float
+    values: dict[str, float]
+    duals: dict[str, float]
+    truncated: bool
+
+
+def residency(cost: Cost, workload: Workload, decision: Decision, capacity: dict[str, int]) -> Solved:
+    """The best residency for policy ``joint`` under the sizes of ``decision``.
+
+    decision: no residents; ``head_pages`` is what the head is streamed in if it is not resident (0: it must be). capacity:
+    bytes of the compute tier, and on a machine with a GPU of ``host``, for resident weights and KV: without streaming and staging
+    slots, states and workspace. Raises Infeasible with the bytes that are short even if everything is streamed and KV spilled.
+    """
+    began = time.perf_counter()
+    problem = build(cost, workload, decision, capacity)
+    formulation = Formulation(problem)
+    model = formulation.add_all()
+    relaxed = _run(model, mathopt.SolverType.GLOP, relax=True)
+    if relaxed.status == "infeasible":
+        raise _shortfall(problem)
+    answer = _run(model, mathopt.SolverType.GSCIP)
+    if answer.status == "infeasible":
+        raise _shortfall(problem)
+    values = answer.values
+    load = sum(factor * values[name] for name, factor in formulation.load_terms().items())
+    return Solved(
+        status=answer.status,
+        objective_us=answer.objective - load,
+        load_us=load,
+        bound_us=answer.bound,
+        wall_s=time.perf_counter() - began,
+        truncated=answer.truncated,
+        layers=_layers(cost, problem, decision, workload, {name: round(v) for name, v in values.items()}),
+        embedding=round(values["resident[embedding]"]) == 1,
+        head_resident=round(values["resident[head]"]) == 1,
+        binding={tier: max(0.0, -relaxed.duals[f"capacity[{tier}]"]) / MIB for tier in capacity if f"capacity[{tier}]" in relaxed.duals},
+        period_us={name: value for name, value in values.items() if name.startswith("period_us")},
+        statistics=model.statistics(),
+    )
+
+
+def _shortfall(problem: Problem) -> Infeasible:
+    """Which capacities are short, by how much: the least excess with which the model has a solution."""
+    answer = _run(Formulation(problem, elastic=True).add_all(), mathopt.SolverType.GSCIP)
+    excess = {tier: math.ceil(answer.values.get(f"excess[{tier}]", 0.0) * MIB - 1e-3) for tier in problem.capacity}
+    mend = "give the tier more memory, or choose a smaller batch size, fewer batches or shorter prompts"
+    return Infeasible({tier: nbytes for tier, nbytes in excess.items() if nbytes > 0}, mend)
+
+
+# ------------------------------------------------------------------------------------------------------------ the solver
+
+
+def _run(model: Model, solver: mathopt.SolverType, relax: bool = False) -> _Answer:
+    """Give the model to a solver. Raises KlotskiError with the solver's own words where it fails."""
+    built = mathopt.Model(name="residency")
+    variables = {
+        v.name: built.add_variable(lb=v.lower, ub=v.upper, is_integer=v.integer and not relax, name=v.name)
+        for v in model.variables.values()
+    }
+    rows = {}
+    for row in model.rows:
+        rows[row.name] = constraint = built.add_linear_constraint(lb=row.lower, ub=row.upper, name=row.name)
+        for name, value in row.terms.items():
+            constraint.set_coefficient(variables[name], value)
+    built.objective.is_maximize = False
+    for name, value in model.objective.items():
+        built.objective.set_linear_coefficient(variables[name], value)
+    try:
+        result = mathopt.solve(built, solver, params=_parameters(relax))
+    except (AttributeError, RuntimeError, ValueError) as fault:
+        # This version raises AttributeError while it reports an error; the error's own text is its context.
+        raise KlotskiError(f"the solver failed: {fault.__context__ or fault}") from fault
+    reason, limit = result.termination.reason, result.termination.limit
+    if not result.has_primal_feasible_solution():
+        if reason in (mathopt.TerminationReason.INFEASIBLE, mathopt.TerminationReason.INFEASIBLE_OR_UNBOUNDED):
+            return _Answer("infeasible", math.inf, math.inf, {}, {}, False)
+        raise KlotskiError(f"the solver found no residency: {reason.value}; {result.termination.detail}")
+    optimal = reason == mathopt.TerminationReason.OPTIMAL
+    duals = {name: result.dual_values(row) for name, row in rows.items()} if relax and result.has_dual_feasible_solution() else {}
+    return _Answer(
+        "optimal" if optimal else "feasible",
+        result.objective_value(),
+        result.termination.objective_bounds.dual_bound,
+        {name: result.variable_values(v) for name, v in variables.items()},
+        duals,
+        limit == mathopt.Limit.TIME,
+    )
+
+
+def _parameters(relax: bool) -> mathopt.SolveParameters:
+    limit = datetime.timedelta(seconds=SAFETY_SECONDS)
+    if relax:
+        return mathopt.SolveParameters(time_limit=limit)
+    return mathopt.SolveParameters(
+        time_limit=limit, threads=1, random_seed=SEED, relative_gap_tolerance=RELATIVE_GAP, node_limit=NODE_LIMIT
+    )
+
+
+# ------------------------------------------------------------------------------------------------- counts to layers
+
+
+def johnson(experts: Sequence[int], load_us: dict[int, float], compute_us: dict[int, float]) -> list[int]:
+    """Johnson's order of two machines (design 7.4): experts whose compute outlasts their load first, by increasing load; the
+    others by decreasing compute. Ties keep their order."""
+    first = [e for e in experts if compute_us[e] >= load_us[e]]
+    rest = [e for e in experts if compute_us[e] < load_us[e]]
+    return sorted(first, key=lambda e: load_us[e]) + sorted(rest, key=lambda e: -compute_us[e])
+
+
+def spread(total: int, rooms: Sequence[int], burden_us: list[float], relief_us: float) -> list[int]:
+    """``total`` units over layers with so much room each, as evenly as possible; the rest goes to the layers with most link time
+    left, evenly spaced among equals. ``burden_us`` is lowered by what is given."""
+    given = [0] * len(rooms)
+    while total:
+        free = [i for i, room in enumerate(rooms) if given[i] < room]
+        level = min(total // len(free), min(rooms[i] - given[i] for i in free))
+        # Multiples of the golden ratio modulo 1 fill an interval evenly: any first k of them are well spaced.
+        chosen = free if level else sorted(free, key=lambda i: (-round(burden_us[i]), i * 40503 % 65536))[:total]
+        for i in chosen:
+            given[i] += max(1, level)
+            burden_us[i] -= max(1, level) * relief_us
+        total -= max(1, level) * len(chosen)
+    return given
+
+
+def _layers(
+    cost: Cost, problem: Problem, decision: Decision, workload: Workload, counts: dict[str, int]
+) -> tuple[LayerDecision, ...]:
+    """Every layer's share of its group's counts."""
+    out: dict[int, LayerDecision] = {}
+    for group in problem.groups:
+        for number, chosen in zip(group.layers, _group_layers(cost, problem, group, decision, workload, counts), strict=True):
+            out[number] = chosen
+    return tuple(out[number] for number in sorted(out))
+
+
+def _group_layers(
+    cost: Cost, problem: Problem, g: Group, decision: Decision, workload: Workload, counts: dict[str, int]
+) -> list[LayerDecision]:
+    one = [1] * g.count
+    work = g.work.get("decode") or g.work["prefill"]
+    burden = [0.0] * g.count
+    kv = spread(counts[f"kv[{g.name}]"], one, burden, work.kv_load_us)
+    modules = {
+        kind: spread(counts[f"resident[{g.name}.{kind}]"], one, burden, item.load_us) for kind, item in g.modules.items()
+    }
+    resident, static, disk = list[list[int]](), list[list[int]](), list[list[int]]()
+    for c, size in enumerate(g.sizes):
+        where = f"[{g.name}.c{c}]"
+        resident.append(spread(counts[f"resident{where}"], [size] * g.count, burden, g.expert.load_us))
+        left = [size - taken for taken in resident[c]]
+        saved = g.expert.load_us - work.classes[c].late_us
+        # Late experts relieve the link by what is not touched; static ones take what is left.
+        late = spread(counts[f"late{where}"], left, burden, saved)
+        static.append([room - taken for room, taken in zip(left, late, strict=True)])
+        disk.append(spread(counts.get(f"disk{where}", 0), static[c], [0.0] * g.count, 0.0))
+    tokens = shapes(decision, workload)[1].scope_tokens(ALL)
+    home = "host" if problem.compute_tier == "gpu" else "disk"
+    layers = []
+    for j, number in enumerate(g.layers):
+        classes = class_members(cost, number, g.sizes)
+        kept, streamed, late_ones, far = list[int](), list[int](), list[int](), list[int]()
+        for c, members in enumerate(classes):
+            kept += members[: resident[c][j]]
+            named = members[resident[c][j] : resident[c][j] + static[c][j]]
+            streamed += named
+            late_ones += members[resident[c][j] + static[c][j] :]
+            far += named[len(named) - disk[c][j] :]
+        load = {e: g.expert.disk_us if e in far else g.expert.load_us for e in streamed}
+        compute = {e: cost.expert_us(number, e, tokens) for e in streamed}
+        layers.append(
+            LayerDecision(
+                resident=tuple(kind for kind in g.modules if modules[kind][j]),
+                resident_experts=tuple(kept),
+                static=tuple(johnson(streamed, load, compute)),
+                late=tuple(late_ones),
+                on_disk=tuple(sorted(far)),
+                kv=problem.compute_tier if kv[j] else home,
+            )
+        )
+    return layers
