@@ -37,7 +37,7 @@ class Module:
 class Layer:
     """One decoder layer: attention, then a dense MLP, or a router, routed experts and (optionally) a shared expert.
 
-    attention: projections and the norm before them. kv_elements: values per position in transformers' cache (keys and
+    attention: projections and the norm before them. heads: query heads. kv_elements: values per position in transformers' cache (keys and
     values of all heads; of MLA the latent and the rotated key). attention_flops: flops per query token and cached
     position (2 x heads x (key width + value width)). sliding_window: positions that attention looks back, or None.
     expand_flops, expand_elements: flops to expand one cached position to all heads at every use, and the values that this
@@ -47,6 +47,7 @@ class Layer:
     """
 
     attention: Module
+    heads: int
     kv_elements: int
     attention_flops: int
     sliding_window: int | None
@@ -445,6 +446,7 @@ def _attention(cfg: _Config, family: _Family, precision: _Precision) -> Layer:
         kv_elements, widths = 2 * kv_heads * head_dim, 2 * head_dim
     return Layer(
         precision.module(weights),
+        heads,
         kv_elements,
         attention_flops=2 * heads * widths,
         sliding_window=None,

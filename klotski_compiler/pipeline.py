@@ -66,8 +66,10 @@ def shapes(decision: Decision, workload: Workload) -> tuple[Shape, Shape]:
     return prefill, decode
 
 
-def lower(cost: Cost, policy_name: str, decision: Decision, workload: Workload, dump_after: str = "") -> Lowered:
-    """Run all passes. Raises PlanError where the policy's program is not sound."""
+def lower(
+    cost: Cost, policy_name: str, decision: Decision, workload: Workload, dump_after: str = "", quick: bool = False
+) -> Lowered:
+    """Run all passes; ``quick``: time the middle pass only and leave out the critical path. Raises PlanError where the policy's program is not sound."""
     compute_tier = cost.hardware.compute_tier
     table = TensorTable(cost.spec, decision, workload, cost.dtype, compute_tier)
     fixed, fixed_slots = _permanent(table, compute_tier)
@@ -82,7 +84,7 @@ def lower(cost: Cost, policy_name: str, decision: Decision, workload: Workload, 
             continue
         program = Program(cost, table, shape)
         policy(policy_name).build(program)
-        out.phases[shape.name] = _phase(cost, table, shape, program.entries, fixed, arena, out, program.late, dump_after)
+        out.phases[shape.name] = _phase(cost, table, shape, program.entries, fixed, arena, out, program.late, dump_after, quick)
     out.slots = arena.slots
     out.groups = -(-workload.num_sequences // decision.sequences)
     for tier in {slot.tier for slot in arena.slots} | set(out.workspace):
@@ -162,6 +164,7 @@ def _phase(
     out: Lowered,
     late: dict[int, list[int]] | None = None,
     dump_after: str = "",
+    quick: bool = False,
 ) -> LoweredPhase:
     states = [table.state(shape.name, shape.sequences * shape.tokens)] if shape.tokens else []
     ops, pools = slots(entries, table.all, fixed, cost.hardware.compute_tier, len(arena.slots))
@@ -176,7 +179,7 @@ def _phase(
         present = replace(shape, batches=batches)
         return [cost.op_us(s.op, table.all, present, context, late or {}) for s in steps]
 
-    times = simulate(steps, shape.passes, cost.processor_name, durations)
+    times = simulate(steps, shape.passes, cost.processor_name, durations, quick)
     steps = [replace(s, start_us=round(a), end_us=round(b)) for s, (a, b) in zip(steps, times.steps, strict=True)]
     moved = Counter[str]()
     middle = (shape.first_context + shape.last_context) / 2
@@ -186,7 +189,7 @@ def _phase(
             moved[step.op.link] += round(nbytes * shape.passes)
     if dump_after:
         out.dumps[shape.name] = _dump(dump_after, entries, steps, [t.name for t in table.all])
-    chain = critical_us(renumbered, table.all, shape.batches, durations(0.5))
+    chain = 0.0 if quick else critical_us(renumbered, table.all, shape.batches, durations(0.5))
     repeats = shape.passes if shape.name == "decode" else 1  # sub-groups of prefill do not depend on one another
     return LoweredPhase(shape, steps, times, list(placed.items()), chain * repeats, moved)
 

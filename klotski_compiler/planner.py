@@ -10,15 +10,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from klotski_compiler.bounds import bound_tokens_per_s
-from klotski_compiler.cost import ALWAYS, Cost
+from klotski_compiler.cost import Cost
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.hardware import Hardware
 from klotski_compiler.milp.solve import residency
 from klotski_compiler.model import ModelSpec
 from klotski_compiler.pipeline import Lowered, lower, phase_record, shapes
 from klotski_compiler.plan import (
+    PAGE_BYTES,
     SCHEMA_VERSION,
     Candidate,
     Decision,
@@ -27,19 +29,22 @@ from klotski_compiler.plan import (
     LayerDecision,
     Plan,
     Workload,
+    align_up,
 )
 from klotski_compiler.policies import POLICIES, policy
 from klotski_compiler.routing import Routing
 from klotski_compiler.tensors import MODULES, kv_bytes, state_bytes
 from klotski_compiler.verify import verify
-from klotski_compiler.workspace import workspace
+from klotski_compiler.workspace import decode_attention_bytes, prefill_attention_bytes, workspace
 
 LOAD_BYTES = 32 << 20  # a load aims at this many bytes: below, latency and per-op cost show
 SMALL_SHARE = 0.03  # head and embedding stay resident where they take less than this of the budget
-PREFILL_TOKENS = 4096  # attention works on so many prompt tokens at once
+ATTENTION_SHARE = 0.08  # of the budget for what one attention call allocates
+EXPERT_ROWS = {"host": 512, "gpu": 8192}  # tokens per matmul: where its rate has long stopped growing
 SAMPLED = 2  # layers of the short model on which candidates are timed; a second one has twice as many
-WHOLE_OPS = 600  # programs of at most this many experts are timed whole
-KEPT_SIZES = 4  # group sizes per policy that are timed, the largest that fit first
+KEPT_SIZES = 4  # group sizes per policy that are scored, the largest that fit first
+KEPT_SCORED = 6  # candidates per policy that are timed on short models
+KEPT_WHOLE = 2  # and of those, that are lowered whole
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Best:
     policy: str
     decision: Decision
     tokens_per_s: float
-    lowered: Lowered | None = None
+    lowered: Lowered
 
 
 def compile_plan(request: Request, progress: Callable[[str, float], None] | None = None) -> Plan:
@@ -124,36 +129,37 @@ class Search:
 
     def best(self, name: str) -> Best:
         """The fastest schedule of one policy, lowered whole. Raises Infeasible."""
-        timed: list[Best] = []
+        scored: list[tuple[float, Decision]] = []
         refusal: Infeasible | None = None
         sizes: set[int] = set()
-        for decision in self.bases(name):
-            if decision.sequences not in sizes and len(sizes) >= KEPT_SIZES:
+        for base in self.bases(name):
+            if base.sequences not in sizes and len(sizes) >= KEPT_SIZES:
                 break
-            if time.monotonic() > self.deadline and timed:
+            if scored and time.monotonic() > self.deadline:
                 self.truncated = True
                 break
             try:
-                filled = self.fill(name, decision)
+                scored.append(self.fill(name, base))
             except Infeasible as fault:
                 if refusal is None or sum(fault.shortfalls.values()) < sum(refusal.shortfalls.values()):
                     refusal = fault
                 continue
-            rate = self.estimate(name, filled)
-            if rate > 0:
-                sizes.add(decision.sequences)
-                timed.append(Best(name, filled, rate))
-        for best in sorted(timed, key=lambda b: -b.tokens_per_s)[:2]:
+            sizes.add(base.sequences)
+        scored.sort(key=lambda entry: -entry[0])
+        timed = sorted(((self.estimate(name, d), n, d) for n, (_, d) in enumerate(scored[:KEPT_SCORED])), key=lambda t: -t[0])
+        whole: list[Best] = []
+        for rate, _, decision in timed[:KEPT_WHOLE]:
+            if rate == 0:
+                continue
             try:
-                best.lowered, best.decision = self.whole(name, best.decision)
+                lowered, fitted = self.whole(name, decision)
             except Infeasible as fault:
                 refusal = fault
                 continue
-            best.tokens_per_s = self.rate(best.lowered)
-        whole = [b for b in timed if b.lowered]
+            whole.append(Best(name, fitted, self.rate(lowered), lowered))
         if not whole:
             raise refusal or self._too_slow()
-        return max(whole, key=lambda b: b.tokens_per_s)
+        return max(whole, key=lambda best: best.tokens_per_s)
 
     def bases(self, name: str) -> Iterator[Decision]:
         """Sizes and leads to try, largest groups first; nothing resident yet."""
@@ -177,7 +183,7 @@ class Search:
             size = -(-total // groups)
             if not sizes or size < sizes[-1]:
                 sizes.append(size)
-            groups = max(groups + 1, int(groups * 1.25))
+            groups = max(groups + 1, int(groups * 1.5))
         return sizes if sizes[-1] == 1 else [*sizes, 1]
 
     def batch_counts(self, sequences: int) -> list[int]:
@@ -187,8 +193,7 @@ class Search:
             return [request.num_batches]
         if request.batch_size:
             return [max(1, sequences // request.batch_size)]
-        counts = [n for n in (1, 2, 4, 8, 16) if n == 1 or sequences // n >= 8]
-        return counts[-3:]
+        return [n for n in (1, 4, 16) if n == 1 or sequences // n >= 8]
 
     def leads(self, experts: str) -> list[tuple[int, int]]:
         """(expert slots, experts per load)."""
@@ -199,7 +204,7 @@ class Search:
             return [(layer.num_experts, unit)]
         if experts == "picks":
             return [(layer.num_experts, unit), (max(layer.top_k + unit, layer.num_experts // 4), unit)]
-        return sorted({(2 * unit, unit), (4 * unit, unit), (3, 1)}, reverse=True)
+        return sorted({(2 * unit, unit), (4 * unit, unit)}, reverse=True)
 
     def prefill_parts(self, num_batches: int, batch_size: int) -> list[int]:
         """Sub-groups of prefill: whole, and split until the hidden states take a sixth of the budget."""
@@ -213,65 +218,77 @@ class Search:
     def base(self, experts: str, num_batches: int, batch_size: int, lead: int, unit: int, parts: int) -> Decision:
         """A decision in which nothing is resident and KV lives in the compute tier."""
         spec, budget = self.request.spec, self.request.budgets[self.tier]
-        small = SMALL_SHARE * budget
+        small, solved = SMALL_SHARE * budget, experts == "solved"
         layers = []
         for number, layer in enumerate(spec.layers):
             order = tuple(self.cost.popular(number)) if layer.expert else ()
             static = order if experts != "picks" else ()
             layers.append(LayerDecision(static=static, late=() if static else order, kv=self.tier))
         top_k = max(layer.top_k for layer in spec.layers)
-        context = self.request.workload.prompt_len + self.request.workload.gen_len
-        expanded = context * self.cost.compute_bytes * max(layer.expand_elements for layer in spec.layers)
-        prompt = self.request.workload.prompt_len
+        workload = self.request.workload
+        context = workload.prompt_len + workload.gen_len
+        room = ATTENTION_SHARE * budget
+        rows = EXPERT_ROWS[self.tier]
         return Decision(
             num_batches=num_batches,
             batch_size=batch_size,
             lead=lead,
             unit=unit,
-            head_pages=0 if spec.head.nbytes <= small else max(1, -(-spec.head.nbytes // (2 * LOAD_BYTES))),
+            head_pages=0 if spec.head.nbytes <= small and not solved else max(1, -(-spec.head.nbytes // (2 * LOAD_BYTES))),
             prefill_groups=parts,
-            attention_batch=max(1, min(batch_size, PREFILL_TOKENS // prompt)),
-            decode_batch=max(1, min(batch_size, int(small) // expanded)) if expanded else batch_size,
-            expert_rows=min(2048, max(64, num_batches * batch_size * prompt)),
+            attention_batch=largest(batch_size, lambda a: prefill_attention_bytes(self.cost, a, workload.prompt_len) <= room),
+            decode_batch=largest(batch_size, lambda a: decode_attention_bytes(self.cost, a, context) <= room),
+            expert_rows=min(rows, num_batches * batch_size * workload.prompt_len),
             hot=top_k if experts == "picks" else 0,
-            embedding=self.tier == "host" and spec.embedding.nbytes <= small,
+            embedding=self.tier == "host" and spec.embedding.nbytes <= small and not solved,
             layers=tuple(layers),
         )
 
     # ------------------------------------------------------------------------------------------------------ residency
 
-    def fill(self, name: str, base: Decision) -> Decision:
-        """The decision with what is resident. Raises Infeasible where not even streaming everything fits."""
+    def fill(self, name: str, base: Decision) -> tuple[float, Decision]:
+        """What is resident, and a score by which candidates of one policy compare. Raises Infeasible where not even streaming
+        everything fits."""
         capacity = self.capacity(name, base)
         if policy(name).EXPERTS == "solved":
             solved = residency(self.cost, self.request.workload, base, capacity)
             self.truncated |= solved.truncated
-            pages = 0 if solved.head_resident else max(1, base.head_pages)
-            return base.model_copy(update={"layers": solved.layers, "embedding": solved.embedding, "head_pages": pages})
-        return self.greedy(base, capacity)
+            return -solved.objective_us - solved.load_us, solved.decide(base)
+        filled = self.greedy(base, capacity)
+        # Sweeps over the weights that are not resident: what such a schedule spends its time on.
+        groups = -(-self.request.workload.num_sequences // base.sequences)
+        passes = base.prefill_groups + self.request.workload.gen_len - 1
+        residents = sum(len(layer.resident_experts) for layer in filled.layers)
+        return -groups * passes * (1 + sum(layer.num_experts for layer in self.request.spec.layers) - residents), filled
 
     def capacity(self, name: str, base: Decision) -> dict[str, int]:
-        """Bytes of each tier for residents and KV: the budget without slots, hidden states, workspace, norm, head, embedding."""
-        spec, workload, budgets = self.request.spec, self.request.workload, self.request.budgets
-        short, cost = self.short(base, SAMPLED)
-        trial = lower(cost, name, short, replace_gen(workload))
-        streamed = {
-            tier: max((s.offset + s.nbytes for s in trial.slots if s.tier == tier), default=0)
-            - sum(trial.slots[slot].nbytes for _, slot in trial.placed if trial.slots[slot].tier == tier)
-            for tier in {slot.tier for slot in trial.slots}
-        }
-        fixed = spec.norm.nbytes + 4 * 4096
-        if not base.head_pages:
-            fixed += spec.head.nbytes
-        if base.embedding:
-            fixed += spec.embedding.nbytes
-        free = dict(budgets)
-        for tier in budgets:
-            free[tier] -= streamed.get(tier, 0) + sum(workspace(self.cost, base, workload).get(tier, {}).values())
+        """Bytes of each tier for residents and KV: the budget without slots, hidden states, workspace and fixed residents."""
+        spec, workload = self.request.spec, self.request.workload
+        fixed = spec.norm.nbytes + 4 * PAGE_BYTES
+        fixed += 0 if base.head_pages else spec.head.nbytes + 2 * PAGE_BYTES
+        fixed += spec.embedding.nbytes + 2 * PAGE_BYTES if base.embedding else 0
+        free = {}
+        for tier, budget in self.request.budgets.items():
+            slots = self.streaming(name, base.lead, base.unit, base.head_pages, tier)
+            states = 0
+            if tier == self.tier:
+                states = max(align_up(state_bytes(spec, s.sequences * s.tokens, self.request.dtype)) for s in shapes(base, workload))
+            free[tier] = budget - slots - states - sum(workspace(self.cost, base, workload).get(tier, {}).values())
         free[self.tier] -= fixed
         if free[self.tier] < 0:
             raise self._shortfall(-free[self.tier])
         return free
+
+    @lru_cache  # noqa: B019 - a Search lives as long as its compilation
+    def streaming(self, name: str, lead: int, unit: int, head_pages: int, tier: str) -> int:
+        """Bytes of a tier's slots when nothing is resident, found by lowering a short model: independent of the group's size."""
+        base = self.base(policy(name).EXPERTS, 1 if policy(name).ONE_BATCH else 2, 1, lead, unit, 1)
+        cut, cost = self.short(base.model_copy(update={"head_pages": head_pages, "embedding": False}), SAMPLED)
+        trial = lower(cost, name, cut, Workload(prompt_len=2, gen_len=4, num_sequences=2), quick=True)
+        kept = {slot for _, slot in trial.placed}
+        states = {slot for phase in trial.phases.values() for _, slot in phase.placed}
+        first = max((s.offset + s.nbytes for s in trial.slots if s.id in kept and s.tier == tier), default=0)
+        return max((s.offset + s.nbytes for s in trial.slots if s.tier == tier and s.id not in states), default=first) - first
 
     def greedy(self, base: Decision, capacity: dict[str, int]) -> Decision:
         """Ours for policies whose paper states no fill: KV, then routers, attention, shared experts, then popular experts."""
@@ -336,12 +353,12 @@ class Search:
     def estimate(self, name: str, decision: Decision) -> float:
         """Tokens per second, timed on distinct layer periods: what L layers take from what 2 and 4 of them take."""
         moe = self.request.spec.moe_layers
-        if sum(self.request.spec.layers[n].num_experts for n in moe) <= WHOLE_OPS:
-            return self.rate(lower(self.cost, name, decision, self.request.workload))
+        if len(moe) <= 2 * SAMPLED:
+            return self.rate(lower(self.cost, name, decision, self.request.workload, quick=True))
         runs = []
         for count in (SAMPLED, 2 * SAMPLED):
             cut, cost = self.short(decision, count)
-            runs.append(lower(cost, name, cut, self.request.workload))
+            runs.append(lower(cost, name, cut, self.request.workload, quick=True))
         few, more = runs
         grown = {
             phase: more.phases[phase].times.total_us
@@ -404,7 +421,6 @@ class Search:
     def plan(self, best: Best, candidates: list[Candidate]) -> Plan:
         """The record of the winner, sealed."""
         request, lowered = self.request, best.lowered
-        assert lowered is not None
         names = [t.name for t in lowered.tensors]
         forecast = self.forecast(lowered)
         decision, workload = best.decision, request.workload
@@ -480,16 +496,15 @@ class Search:
             experts = policy(best.policy).EXPERTS
             base = search.base(experts, num_batches, decision.batch_size, decision.lead, decision.unit, decision.prefill_groups)
             try:
-                rate = search.estimate(best.policy, search.fill(best.policy, base))
+                rate = search.estimate(best.policy, search.fill(best.policy, base)[1])
             except Infeasible as refusal:
                 yield f"{what}: does not fit ({str(refusal).splitlines()[0]})"
                 continue
             yield f"{what}: {rate / forecast.tokens_per_s - 1:+.1%} tokens/s"
 
 
-def replace_gen(workload: Workload) -> Workload:
-    """The workload with at most three new tokens: enough to see every slot that decode takes."""
-    return workload.model_copy(update={"gen_len": min(workload.gen_len, 3)})
-
-
-__all__ = ["ALWAYS", "Request", "compile_plan", "shapes"]
+def largest(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest of limit, limit/2, limit/4, ... that fits, at least 1."""
+    while limit > 1 and not fits(limit):
+        limit = -(-limit // 2)
+    return limit

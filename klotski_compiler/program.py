@@ -28,7 +28,7 @@ class Program:
     def __init__(self, cost: Cost, table: TensorTable, shape: Shape) -> None:
         self.cost, self.table, self.shape = cost, table, shape
         self.spec, self.decision = cost.spec, table.decision
-        self.compute_tier, self.cpu = cost.hardware.compute_tier, cost.processor_name
+        self.compute_tier, self.processor = cost.hardware.compute_tier, cost.processor_name
         self.entries: list[Op | Evict] = []
         self.late = {number: list(chosen.late) for number, chosen in enumerate(self.decision.layers)}
         self._resident = frozenset(table.resident)
@@ -98,7 +98,7 @@ class Program:
         for group in groups:
             hops = self._hops(self.table.all[group[0]].home)
             for link in hops:
-                self.entries.append(Load(self.cpu if sync else link, link, tuple(group), next_pass))
+                self.entries.append(Load(self.processor if sync else link, link, tuple(group), next_pass))
             if len(hops) > 1:
                 self.entries.append(Evict(hops[0].split(">")[1], tuple(group)))
 
@@ -112,16 +112,17 @@ class Program:
         for batch in self.batches:
             self.compute("embed", -1, batch, *self._present(("embedding", -1, 0)))
 
-    def attend(self, layer: int, batches: Iterable[int] | None = None) -> Iterator[int]:
-        """Attention batch by batch, the KV of the next batch in flight, new KV written back; yields after each batch."""
-        todo = list(self.batches if batches is None else batches)
-        if todo:
-            self._load_kv(layer, todo[0])
-        for position, batch in enumerate(todo):
-            if position + 1 < len(todo):
-                self._load_kv(layer, todo[position + 1])
+    def attend(self, layer: int, sync: bool = False) -> Iterator[int]:
+        """Attention batch by batch, the KV of the next batch in flight, new KV written back; yields after each batch.
+
+        ``sync``: KV is copied when it is needed, by copies that block the compute stream.
+        """
+        ahead = 0 if sync else 1
+        for batch in self.batches:
+            for coming in self.batches[batch : batch + 1 + ahead] if batch == 0 else self.batches[batch + ahead : batch + ahead + 1]:
+                self._load_kv(layer, coming, sync)
             self.compute("attention", layer, batch, *self.attention_weights(layer), *self._kv(layer, batch))
-            self._store_kv(layer, batch)
+            self._store_kv(layer, batch, sync)
             yield batch
 
     def route(self, layer: int, batch: int) -> None:
@@ -131,7 +132,7 @@ class Program:
     def bind(self, layer: int, rule: str, first: int, count: int, batch: int = ALL) -> None:
         """Give picks their experts from what is routed so far."""
         if count:
-            self.entries.append(Bind(self.cpu, layer, batch, rule, first, count))
+            self.entries.append(Bind(self.processor, layer, batch, rule, first, count))
 
     def experts(self, layer: int, tensors: Iterable[int], batch: int = ALL) -> None:
         """Expert FFNs over the tokens of one batch or of the whole group: one op per transfer unit."""
@@ -152,25 +153,26 @@ class Program:
 
     def compute(self, fn: str, layer: int, batch: int, *tensors: int) -> None:
         """One op on the compute stream."""
-        self.entries.append(Compute(self.cpu, fn, layer, batch, tensors))
+        self.entries.append(Compute(self.processor, fn, layer, batch, tensors))
 
     # ------------------------------------------------------------------------------------------------------------ KV
 
     def _kv(self, layer: int, batch: int) -> list[int]:
         return [t for t in self._present(("kv", layer, batch)) if t not in self._resident]
 
-    def _load_kv(self, layer: int, batch: int) -> None:
+    def _load_kv(self, layer: int, batch: int, sync: bool) -> None:
         for tensor in self._kv(layer, batch):
             hops = self._hops(self.table.all[tensor].home)
             for link in hops:
-                self.entries.append(Load(link, link, (tensor,)))
+                self.entries.append(Load(self.processor if sync else link, link, (tensor,)))
             if len(hops) > 1:
                 self.entries.append(Evict(hops[0].split(">")[1], (tensor,)))
 
-    def _store_kv(self, layer: int, batch: int) -> None:
+    def _store_kv(self, layer: int, batch: int, sync: bool) -> None:
         for tensor in self._kv(layer, batch):
-            for link in (">".join(reversed(hop.split(">"))) for hop in reversed(self._hops(self.table.all[tensor].home))):
-                self.entries.append(Store(link, link, (tensor,)))
+            for hop in reversed(self._hops(self.table.all[tensor].home)):
+                link = ">".join(reversed(hop.split(">")))
+                self.entries.append(Store(self.processor if sync else link, link, (tensor,)))
             self.entries.append(Evict(self.compute_tier, (tensor,)))
 
     def _hops(self, home: str) -> list[str]:

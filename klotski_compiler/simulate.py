@@ -66,14 +66,14 @@ class PhaseTimes:
 
 
 def simulate(
-    steps: Sequence[Step], passes: int, compute: str, durations: Callable[[float], Sequence[float]]
+    steps: Sequence[Step], passes: int, compute: str, durations: Callable[[float], Sequence[float]], quick: bool = False
 ) -> PhaseTimes:
     """Time a phase of ``passes`` passes. ``durations(x)``: op times at the fraction x of the way from first to last pass.
 
     Op times are affine in the position and pass time is their maximum along paths, hence convex: the phase is the mean of its
-    first and last pass (an upper estimate), each settled by replaying it.
+    first and last pass (an upper estimate), each settled by replaying it; ``quick``: the middle one alone.
     """
-    ends = (0.0, 1.0) if passes > 1 else (0.5,)
+    ends = (0.0, 1.0) if passes > 1 and not quick else (0.5,)
     runs = [_settled(steps, passes, compute, durations(x)) for x in ends]
     middle = runs[0] if len(runs) == 1 else _settled(steps, passes, compute, durations(0.5))
     mean = 1.0 / len(runs)

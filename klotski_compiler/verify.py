@@ -225,8 +225,9 @@ class Memory:
             return why
         for number, slot in zip(op.tensors, step.slots, strict=True):
             tensor = self.plan.tensors[number]
-            if not step.sources and tensor.home != source:
-                return f"brings {tensor.name} from {source}, but it lives in {tensor.home}"
+            home = "disk" if self.phase.name == LOAD else tensor.home  # at first there is only the checkpoint
+            if not step.sources and home != source:
+                return f"brings {tensor.name} from {source}, but it lives in {home}"
             # Only the binding knows the source of a pick; every other tensor that memory holds has a slot there.
             if not step.sources and source != "disk" and tensor.kind != "pick":
                 return f"brings {tensor.name} from {source} without naming its slot there"
@@ -304,7 +305,7 @@ class Lane:
         self.clocks, self.place, self.known = clocks, place, [0] * width
 
     def wait(self, event: list[int]) -> None:
-        self.known = [max(mine, theirs) for mine, theirs in zip(self.known, event, strict=True)]
+        self.known = list(map(max, self.known, event))
 
     def record(self) -> list[int]:
         return list(self.known)

@@ -1,27 +1,84 @@
-"""What kernels allocate outside the arena: one formula per purpose (design 5.5), checked against the measured high-water mark."""
+"""What kernels allocate outside the arena: a formula per op, fitted to the measured high-water mark (design 5.5).
+
+Ops run one at a time on the compute stream, so transient parts count once, by the largest; buffers that are kept add up.
+"""
 
 from __future__ import annotations
 
 from klotski_compiler.cost import Cost
+from klotski_compiler.model import Layer, ModelSpec
 from klotski_compiler.plan import Decision, Workload
 
-RUNTIME_BYTES = 64 << 20  # skeleton, tokenizer, threads, allocator slack: measured, independent of the model's size
+RUNTIME_BYTES = 40 << 20  # skeleton, threads, tokenizer, allocator slack
+STEP_BYTES = 900  # a parsed step, its line and what is kept of its last runs
+MARGIN = 1.2
+GATHERED_ROWS = 256  # embedding rows that are read from disk at a time
 
 
 def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, dict[str, int]]:
     """Bytes by tier and purpose."""
-    spec, width = cost.spec, cost.compute_bytes
-    context = workload.prompt_len + workload.gen_len
-    tokens = decision.attention_batch * workload.prompt_len
-    inner = max((layer.expert.params // (3 * spec.hidden_size) for layer in spec.layers if layer.expert), default=0)
-    parts = {
-        "attention": tokens * spec.hidden_size * 8 * width,
-        "kv expansion": max(
-            max(decision.decode_batch, decision.attention_batch) * context * max(layer.expand_elements, 2 * layer.kv_elements) * width
-            for layer in spec.layers
+    spec, width, rows = cost.spec, cost.compute_bytes, decision.expert_rows
+    tokens = decision.sequences * workload.prompt_len // decision.prefill_groups
+    hidden = spec.hidden_size
+    top_k = max(layer.top_k for layer in spec.layers)
+    inner = max(_inner(layer, spec) for layer in spec.layers)
+    shared = max((layer.shared.params // (3 * hidden) for layer in spec.layers if layer.shared), default=0)
+    dense = max((layer.dense.params // (3 * hidden) for layer in spec.layers if layer.dense), default=0)
+    rows = min(rows, tokens)
+    transient = {
+        "attention": max(
+            prefill_attention_bytes(cost, decision.attention_batch, workload.prompt_len),
+            decode_attention_bytes(cost, decision.decode_batch, workload.prompt_len + workload.gen_len),
         ),
-        "experts": decision.expert_rows * (spec.hidden_size * 3 + 2 * inner) * width,
-        "logits": decision.sequences * (-(-spec.vocab_size // max(1, decision.head_pages))) * width,
-        "runtime": RUNTIME_BYTES,
+        "router": 32 * rows * hidden + 4 * rows * shared * width,
+        "dense": (20 * rows * hidden + 4 * rows * dense * width) if dense else 0,
+        "activation": 56 * rows * inner if spec.model_type == "gpt_oss" else 1 << 20,
+        "embedding": 2 * rows * hidden * width,
     }
+    gather = 0 if decision.embedding else GATHERED_ROWS * (2 * hidden * width + 8192)
+    kept = {
+        "experts": rows * width * (3 * hidden + 2 * inner),
+        "logits": decision.sequences * (2 * hidden + -(-spec.vocab_size // max(1, decision.head_pages))) * width,
+        "routing": tokens * top_k * (44 + 2 * width),
+        "embedding rows": gather,
+    }
+    experts = sum(layer.num_experts for layer in spec.layers)
+    kept["plan"] = STEP_BYTES * 4 * (experts // decision.unit + len(spec.layers) * (2 * decision.num_batches + 4))
+    largest = max(transient, key=lambda op: transient[op])
+    parts = {purpose: int(MARGIN * nbytes) + (2 << 20) for purpose, nbytes in kept.items() if nbytes}
+    parts[f"op ({largest})"] = int(MARGIN * transient[largest]) + (2 << 20)
+    parts["runtime"] = RUNTIME_BYTES
     return {cost.hardware.compute_tier: parts}
+
+
+def prefill_attention_bytes(cost: Cost, sequences: int, prompt_len: int) -> int:
+    """Peak of one prefill attention call over ``sequences`` whole prompts: projections, mask and (where attention is not fused:
+    latent attention, attention sinks) scores."""
+    tokens, width = sequences * prompt_len, cost.compute_bytes
+
+    def layer_bytes(layer: Layer) -> int:
+        widest = max(cost.spec.hidden_size, layer.attention_flops // 4)
+        if layer.expand_elements:
+            return 12 * layer.heads * tokens * prompt_len + 13 * tokens * widest * width
+        scores = 16 * layer.heads if cost.spec.model_type == "gpt_oss" else 7 * width // 2
+        return scores * tokens * prompt_len + 10 * tokens * widest * width
+
+    return max(layer_bytes(layer) for layer in set(cost.spec.layers))
+
+
+def decode_attention_bytes(cost: Cost, sequences: int, context: int) -> int:
+    """Peak of one decode attention call: keys and values expanded to all heads where the kernel needs that."""
+
+    def layer_bytes(layer: Layer) -> int:
+        if layer.expand_elements:
+            return 2 * sequences * context * layer.expand_elements * cost.compute_bytes
+        if cost.spec.model_type == "gpt_oss":
+            return sequences * context * layer.attention_flops // 2 * cost.compute_bytes
+        return 8 * sequences * cost.spec.hidden_size * cost.compute_bytes + (1 << 20)
+
+    return max(layer_bytes(layer) for layer in set(cost.spec.layers))
+
+
+def _inner(layer: Layer, spec: ModelSpec) -> int:
+    """Inner width of a routed expert."""
+    return layer.expert.params // (3 * spec.hidden_size) if layer.expert else 0

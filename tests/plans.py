@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from klotski_compiler.cost import Cost
 from klotski_compiler.hardware import Hardware, Link, Processor, Tier
 from klotski_compiler.model import Layer, ModelSpec, Module
 from klotski_compiler.pipeline import lower, phase_record
-from klotski_compiler.plan import SCHEMA_VERSION, Candidate, Decision, Envelope, Forecast, LayerDecision, Plan, Workload
+from klotski_compiler.plan import (
+    SCHEMA_VERSION,
+    Candidate,
+    Decision,
+    Envelope,
+    Forecast,
+    LayerDecision,
+    Plan,
+    Step,
+    Wait,
+    Workload,
+    parse_step,
+    step_text,
+)
 from klotski_compiler.policies import policy
 from klotski_compiler.routing import uniform
 
@@ -24,7 +38,7 @@ def tiny_spec(layers: int = 4, experts: int = 6) -> ModelSpec:
     """A dense layer, then MoE layers with a shared expert."""
     hidden, inner, vocab = 64, 96, 512
     attention = module(4 * hidden * hidden + hidden, 5)
-    common = {"attention": attention, "kv_elements": 2 * hidden, "attention_flops": 4 * hidden, "sliding_window": None}
+    common = {"attention": attention, "heads": 1, "kv_elements": 2 * hidden, "attention_flops": 4 * hidden, "sliding_window": None}
     dense = Layer(**common, dense=module(3 * hidden * 4 * inner, 4))  # type: ignore[arg-type]
     moe = Layer(
         **common,  # type: ignore[arg-type]
@@ -191,3 +205,22 @@ def make_plan(spec: ModelSpec, hardware: Hardware, policy_name: str, decision: D
 
 
 
+
+
+def edited(plan: Plan, **changes: object) -> Plan:
+    """The plan with other fields. Unlike ``model_copy`` it keeps nothing that was derived from the old ones."""
+    return Plan(**{name: getattr(plan, name) for name in Plan.model_fields} | changes)
+
+
+def with_step(plan: Plan, phase: str, number: int, step: Step | None) -> Plan:
+    """The plan with one step of a phase replaced, or taken out (waits then name the ops that they named before)."""
+    lines = list(plan.phase(phase).lines)
+    if step is None:
+        del lines[number]
+        steps = [parse_step(line, {n: i for i, n in enumerate(plan.names)}) for line in lines]
+        moved = [replace(s, waits=tuple(Wait(w.op - (w.op > number), w.back) for w in s.waits if w.op != number)) for s in steps]
+        lines = [step_text(s, plan.names) for s in moved]
+    else:
+        lines[number] = step_text(step, plan.names)
+    phases = tuple(p.model_copy(update={"lines": tuple(lines)}) if p.name == phase else p for p in plan.phases)
+    return edited(plan, phases=phases)

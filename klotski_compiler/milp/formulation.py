@@ -12,9 +12,9 @@ Variables    resident[g.c], static[g.c], late[g.c]: experts that never move, are
              prefetched_us[g.p]: link time already done when a layer begins; period_us[g.p], period_us[end.p]: T.
 Objective    sum_p passes_p (sum_g N_g T[g.p] + T[end.p]) + time to load what is resident, once.
 
-Expert loads do not change compute times, so all of this is linear. Written per layer below; a row is N_g times that. Every row holds
-for every schedule of policy ``joint``, or is exact where a class is wholly streamed: within a class the first (last) load
-or compute counts as the share x_c / m_c of one transfer unit.
+Where experts live does not change compute times, so all of this is linear. Inequalities are written per layer; a row is N_g times
+that. A class counts its first load or last compute as the share min(1, u / m_c) of what the class streams: exact where it is
+streamed whole or not at all, a relaxation between.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ class Formulation:
 
     def __init__(self, problem: Problem, elastic: bool = False) -> None:
         self.problem, self.elastic, self.model = problem, elastic, Model()
+        self.homes_on_disk = self._homes_on_disk()
 
     def add_all(self) -> Model:
         """The table of contents."""
@@ -152,18 +153,6 @@ class Formulation:
         self._count("spilling", 1)
         for phase in () if self.elastic else problem.passes:
             self._time(f"period_us[end.{phase}]")
-
-    @property
-    def homes_on_disk(self) -> bool:
-        """Whether the tier that feeds the compute tier may be too small for the weights (else: no such variables)."""
-        problem = self.problem
-        if not problem.home_tier:
-            return False
-        weights = problem.head.slot_bytes + sum(
-            g.count * (sum(m.slot_bytes for m in g.modules.values()) + sum(g.sizes) * g.expert.slot_bytes + g.kv_slot_bytes)
-            for g in problem.groups
-        )
-        return weights > problem.capacity[problem.home_tier]
 
     def periods(self) -> Iterator[tuple[Group, str, LayerWork]]:
         """Every group in every phase."""
@@ -355,6 +344,17 @@ class Formulation:
         return terms
 
     # ---------------------------------------------------------------------------------------------------- helpers
+
+    def _homes_on_disk(self) -> bool:
+        """Whether the tier that feeds the compute tier may be too small for the weights (else: no such variables)."""
+        problem = self.problem
+        if not problem.home_tier:
+            return False
+        weights = problem.head.slot_bytes + sum(
+            g.count * (sum(m.slot_bytes for m in g.modules.values()) + sum(g.sizes) * g.expert.slot_bytes + g.kv_slot_bytes)
+            for g in problem.groups
+        )
+        return weights > problem.capacity[problem.home_tier]
 
     def _prefetched(self, g: Group, phase: str) -> Terms:
         return {f"prefetched_us[{g.name}.{phase}]": float(g.count)}

@@ -61,7 +61,7 @@ class Solved:
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
+class Answer:
     """What a solver said. values by variable name; duals by row name (linear relaxations only)."""
 
     status: str
@@ -83,10 +83,9 @@ def residency(cost: Cost, workload: Workload, decision: Decision, capacity: dict
     problem = build(cost, workload, decision, capacity)
     formulation = Formulation(problem)
     model = formulation.add_all()
-    relaxed = _run(model, mathopt.SolverType.GLOP, relax=True)
-    if relaxed.status == "infeasible":
-        raise _shortfall(problem)
-    answer = _run(model, mathopt.SolverType.GSCIP)
+    solver = Solver(model)
+    relaxed = solver.relaxed()
+    answer = relaxed if relaxed.status == "infeasible" else solver.whole()
     if answer.status == "infeasible":
         raise _shortfall(problem)
     values = answer.values
@@ -101,7 +100,7 @@ def residency(cost: Cost, workload: Workload, decision: Decision, capacity: dict
         layers=_layers(cost, problem, decision, workload, {name: round(v) for name, v in values.items()}),
         embedding=round(values["resident[embedding]"]) == 1,
         head_resident=round(values["resident[head]"]) == 1,
-        binding={tier: max(0.0, -relaxed.duals[f"capacity[{tier}]"]) / MIB for tier in capacity if f"capacity[{tier}]" in relaxed.duals},
+        binding={tier: max(0.0, -relaxed.duals.get(f"capacity[{tier}]", 0.0)) / MIB for tier in capacity},
         period_us={name: value for name, value in values.items() if name.startswith("period_us")},
         statistics=model.statistics(),
     )
@@ -109,7 +108,7 @@ def residency(cost: Cost, workload: Workload, decision: Decision, capacity: dict
 
 def _shortfall(problem: Problem) -> Infeasible:
     """Which capacities are short, by how much: the least excess with which the model has a solution."""
-    answer = _run(Formulation(problem, elastic=True).add_all(), mathopt.SolverType.GSCIP)
+    answer = Solver(Formulation(problem, elastic=True).add_all()).whole()
     excess = {tier: math.ceil(answer.values.get(f"excess[{tier}]", 0.0) * MIB - 1e-3) for tier in problem.capacity}
     mend = "give the tier more memory, or choose a smaller batch size, fewer batches or shorter prompts"
     return Infeasible({tier: nbytes for tier, nbytes in excess.items() if nbytes > 0}, mend)
@@ -118,41 +117,54 @@ def _shortfall(problem: Problem) -> Infeasible:
 # ------------------------------------------------------------------------------------------------------------ the solver
 
 
-def _run(model: Model, solver: mathopt.SolverType, relax: bool = False) -> _Answer:
-    """Give the model to a solver. Raises KlotskiError with the solver's own words where it fails."""
-    built = mathopt.Model(name="residency")
-    variables = {
-        v.name: built.add_variable(lb=v.lower, ub=v.upper, is_integer=v.integer and not relax, name=v.name)
-        for v in model.variables.values()
-    }
-    rows = {}
-    for row in model.rows:
-        rows[row.name] = constraint = built.add_linear_constraint(lb=row.lower, ub=row.upper, name=row.name)
-        for name, value in row.terms.items():
-            constraint.set_coefficient(variables[name], value)
-    built.objective.is_maximize = False
-    for name, value in model.objective.items():
-        built.objective.set_linear_coefficient(variables[name], value)
-    try:
-        result = mathopt.solve(built, solver, params=_parameters(relax))
-    except (AttributeError, RuntimeError, ValueError) as fault:
-        # This version raises AttributeError while it reports an error; the error's own text is its context.
-        raise KlotskiError(f"the solver failed: {fault.__context__ or fault}") from fault
-    reason, limit = result.termination.reason, result.termination.limit
-    if not result.has_primal_feasible_solution():
-        if reason in (mathopt.TerminationReason.INFEASIBLE, mathopt.TerminationReason.INFEASIBLE_OR_UNBOUNDED):
-            return _Answer("infeasible", math.inf, math.inf, {}, {}, False)
-        raise KlotskiError(f"the solver found no residency: {reason.value}; {result.termination.detail}")
-    optimal = reason == mathopt.TerminationReason.OPTIMAL
-    duals = {name: result.dual_values(row) for name, row in rows.items()} if relax and result.has_dual_feasible_solution() else {}
-    return _Answer(
-        "optimal" if optimal else "feasible",
-        result.objective_value(),
-        result.termination.objective_bounds.dual_bound,
-        {name: result.variable_values(v) for name, v in variables.items()},
-        duals,
-        limit == mathopt.Limit.TIME,
-    )
+class Solver:
+    """A model as MathOpt holds it, built once for its linear relaxation and for itself."""
+
+    def __init__(self, model: Model) -> None:
+        self.built = mathopt.Model(name="residency")
+        self.integers = [v.name for v in model.variables.values() if v.integer]
+        self.variables = {
+            v.name: self.built.add_variable(lb=v.lower, ub=v.upper, name=v.name) for v in model.variables.values()
+        }
+        self.rows = {}
+        for row in model.rows:
+            self.rows[row.name] = made = self.built.add_linear_constraint(lb=row.lower, ub=row.upper, name=row.name)
+            for name, value in row.terms.items():
+                made.set_coefficient(self.variables[name], value)
+        for name, value in model.objective.items():
+            self.built.objective.set_linear_coefficient(self.variables[name], value)
+
+    def relaxed(self) -> Answer:
+        """The linear relaxation, with duals."""
+        return self._run(mathopt.SolverType.GLOP, relax=True)
+
+    def whole(self) -> Answer:
+        """The model itself."""
+        return self._run(mathopt.SolverType.GSCIP, relax=False)
+
+    def _run(self, solver: mathopt.SolverType, relax: bool) -> Answer:
+        """Raises KlotskiError with the solver's own words where it fails."""
+        for name in self.integers:
+            self.variables[name].integer = not relax
+        try:
+            result = mathopt.solve(self.built, solver, params=_parameters(relax))
+        except (AttributeError, RuntimeError, ValueError) as fault:
+            # This version raises AttributeError while it reports an error; the error's own text is its context.
+            raise KlotskiError(f"the solver failed: {fault.__context__ or fault}") from fault
+        end = result.termination
+        if not result.has_primal_feasible_solution():
+            if end.reason in (mathopt.TerminationReason.INFEASIBLE, mathopt.TerminationReason.INFEASIBLE_OR_UNBOUNDED):
+                return Answer("infeasible", math.inf, math.inf, {}, {}, False)
+            raise KlotskiError(f"the solver found no residency: {end.reason.value} {end.detail}")
+        with_duals = relax and result.has_dual_feasible_solution()
+        return Answer(
+            status="optimal" if end.reason == mathopt.TerminationReason.OPTIMAL else "feasible",
+            objective=result.objective_value(),
+            bound=end.objective_bounds.dual_bound,
+            values={name: result.variable_values(v) for name, v in self.variables.items()},
+            duals={name: result.dual_values(row) for name, row in self.rows.items()} if with_duals else {},
+            truncated=end.limit == mathopt.Limit.TIME,
+        )
 
 
 def _parameters(relax: bool) -> mathopt.SolveParameters:

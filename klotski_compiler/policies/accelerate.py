@@ -20,7 +20,7 @@ def build(p: Program) -> None:
     p.embed()
     for layer in p.layers:
         p.load(*p.attention_weights(layer), sync=True)
-        for _ in p.attend(layer):
+        for _ in p.attend(layer, sync=True):
             pass
         p.evict(*p.attention_weights(layer))
         mlp = [*p.router_weights(layer), *p.static_experts(layer)]

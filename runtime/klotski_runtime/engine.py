@@ -38,7 +38,7 @@ GATHERED_ROWS = 256
 
 
 @dataclass(slots=True)
-class Sequence_:
+class Row:
     """One prompt on its way: token ids in, token ids out. ``done``: ended by an end token or by its own limit."""
 
     prompt: list[int]
@@ -88,6 +88,7 @@ class Engine:
         self._kv_shapes = [self.skeleton.kv_shape(layer) for layer in range(self.skeleton.layers)]
         self._capacity = plan.envelope.prompt_len + plan.envelope.gen_len
         self._spill = self._open_spill(scratch)
+        self._row_reader = DiskReader(1)  # its own: gathers must not queue behind a large load
         self._rows = self._gather()
         self.measured = Measured()
         self.observe: Callable[[int, Group], None] | None = None
@@ -102,7 +103,7 @@ class Engine:
 
     def run(
         self,
-        sequences: Sequence[Sequence_],
+        sequences: Sequence[Row],
         end_tokens: frozenset[int] = frozenset(),
         number: int = 0,
         progress: Callable[[int], None] | None = None,
@@ -128,13 +129,14 @@ class Engine:
     def close(self) -> None:
         """Close files; memory goes with the last view."""
         self.reader.close()
+        self._row_reader.close()
         if self._spill:
             self._spill.close()
 
     @property
     def bytes_per_link(self) -> dict[str, int]:
         """Bytes moved so far over each link, alignment included."""
-        moved = {"disk>host": self.reader.bytes_read}
+        moved = {"disk>host": self.reader.bytes_read + self._row_reader.bytes_read}
         if self._spill:
             moved["disk>host"] += self._spill.bytes_read
             moved["host>disk"] = self._spill.bytes_written
@@ -248,7 +250,7 @@ class Engine:
     def _gather(self) -> RowGather | None:
         if self.plan.decision.embedding:
             return None
-        return RowGather(self.reader, self.checkpoint.modules[EMBEDDING][0], GATHERED_ROWS)
+        return RowGather(self._row_reader, self.checkpoint.modules[EMBEDDING][0], GATHERED_ROWS)
 
     def _open_spill(self, scratch: Path) -> SpillFile | None:
         spilled = [t for t in self.plan.tensors if t.kind == "kv" and t.id not in self._resident]
@@ -272,7 +274,7 @@ class ActiveGroup:
     """A batch group while its phases run."""
 
     def __init__(
-        self, group: Group, sequences: list[Sequence_], end_tokens: frozenset[int], progress: Callable[[int], None] | None
+        self, group: Group, sequences: list[Row], end_tokens: frozenset[int], progress: Callable[[int], None] | None
     ) -> None:
         self.group, self.sequences, self.end_tokens, self.progress = group, sequences, end_tokens, progress
         self.widths = [batch.queries for batch in group.batches]

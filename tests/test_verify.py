@@ -1,0 +1,194 @@
+"""Every plan that the passes make is legal, and every way to spoil one is caught by the check that is there for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from plans import edited, tiny_plan, tiny_spec, with_step
+
+from klotski_compiler.errors import PlanError
+from klotski_compiler.plan import ALL, Bind, Compute, Load, Plan, Step, Store, Wait, Workload
+from klotski_compiler.policies import POLICIES
+from klotski_compiler.verify import CHECKS, verify
+
+PLACES = ((False, "host"), (False, "disk"), (True, "gpu"), (True, "host"))
+
+
+@pytest.mark.parametrize(("gpu", "kv"), PLACES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_plans_of_every_policy_are_legal(policy: str, gpu: bool, kv: str) -> None:
+    for gen_len, changes in ((8, {}), (2, {"unit": 2, "head_pages": 0}), (1, {"embedding": False, "head_pages": 3})):
+        verify(tiny_plan(policy, gpu, kv, workload=Workload(prompt_len=16, gen_len=gen_len, num_sequences=12), **changes))
+
+
+@pytest.mark.parametrize("policy", ["joint", "klotski", "flexgen"])
+def test_prefill_in_sub_groups_is_legal(policy: str) -> None:
+    verify(tiny_plan(policy, prefill_groups=2))
+    verify(tiny_plan(policy, gpu=True, kv="host", prefill_groups=3))
+
+
+@pytest.mark.xfail(strict=True, reason="the last pass opens nothing, and loses the waits of the loads that it leaves out")
+def test_the_last_pass_is_as_ordered_as_the_others() -> None:
+    """Two layers: the only waits before the head's load on the link are those of the loads that wrap."""
+    for gpu in (False, True):
+        for pages in (1, 2, 4):
+            verify(tiny_plan("flexgen", gpu, spec=tiny_spec(2), head_pages=pages, num_batches=1))
+
+
+@pytest.mark.parametrize(("gpu", "kv"), PLACES)
+@pytest.mark.parametrize("policy", ["joint", "klotski", "flexgen"])
+def test_no_wait_can_be_dropped(policy: str, gpu: bool, kv: str) -> None:
+    plan = tiny_plan(policy, gpu, kv, workload=Workload(prompt_len=16, gen_len=4, num_sequences=6))
+    dropped = 0
+    for number, step in enumerate(plan.steps["decode"]):
+        for wait in step.waits:
+            less = replace(step, waits=tuple(w for w in step.waits if w != wait))
+            assert caught(with_step(plan, "decode", number, less)) == "race", f"{number} without {wait}"
+            dropped += 1
+    assert dropped > 10
+
+
+def caught(plan: Plan) -> str:
+    """The name of the check that refuses a plan."""
+    with pytest.raises(PlanError) as refusal:
+        verify(plan)
+    return refusal.value.check
+
+
+def first(plan: Plan, wanted: Callable[[Step], bool]) -> int:
+    """The first decode step that is wanted."""
+    return next(n for n, step in enumerate(plan.steps["decode"]) if wanted(step))
+
+
+def loads(kind: str) -> Callable[[Step], bool]:
+    return lambda step: isinstance(step.op, Load) and kind in step_kinds(step)
+
+
+def step_kinds(step: Step) -> set[str]:
+    return set() if isinstance(step.op, Bind) else {PLAN.tensors[t].kind for t in step.op.tensors}
+
+
+def computes(fn: str) -> Callable[[Step], bool]:
+    return lambda step: isinstance(step.op, Compute) and step.op.fn == fn
+
+
+PLAN = tiny_plan("joint")
+SPILLED = tiny_plan("joint", gpu=True, kv="host")
+STEPS = PLAN.steps["decode"]
+
+
+def changed(wanted: Callable[[Step], bool], change: Callable[[Step], Step]) -> Plan:
+    number = first(PLAN, wanted)
+    return with_step(PLAN, "decode", number, change(STEPS[number]))
+
+
+def op_changed(wanted: Callable[[Step], bool], **fields: object) -> Plan:
+    return changed(wanted, lambda step: replace(step, op=replace(step.op, **fields)))  # type: ignore[arg-type]
+
+
+def other_slot(step: Step) -> Step:
+    """Another slot that decode streams experts through."""
+    streamed = {s.slots[0] for s in STEPS if loads("expert")(s) or loads("pick")(s)}
+    return replace(step, slots=(min(streamed - {*step.slots}),))
+
+
+def resident_slot(step: Step) -> Step:
+    return replace(step, slots=(next(slot for t, slot in PLAN.placed if PLAN.tensors[t].kind == "expert"),))
+
+
+def resized(by: int) -> Plan:
+    number = next(s for s in STEPS[first(PLAN, loads("expert"))].slots)
+    slots = [s._replace(nbytes=s.nbytes + by) if s.id == number else s for s in PLAN.slots]
+    return edited(PLAN, slots=tuple(slots))
+
+
+def reforecast(**fields: object) -> Plan:
+    return edited(PLAN, forecast=PLAN.forecast.model_copy(update=fields))
+
+
+def redecided(layer: int, **fields: object) -> Plan:
+    layers = [la.model_copy(update=fields) if n == layer else la for n, la in enumerate(PLAN.decision.layers)]
+    return edited(PLAN, decision=PLAN.decision.model_copy(update={"layers": tuple(layers)}))
+
+
+def garbled(text: str) -> Plan:
+    decode = PLAN.phase("decode")
+    lines = (decode.lines[0] + text, *decode.lines[1:])
+    return edited(PLAN, phases=tuple(p.model_copy(update={"lines": lines}) if p is decode else p for p in PLAN.phases))
+
+
+def without(wanted: Callable[[Step], bool]) -> Plan:
+    return with_step(PLAN, "decode", first(PLAN, wanted), None)
+
+
+def twice_bound() -> Plan:
+    """A second bind of a layer in the place of its next expert compute."""
+    number = first(PLAN, lambda s: isinstance(s.op, Bind))
+    later = next(n for n in range(number + 1, len(STEPS)) if isinstance(STEPS[n].op, Compute))
+    return with_step(PLAN, "decode", later, replace(STEPS[later], op=STEPS[number].op, slots=()))
+
+
+HIGHEST = max(PLAN.forecast.peak_bytes.values())
+SPOILED: dict[str, tuple[str, Callable[[], Plan]]] = {
+    "a line is no step": ("text", lambda: garbled(" >x")),
+    "a slot does not exist": ("ids", lambda: changed(loads("expert"), lambda s: replace(s, slots=(len(PLAN.slots),)))),
+    "a tensor has no slot": ("ids", lambda: changed(loads("expert"), lambda s: replace(s, slots=()))),
+    "a batch does not exist": ("ids", lambda: op_changed(computes("attention"), batch=3)),
+    "a stream is unknown": ("ids", lambda: op_changed(loads("expert"), stream="wire")),
+    "a wait points forward": ("streams", lambda: changed(loads("expert"), lambda s: replace(s, waits=(Wait(len(STEPS) - 1, 0),)))),
+    "an op waits for itself": ("streams", lambda: changed(loads("pick"), lambda s: replace(s, waits=(Wait(STEPS.index(s), 0),)))),
+    "a wait points nowhere": ("streams", lambda: changed(loads("expert"), lambda s: replace(s, waits=(Wait(999, 1),)))),
+    "two streams compute": ("streams", lambda: op_changed(computes("router"), stream="disk>host")),
+    "slots overlap": ("arena", lambda: resized(4096)),
+    "the peak is too low": ("budget", lambda: reforecast(peak_bytes={"host": HIGHEST - 1})),
+    "the peak exceeds the budget": ("budget", lambda: reforecast(peak_bytes={"host": (1 << 30) + 1})),
+    "a resident has no slot": ("residents", lambda: redecided(1, resident_experts=(0, 1), static=(2,))),
+    "two residents share a slot": ("residents", lambda: edited(PLAN, placed=(*PLAN.placed, (PLAN.placed[0][0], PLAN.placed[1][1])))),
+    "an expert is in no class": ("picks", lambda: redecided(1, static=())),
+    "a pick is not bound": ("picks", lambda: op_changed(lambda s: isinstance(s.op, Bind), count=1)),
+    "nothing is bound": ("picks", lambda: without(lambda s: isinstance(s.op, Bind))),
+    "a pick is bound twice": ("picks", twice_bound),
+    "an expert is dropped": ("work", lambda: without(lambda s: computes("experts")(s) and "expert" in step_kinds(s))),
+    "a pick is dropped": ("work", lambda: without(lambda s: computes("experts")(s) and "pick" in step_kinds(s))),
+    "a batch is left out": ("work", lambda: op_changed(lambda s: computes("attention")(s) and s.op.batch == 2, batch=1)),  # type: ignore[union-attr]
+    "a layer is left out": ("work", lambda: op_changed(computes("attention"), layer=1)),
+    "an op lacks its weights": ("work", lambda: changed(computes("router"), lambda s: replace(s, op=replace(s.op, tensors=()), slots=()))),  # type: ignore[arg-type]
+    "an expert misses a batch": ("work", lambda: op_changed(lambda s: computes("experts")(s) and s.op.batch == ALL, batch=0)),  # type: ignore[union-attr]
+    "the head is left out": ("work", lambda: without(computes("head"))),
+    "no token is sampled": ("work", lambda: without(computes("sample"))),
+    "a load is left out": ("residency", lambda: without(loads("expert"))),
+    "a load takes another slot": ("residency", lambda: changed(loads("pick"), other_slot)),
+    "a load overwrites a resident": ("residency", lambda: changed(loads("expert"), resident_slot)),
+    "a slot is too small": ("residency", lambda: resized(-4096)),
+    "a pick is loaded for the next pass": ("residency", lambda: op_changed(loads("pick"), wraps=True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_a_spoiled_plan_is_caught_by_the_check_that_is_there_for_it(how: str) -> None:
+    check, spoil = SPOILED[how]
+    assert caught(spoil()) == check
+
+
+def test_every_check_catches_something() -> None:
+    assert {name for name, _ in CHECKS} == {check for check, _ in SPOILED.values()} - {"text"} | {"race"}
+
+
+def test_a_cache_must_be_written_where_it_lives() -> None:
+    number = next(n for n, s in enumerate(SPILLED.steps["decode"]) if isinstance(s.op, Store))
+    step = SPILLED.steps["decode"][number]
+    assert isinstance(step.op, Store)
+    astray = replace(step, op=replace(step.op, link="gpu>disk"))
+    assert caught(with_step(SPILLED, "decode", number, astray)) == "residency"
+
+
+def test_a_violation_shows_the_lines_around_it() -> None:
+    number = first(PLAN, loads("pick"))
+    with pytest.raises(PlanError) as refusal:
+        verify(with_step(PLAN, "decode", number, replace(STEPS[number], waits=())))
+    lines = refusal.value.window.splitlines()
+    assert len(lines) == 7
+    assert lines[3].startswith(f"--> decode {number} disk>host load L1.P0")
+    assert "without waiting until" in refusal.value.why and refusal.value.exit_code == 4
