@@ -13,9 +13,8 @@ from math import floor, inf, isinf, log
 from klotski_compiler.cost import Cost
 from klotski_compiler.hardware import matmul_us
 from klotski_compiler.model import Layer
-from klotski_compiler.passes.depend import Cell, cells_of
-from klotski_compiler.passes.slots import Placed
-from klotski_compiler.plan import Decision, Tensor, Workload
+from klotski_compiler.passes.depend import Cell, Cells
+from klotski_compiler.plan import Decision, Workload
 from klotski_compiler.tensors import MODULES, state_bytes
 from klotski_compiler.workspace import workspace
 
@@ -25,19 +24,24 @@ SEARCH_STEPS = 10  # each keeps 62 % of the interval of weights
 
 
 def critical_us(ops: Sequence[Placed], tensors: Sequence[Tensor], batches: int, duration_us: Sequence[float]) -> float:
-    """Longest path of one pass over read-after-write edges only: no stream, no slot can make it shorter.
+    """Longest path of one pass over read-after-write edges only, from the token ids on: no stream, no slot can make it shorter.
 
-    Loads for the next pass lie outside this one; hidden states that an op updates in place count as read.
+    The next pass starts from the ids that this one ends with, so paths of several passes add up. Those that start with a load do not: it
+    may run while the pass before computes. Hidden states that an op updates in place count as read.
     """
-    ready: dict[Cell, float] = {}
+    ready: dict[Cell, float] = {"tokens": 0.0}
     longest = 0.0
     for placed, took in zip(ops, duration_us, strict=True):
         reads, writes = cells_of(placed, tensors, batches)
         updated = [cell for cell in writes if isinstance(cell, tuple) and cell[0] == "hidden" or cell == "last"]
-        end = max((ready.get(cell, 0.0) for cell in (*reads, *updated)), default=0.0) + took
+        starts = [ready[cell] for cell in (*reads, *updated) if cell in ready]
         for cell in writes:
-            ready[cell] = end
-        longest = max(longest, end)
+            if starts:
+                ready[cell] = max(starts) + took
+            else:
+                ready.pop(cell, None)
+        if starts:
+            longest = max(longest, max(starts) + took)
     return longest
 
 

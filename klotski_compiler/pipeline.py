@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 
 from klotski_compiler.bounds import critical_us
 from klotski_compiler.cost import Cost, Shape
-from klotski_compiler.passes.depend import depend
+from klotski_compiler.passes.depend import cells_of, depend
 from klotski_compiler.passes.slots import Placed, Pool, slots
 from klotski_compiler.passes.waits import waits
-from klotski_compiler.plan import ALL, Compute, Decision, Load, Op, Phase, Slot, Step, Store, Tensor, Wait, Workload, align_up, step_text
+from klotski_compiler.plan import Bind, Compute, Decision, Load, Op, Phase, Slot, Step, Store, Tensor, Workload, align_up, op_text, step_text
 from klotski_compiler.policies import policy
 from klotski_compiler.program import Evict, Program
 from klotski_compiler.simulate import PhaseTimes, simulate
@@ -170,14 +170,21 @@ def _phase(
     ops, pools = slots(entries, table.all, fixed, cost.hardware.compute_tier, len(arena.slots))
     renumbered = _renumber(ops, pools, len(arena.slots))
     placed = arena.phase(pools, states, cost.hardware.compute_tier)
-    edges = depend(renumbered, table.all, shape.batches, shape.passes)
-    after = waits(renumbered, edges)
+    cells = [cells_of(p, table.all, shape.batches) for p in renumbered]
+    after = waits(renumbered, depend(renumbered, cells, shape.passes))
     steps = [Step(p.op, p.slots, p.sources, w, 0, 0) for p, w in zip(renumbered, after, strict=True)]
+    first = [cost.op_us(s.op, table.all, shape, shape.first_context, late or {}) for s in steps]
+    growth = {
+        n: cost.op_us(s.op, table.all, shape, shape.last_context, late or {}) - first[n]
+        for n, s in enumerate(steps)
+        if shape.last_context > shape.first_context and _grows(s.op, table.all)
+    }
 
-    def durations(at: float, batches: int = shape.batches) -> list[float]:
-        context = shape.first_context + at * (shape.last_context - shape.first_context)
-        present = replace(shape, batches=batches)
-        return [cost.op_us(s.op, table.all, present, context, late or {}) for s in steps]
+    def durations(at: float) -> list[float]:
+        now = list(first)
+        for n, more in growth.items():
+            now[n] += at * more
+        return now
 
     times = simulate(steps, shape.passes, cost.processor_name, durations, quick)
     steps = [replace(s, start_us=round(a), end_us=round(b)) for s, (a, b) in zip(steps, times.steps, strict=True)]
@@ -189,9 +196,16 @@ def _phase(
             moved[step.op.link] += round(nbytes * shape.passes)
     if dump_after:
         out.dumps[shape.name] = _dump(dump_after, entries, steps, [t.name for t in table.all])
-    chain = 0.0 if quick else critical_us(renumbered, table.all, shape.batches, durations(0.5))
+    chain = 0.0 if quick else critical_us(cells, durations(0.5))
     repeats = shape.passes if shape.name == "decode" else 1  # sub-groups of prefill do not depend on one another
     return LoweredPhase(shape, steps, times, list(placed.items()), chain * repeats, moved)
+
+
+def _grows(op: Op, tensors: Sequence[Tensor]) -> bool:
+    """Whether an op's time depends on the position: attention, and KV on its way."""
+    if isinstance(op, Compute):
+        return op.fn == "attention"
+    return not isinstance(op, Bind) and tensors[op.tensors[0]].kind == "kv"
 
 
 def _renumber(ops: list[Placed], pools: Sequence[Pool], first: int) -> list[Placed]:
@@ -214,8 +228,6 @@ def _ranges(pools: Sequence[Pool], first: int) -> list[list[int]]:
 
 def _dump(after: str, entries: Sequence[Op | Evict], steps: Sequence[Step], names: list[str]) -> list[str]:
     """The program as text after a pass: ``build`` shows evictions, ``slots`` slots, ``waits`` waits, ``schedule`` times."""
-    from klotski_compiler.plan import op_text
-
     if after == "build":
         return [
             f"evict {e.tier} {' '.join(names[t] for t in e.tensors)}" if isinstance(e, Evict) else op_text(e, names)
@@ -237,5 +249,3 @@ def phase_record(phase: LoweredPhase, names: list[str]) -> Phase:
         lines=tuple(step_text(s, names) for s in phase.steps),
     )
 
-
-__all__ = ["ALL", "Compute", "Lowered", "LoweredPhase", "Wait", "lower", "phase_record", "shapes"]

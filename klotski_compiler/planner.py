@@ -44,7 +44,9 @@ EXPERT_ROWS = {"host": 512, "gpu": 8192}  # tokens per matmul: where its rate ha
 SAMPLED = 2  # layers of the short model on which candidates are timed; a second one has twice as many
 KEPT_SIZES = 4  # group sizes per policy that are scored, the largest that fit first
 KEPT_SCORED = 6  # candidates per policy that are timed on short models
-KEPT_WHOLE = 2  # and of those, that are lowered whole
+KEPT_WHOLE = 2  # and of those, that may be lowered whole
+ESTIMATE_ERROR = 0.05  # how far a short model's time may be off
+WHOLE_EXPERTS = 600  # a model of so many experts is timed whole at once
 
 
 @dataclass(frozen=True)
@@ -79,35 +81,32 @@ def compile_plan(request: Request, progress: Callable[[str, float], None] | None
     """Solve, time every asked policy, keep the best, prove it. Raises Infeasible where nothing fits."""
     search = Search(request)
     names = POLICIES if request.policy == "auto" else (request.policy,)
-    found: list[Best] = []
-    candidates: list[Candidate] = []
-    refusals: list[Infeasible] = []
+    timed: list[tuple[float, str, Decision]] = []
+    refusals: dict[str, Infeasible] = {}
     for number, name in enumerate(names):
         if progress:
             progress(name, number / len(names))
         try:
-            best = search.best(name)
+            timed += search.timed(name)
         except Infeasible as refusal:
-            refusals.append(refusal)
-            candidates.append(_refused(name, refusal))
-            continue
-        found.append(best)
-        decision = best.decision
-        candidates.append(
-            Candidate(
-                policy=name,
-                tokens_per_s=best.tokens_per_s,
-                num_batches=decision.num_batches,
-                batch_size=decision.batch_size,
-                feasible=True,
-            )
-        )
-    if not found:
-        raise min(refusals, key=lambda r: sum(r.shortfalls.values()))
-    best = max(found, key=lambda b: b.tokens_per_s)
-    plan = search.plan(best, sorted(candidates, key=lambda c: -c.tokens_per_s))
+            refusals[name] = refusal
+    best = search.whole_best(timed, refusals)
+    plan = search.plan(best[0], candidates(best, timed, refusals))
     verify(plan)
     return plan
+
+
+def candidates(best: list[Best], timed: list[tuple[float, str, Decision]], refusals: dict[str, Infeasible]) -> list[Candidate]:
+    """One line per policy, fastest first: its whole schedule where it was lowered, else its estimate, else why there is none."""
+    found = {b.policy: (b.tokens_per_s, b.decision) for b in reversed(best)}
+    for rate, name, decision in timed:
+        found.setdefault(name, (rate, decision))
+    lines = [
+        Candidate(policy=name, tokens_per_s=rate, num_batches=d.num_batches, batch_size=d.batch_size, feasible=True)
+        for name, (rate, d) in found.items()
+    ]
+    lines += [_refused(name, refusal) for name, refusal in refusals.items() if name not in found]
+    return sorted(lines, key=lambda c: -c.tokens_per_s)
 
 
 def _refused(name: str, refusal: Infeasible) -> Candidate:
@@ -127,8 +126,8 @@ class Search:
 
     # ---------------------------------------------------------------------------------------------------- candidates
 
-    def best(self, name: str) -> Best:
-        """The fastest schedule of one policy, lowered whole. Raises Infeasible."""
+    def timed(self, name: str) -> list[tuple[float, str, Decision]]:
+        """A policy's best candidates by estimated tokens per second. Raises Infeasible."""
         scored: list[tuple[float, Decision]] = []
         refusal: Infeasible | None = None
         sizes: set[int] = set()
@@ -146,20 +145,26 @@ class Search:
                 continue
             sizes.add(base.sequences)
         scored.sort(key=lambda entry: -entry[0])
-        timed = sorted(((self.estimate(name, d), n, d) for n, (_, d) in enumerate(scored[:KEPT_SCORED])), key=lambda t: -t[0])
+        rated = [(self.estimate(name, decision), name, decision) for _, decision in scored[:KEPT_SCORED]]
+        kept = sorted((entry for entry in rated if entry[0] > 0), key=lambda entry: -entry[0])[:KEPT_WHOLE]
+        if not kept:
+            raise refusal or self._too_slow()
+        return kept
+
+    def whole_best(self, timed: list[tuple[float, str, Decision]], refusals: dict[str, Infeasible]) -> list[Best]:
+        """Candidates lowered whole, fastest first: all that may win given how far an estimate can be off. Raises Infeasible."""
         whole: list[Best] = []
-        for rate, _, decision in timed[:KEPT_WHOLE]:
-            if rate == 0:
-                continue
+        for rate, name, decision in sorted(timed, key=lambda entry: -entry[0]):
+            if whole and rate < max(b.tokens_per_s for b in whole) * (1 - ESTIMATE_ERROR):
+                break
             try:
                 lowered, fitted = self.whole(name, decision)
-            except Infeasible as fault:
-                refusal = fault
-                continue
-            whole.append(Best(name, fitted, self.rate(lowered), lowered))
+                whole.append(Best(name, fitted, self.rate(lowered), lowered))
+            except Infeasible as refusal:
+                refusals[name] = refusal
         if not whole:
-            raise refusal or self._too_slow()
-        return max(whole, key=lambda best: best.tokens_per_s)
+            raise min(refusals.values(), key=lambda r: sum(r.shortfalls.values()))
+        return sorted(whole, key=lambda best: -best.tokens_per_s)
 
     def bases(self, name: str) -> Iterator[Decision]:
         """Sizes and leads to try, largest groups first; nothing resident yet."""
@@ -353,7 +358,7 @@ class Search:
     def estimate(self, name: str, decision: Decision) -> float:
         """Tokens per second, timed on distinct layer periods: what L layers take from what 2 and 4 of them take."""
         moe = self.request.spec.moe_layers
-        if len(moe) <= 2 * SAMPLED:
+        if sum(self.request.spec.layers[n].num_experts for n in moe) <= WHOLE_EXPERTS or len(moe) <= 2 * SAMPLED:
             return self.rate(lower(self.cost, name, decision, self.request.workload, quick=True))
         runs = []
         for count in (SAMPLED, 2 * SAMPLED):

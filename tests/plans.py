@@ -163,7 +163,7 @@ def make_plan(spec: ModelSpec, hardware: Hardware, policy_name: str, decision: D
         makespan_us=makespan,
         load_us=round(lowered.load_us),
         pass_us={name: round(p.times.pass_us) for name, p in lowered.phases.items() if name != "load"},
-        phase_us={name: round(p.times.total_us) for name, p in lowered.phases.items()},
+        phase_us={name: round(p.times.total_us) for name, p in lowered.phases.items() if name != "load"},
         bound_us=max(critical, *busy.values()),
         tokens_per_s=rate,
         bound_tokens_per_s=1.25 * rate,

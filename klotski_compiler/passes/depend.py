@@ -13,6 +13,7 @@ from klotski_compiler.passes.slots import Placed
 from klotski_compiler.plan import ALL, Bind, Compute, Load, Store, Tensor
 
 Cell = Hashable
+Cells = tuple[list[Cell], list[Cell]]
 Instance = tuple[int, int]  # (copy, op): copy 0 is the opening, 1 the first pass, 2 every later one
 
 
@@ -26,11 +27,10 @@ def unrolled(ops: Sequence[Placed], passes: int) -> Iterator[Instance]:
             yield copy, number
 
 
-def depend(ops: Sequence[Placed], tensors: Sequence[Tensor], batches: int, passes: int) -> dict[Instance, list[Instance]]:
+def depend(ops: Sequence[Placed], cells: Sequence[Cells], passes: int) -> dict[Instance, list[Instance]]:
     """For every op of the unrolled sequence, the earlier ones that it must follow (on whatever stream), in order."""
     writer: dict[Cell, Instance] = {}
     readers: dict[Cell, list[Instance]] = {}
-    cells = [cells_of(placed, tensors, batches) for placed in ops]
     edges: dict[Instance, list[Instance]] = {}
     for instance in unrolled(ops, passes):
         reads, writes = cells[instance[1]]
@@ -50,7 +50,7 @@ def depend(ops: Sequence[Placed], tensors: Sequence[Tensor], batches: int, passe
     return edges
 
 
-def cells_of(placed: Placed, tensors: Sequence[Tensor], batches: int) -> tuple[list[Cell], list[Cell]]:
+def cells_of(placed: Placed, tensors: Sequence[Tensor], batches: int) -> Cells:
     """What an op reads and what it writes."""
     op, reads, writes = placed.op, list[Cell](), list[Cell]()
     match op:

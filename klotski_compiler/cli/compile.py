@@ -1,0 +1,295 @@
+"""``klotski-compile``: solve for the schedule of a model on a machine, prove it, and write it down."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from klotski_compiler import report
+from klotski_compiler.cost import DTYPE_BYTES, Cost
+from klotski_compiler.errors import ConfigError, KlotskiError
+from klotski_compiler.hardware import Hardware, read_hardware
+from klotski_compiler.model import ModelSpec, read_model
+from klotski_compiler.pipeline import PASSES, lower
+from klotski_compiler.plan import Plan, Workload
+from klotski_compiler.policies import POLICIES
+from klotski_compiler.routing import Routing, read_routing, uniform
+
+EPILOG = """\
+examples:
+  klotski-compile mixtral-8x7b rtx3090                                       what would this machine do? nothing is written
+  klotski-compile ./Qwen3-30B-A3B hw.json -o plan.json                       for the machine that klotski-profile measured
+  klotski-compile ./Qwen3-30B-A3B hw.json -o plan.json --input batch.jsonl   for these prompts
+  klotski-compile ./Qwen3-30B-A3B hw.json -o plan.json --memory gpu=16GiB host=64GiB --routing routing.json
+
+Then read it:  klotski-inspect plan.json      and run it:  klotski-run plan.json --input batch.jsonl --output out.jsonl
+
+Sizes: 24GiB, 375MB, 1.5G or bytes; K, M, G, T and KiB, MiB, GiB, TiB are powers of 1024, KB, MB, GB, TB of 1000.
+Exit codes: 0 done, 2 bad usage or input, 3 nothing fits (which budgets, by how many bytes), 5 internal fault.
+"""
+
+PROMPT_LEN, GEN_LEN, NUM_SEQUENCES = 512, 32, 64
+CHARACTERS_PER_TOKEN = 4  # of English text, roughly; used where there is no tokenizer to ask
+
+Report = Callable[[str, float], None]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code; errors are lines on standard error."""
+    arguments = _parser().parse_args(argv)
+    try:
+        sys.stdout.write(_run(arguments))
+    except KlotskiError as error:
+        print(f"klotski-compile: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("klotski-compile: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except Exception as fault:  # a fault of ours: say so in a line, whatever it is
+        where = fault.__traceback__
+        while where and where.tb_next:
+            where = where.tb_next
+        place = f"{Path(where.tb_frame.f_code.co_filename).name}:{where.tb_lineno}" if where else "?"
+        print(f"klotski-compile: internal fault, please report it: {type(fault).__name__} at {place}: {fault}", file=sys.stderr)
+        return KlotskiError.exit_code
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="klotski-compile",
+        description="Solve for the schedule that keeps the slowest part of a machine busy, prove it, and write it down.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder, config.json, cached Hugging Face id or shipped profile")
+    parser.add_argument("hardware", metavar="HARDWARE", help="a profile that klotski-profile wrote, or a shipped one")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the plan here")
+
+    work = parser.add_argument_group("workload")
+    work.add_argument("--prompt-len", type=_positive, metavar="N", help=f"tokens of the longest prompt (default: {PROMPT_LEN})")
+    work.add_argument("--gen-len", type=_positive, default=GEN_LEN, metavar="N", help=f"new tokens per prompt (default: {GEN_LEN})")
+    work.add_argument("--num-sequences", type=_positive, metavar="N", help=f"prompts (default: {NUM_SEQUENCES})")
+    work.add_argument("--input", type=Path, metavar="FILE", help='take lengths and count from text lines or JSON lines with "prompt"')
+
+    limits = parser.add_argument_group("limits")
+    limits.add_argument(
+        "--memory", type=_budget, nargs="+", action="extend", default=[], metavar="TIER=SIZE", help="never use more of a tier than this"
+    )
+    limits.add_argument("--max-latency", type=_seconds, metavar="SECONDS", help="ceiling on one decode pass")
+    limits.add_argument("--time-limit", type=_seconds, default=60.0, metavar="SECONDS", help="of the search (default: 60)")
+
+    choice = parser.add_argument_group("choices, solved for unless given")
+    choice.add_argument("--batch-size", type=_auto, metavar="auto|N", help="sequences computed together")
+    choice.add_argument("--num-batches", type=_auto, metavar="auto|N", help="batches that share each weight transfer")
+    choice.add_argument("--policy", choices=("auto", *POLICIES), default="auto", metavar="NAME", help=f"auto, {', '.join(POLICIES)}")
+    choice.add_argument("--dtype", choices=tuple(DTYPE_BYTES), help="what kernels compute in (default: the checkpoint's)")
+    choice.add_argument("--routing", metavar="FILE", help="expert popularity, from klotski-profile routing or shipped")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    output.add_argument("--dump-after", choices=PASSES, metavar="PASS", help=f"also print the program after {', '.join(PASSES)}")
+    return parser
+
+
+# -------------------------------------------------------------------------------------------------------------- arguments
+
+_UNITS = {"": 1, "B": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("KMGT", 1)
+    for suffix, base in (("", 1024), ("iB", 1024), ("B", 1000))
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``24GiB``, ``375MB``, ``1.5G`` or ``1000``. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = {name.lower(): factor for name, factor in _UNITS.items()}.get(match[2].lower()) if match else None
+    if match is None or unit is None or (nbytes := round(float(match[1]) * unit)) <= 0:
+        raise ValueError(f"{text!r} is not a size such as 24GiB, 375MB, 1.5G or 1000000")
+    return nbytes
+
+
+def _budget(text: str) -> tuple[str, int]:
+    tier, equals, amount = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form TIER=SIZE, such as gpu=24GiB")
+    try:
+        return tier, parse_size(amount)
+    except ValueError as fault:
+        raise argparse.ArgumentTypeError(str(fault)) from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 1 or more")
+    return int(text)
+
+
+def _auto(text: str) -> int | None:
+    return None if text == "auto" else _positive(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------- command
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The workload, and what a reader of the plan must know about it."""
+
+    workload: Workload
+    notes: tuple[str, ...] = ()
+
+
+def _run(arguments: argparse.Namespace) -> str:
+    output: Path | None = arguments.output
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise ConfigError("--output", "", f"{output} cannot be a file: give a file name in a folder that exists")
+    if arguments.json and arguments.dump_after:
+        raise ConfigError("--dump-after", "", "prints text, but --json prints nothing else than one object; choose one of them")
+    spec, hardware = read_model(arguments.model), read_hardware(arguments.hardware)
+    routing = read_routing(arguments.routing, spec) if arguments.routing else uniform(spec)
+    asked = workload(arguments, spec)
+    plan = _compiled(arguments, spec, hardware, routing, asked)
+    if output is not None:
+        try:
+            plan.save(output)
+        except OSError as error:
+            raise ConfigError("--output", "", f"{output} cannot be written ({error.strerror}); name another file") from None
+    if arguments.json:
+        return json.dumps(report.summary(plan)) + "\n"
+    dump = _dump(arguments, plan, Cost(spec, hardware, routing, plan.dtype)) if arguments.dump_after else ""
+    kept = f"written to {output}" if output is not None else "not kept: give -o plan.json to write it to a file"
+    return f"{dump}{report.decided(plan)}\n{kept}\n"
+
+
+def _compiled(arguments: argparse.Namespace, spec: ModelSpec, hardware: Hardware, routing: Routing, asked: Asked) -> Plan:
+    from klotski_compiler.planner import Request, compile_plan  # the solvers take a second to import; --help needs none
+
+    request = Request(
+        spec=spec,
+        hardware=hardware,
+        routing=routing,
+        workload=asked.workload,
+        budgets=budgets(hardware, arguments.memory),
+        dtype=arguments.dtype or spec.compute_dtype,
+        policy=arguments.policy,
+        batch_size=arguments.batch_size,
+        num_batches=arguments.num_batches,
+        max_latency_s=arguments.max_latency,
+        time_limit_s=arguments.time_limit,
+        model_digest=hashlib.sha256(repr(spec).encode()).hexdigest(),
+    )
+    with _progress() as progress:
+        plan = compile_plan(request, progress)
+    return plan.model_copy(update={"notes": (*plan.notes, *asked.notes)}).sealed() if asked.notes else plan
+
+
+def budgets(hardware: Hardware, given: Sequence[tuple[str, int]]) -> dict[str, int]:
+    """Bytes of every tier: what the machine has, or what the user allows. Raises ConfigError for a tier that is not there."""
+    found = {tier: memory.capacity_bytes for tier, memory in hardware.tiers.items()}
+    for tier, nbytes in given:
+        if tier not in found:
+            raise ConfigError("--memory", tier, f"{hardware.name} has no such tier; choose one of {', '.join(found)}")
+        found[tier] = nbytes
+    return found
+
+
+def _dump(arguments: argparse.Namespace, plan: Plan, cost: Cost) -> str:
+    """The winner's program after a pass, as text."""
+    dumps = lower(cost, plan.policy, plan.decision, plan.workload, arguments.dump_after).dumps
+    return "".join(f"{phase} after {arguments.dump_after}\n" + "".join(f"  {line}\n" for line in lines) for phase, lines in dumps.items())
+
+
+@contextmanager
+def _progress() -> Iterator[Report]:
+    """A bar on standard error while a person watches, nothing otherwise."""
+    if not sys.stderr.isatty():
+        yield lambda what, done: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=1.0)
+        yield lambda what, done: bar.update(task, description=what, completed=done)
+
+
+# --------------------------------------------------------------------------------------------------------------- workload
+
+
+def workload(arguments: argparse.Namespace, spec: ModelSpec) -> Asked:
+    """Lengths and count as given, or as found in the input file. Raises ConfigError."""
+    notes: tuple[str, ...] = ()
+    prompt_len, count = arguments.prompt_len or PROMPT_LEN, arguments.num_sequences or NUM_SEQUENCES
+    if arguments.input is not None:
+        if arguments.prompt_len or arguments.num_sequences:
+            raise ConfigError("--input", "", "lengths and count come from the file; leave out --prompt-len and --num-sequences")
+        prompts = read_prompts(arguments.input)
+        prompt_len, how = _longest(prompts, Path(arguments.model))
+        count, notes = len(prompts), (f"{arguments.input.name}: {len(prompts)} prompts, the longest {prompt_len} tokens, {how}",)
+    if prompt_len + arguments.gen_len > spec.max_positions:
+        why = f"{prompt_len} prompt and {arguments.gen_len} new tokens exceed the {spec.max_positions} positions of {spec.name}"
+        raise ConfigError("--gen-len" if prompt_len < spec.max_positions else "--prompt-len", "", f"{why}; ask for fewer")
+    return Asked(Workload(prompt_len=prompt_len, gen_len=arguments.gen_len, num_sequences=count), notes)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt per line of text, or the "prompt" of every JSON line. Raises ConfigError."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(path, "", f"cannot be read ({error}); give UTF-8 text, one prompt per line, or JSON lines") from None
+    if not lines:
+        raise ConfigError(path, "", "holds no prompt; give one per line")
+    if not lines[0].lstrip().startswith("{"):
+        return lines
+    return [_prompt(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _prompt(path: Path, number: int, line: str) -> str:
+    try:
+        row: Any = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(path, f"line {number}", f"is not JSON: {error}; every line must be an object, as the first is") from None
+    body = row.get("body", row) if isinstance(row, dict) else {}
+    if isinstance(body, dict) and isinstance(body.get("prompt"), str):
+        return str(body["prompt"])
+    if isinstance(body, dict) and isinstance(body.get("messages"), list):
+        return "\n".join(str(message.get("content", "")) for message in body["messages"] if isinstance(message, dict))
+    raise ConfigError(path, f"line {number}", 'has no "prompt"; write {"prompt": "..."} or an OpenAI batch line')
+
+
+def _longest(prompts: Sequence[str], model: Path) -> tuple[int, str]:
+    """Tokens of the longest prompt, and how they were counted."""
+    file = (model if model.is_dir() else model.parent) / "tokenizer.json"
+    if model.exists() and file.is_file():
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(file))
+        return max(1, *(len(tokenizer.encode(prompt).ids) for prompt in prompts)), "counted by the model's tokenizer"
+    longest = max(len(prompt) for prompt in prompts)
+    return -(-longest // CHARACTERS_PER_TOKEN), f"estimated as 1 per {CHARACTERS_PER_TOKEN} characters: no tokenizer.json beside the model"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

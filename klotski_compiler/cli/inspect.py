@@ -1,0 +1,109 @@
+"""``klotski-inspect``: read a plan: what was decided, its timeline, its memory, its bubbles."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from klotski_compiler import report
+from klotski_compiler.errors import ConfigError, KlotskiError
+from klotski_compiler.plan import Plan, load
+from klotski_compiler.trace import chrome_trace, predicted
+
+EPILOG = """\
+examples:
+  klotski-inspect plan.json                            decisions, forecast, timeline of a middle layer, memory
+  klotski-inspect plan.json --phase prefill --layer 3  the timeline of another layer
+  klotski-inspect plan.json --ops 100:140              the plan itself: decode ops 100 to 139
+  klotski-inspect plan.json --compare other.json       two plans side by side
+  klotski-inspect plan.json --trace trace.json         open it at https://ui.perfetto.dev
+
+A line of --ops reads: number, stream, what, tensors, >slot, ^source slot, <op that must have ended (' in the pass before),
+@start+duration in microseconds of a middle pass.
+"""
+
+PHASES = ("decode", "prefill", "load")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code; errors are lines on standard error."""
+    arguments = _parser().parse_args(argv)
+    try:
+        sys.stdout.write(_run(arguments))
+        sys.stdout.flush()
+    except KlotskiError as error:
+        print(f"klotski-inspect: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("klotski-inspect: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="klotski-inspect",
+        description="Read a plan: what was decided and why, the predicted speed, its timeline, its memory.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("plan", type=Path, metavar="PLAN", help="a plan.json that klotski-compile wrote")
+    parser.add_argument("--phase", choices=PHASES, help="the phase that --ops and the timeline show (default: decode)")
+    parser.add_argument("--layer", type=int, metavar="N", help="the layer that the timeline shows (default: the middle one)")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write a predicted pass as a Chrome trace (JSON)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--json", action="store_true", help="print one JSON object instead")
+    what.add_argument("--ops", type=_range, metavar="A:B", help="print ops A to B - 1 of the phase instead")
+    what.add_argument("--compare", type=Path, metavar="OTHER", help="print two plans side by side instead")
+    return parser
+
+
+def _range(text: str) -> tuple[int, int]:
+    """``A:B``; either end may be left out."""
+    first, colon, end = text.partition(":")
+    if not colon or not (first + end).isdecimal() and first + end:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form A:B, such as 100:140")
+    return int(first or 0), int(end or 1 << 60)
+
+
+def _run(arguments: argparse.Namespace) -> str:
+    plan = load(arguments.plan)
+    phase = _phase(plan, arguments.phase)
+    layers = len(plan.decision.layers)
+    if arguments.layer is not None and not 0 <= arguments.layer < layers:
+        raise ConfigError("--layer", "", f"{arguments.layer} is not a layer: {plan.model} has 0 to {layers - 1}")
+    if arguments.trace:
+        _write(arguments.trace, json.dumps(chrome_trace(predicted(plan))))
+    if arguments.json:
+        return json.dumps(report.summary(plan)) + "\n"
+    if arguments.ops:
+        return report.ops(plan, phase, *arguments.ops)
+    if arguments.compare:
+        return report.compare(plan, load(arguments.compare))
+    return report.overview(plan, phase, arguments.layer)
+
+
+def _phase(plan: Plan, asked: str | None) -> str:
+    names = [phase.name for phase in plan.phases]
+    if asked and asked not in names:
+        raise ConfigError("--phase", "", f"this plan has no {asked} phase; it has {', '.join(names)}")
+    return asked or names[-1]
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise ConfigError("--trace", "", f"{path} cannot be written ({error.strerror}); name another file") from None
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

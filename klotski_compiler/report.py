@@ -1,0 +1,452 @@
+"""A plan as text that a person wants to read, and as the JSON object that a program does. Nothing here prints."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from klotski_compiler.plan import Bind, Compute, Load, Op, Phase, Plan, Step, Store, step_text
+
+WIDTH = 100  # columns of a timeline
+
+# What the compute stream waits for, by the simulator's name of the cause.
+CAUSES = {
+    "intra_layer": "experts that have not arrived",
+    "inter_layer": "attention, router or dense weights",
+    "kv": "KV cache",
+    "end_of_pass": "head, embedding, sampled tokens",
+}
+_PLURAL = {"router": "routers", "expert": "experts", "shared": "shared experts", "dense": "dense MLPs", "kv": "KV cache"}
+
+
+def summary(plan: Plan) -> dict[str, object]:
+    """What ``--json`` prints: everything but tensors, slots and steps."""
+    return plan.model_dump(
+        mode="json",
+        include={
+            "model", "dtype", "hardware", "compute_tier", "budgets", "workload", "envelope", "policy", "decision",
+            "workspace", "forecast", "candidates", "notes", "truncated", "digest",
+        },
+    )  # fmt: skip
+
+
+def overview(plan: Plan, phase: str = "", layer: int | None = None) -> str:
+    """All that ``klotski-inspect`` shows by default."""
+    phase = phase or plan.phases[-1].name
+    parts = [headline(plan), decision(plan), forecast(plan), candidates(plan), busy(plan), bubbles(plan)]
+    return "\n\n".join([*parts, timeline(plan, phase, layer), memory(plan)]) + "\n"
+
+
+def decided(plan: Plan) -> str:
+    """What ``klotski-compile`` shows: what was decided and why, the predicted speed, what else was tried, where time goes."""
+    return "\n\n".join([headline(plan), decision(plan), forecast(plan), candidates(plan), busy(plan), bubbles(plan)]) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------------ quantities
+
+
+def size(nbytes: float) -> str:
+    """Bytes as a person reads them: ``16.0 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} TiB"
+
+
+def span(us: float) -> str:
+    """A time as a person reads it: ``3.12 s``, ``2 h 05 min``."""
+    if us < 1000:
+        return f"{us:.0f} us"
+    if us < 1e6:
+        return f"{us / 1000:.1f} ms"
+    if us < 600e6:
+        return f"{us / 1e6:.2f} s" if us < 100e6 else f"{us / 1e6:.0f} s"
+    minutes = round(us / 60e6)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
+
+
+def _bar(share: float, width: int = 30) -> str:
+    filled = round(width * min(1.0, share))
+    return "#" * filled + "." * (width - filled)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "es" if what.endswith("ch") or what.endswith("ss") else "s")
+
+
+# --------------------------------------------------------------------------------------------------------------- sections
+
+
+def headline(plan: Plan) -> str:
+    """Model, machine and workload."""
+    work = plan.workload
+    budgets = ", ".join(f"{tier} {size(nbytes)}" for tier, nbytes in plan.budgets.items())
+    return (
+        f"{plan.model} in {plan.dtype} on {plan.hardware}, computing in {plan.compute_tier} (budgets: {budgets})\n"
+        f"{_count(work.num_sequences, 'prompt')} of up to {work.prompt_len} tokens, {work.gen_len} new tokens each"
+    )
+
+
+def decision(plan: Plan) -> str:
+    """What was decided, in words."""
+    d = plan.decision
+    groups = -(-plan.workload.num_sequences // d.sequences)
+    whole = "the whole workload is one group" if groups == 1 else f"{groups} groups run one after another"
+    rows = [
+        ("group", f"{_count(d.num_batches, 'batch')} of {_count(d.batch_size, 'sequence')} share every transfer; {whole}"),
+        ("resident", _residents(plan)),
+        *_streamed(plan),
+        ("KV cache", _kv_places(plan)),
+    ]
+    experts = next((t.nbytes for t in plan.tensors if t.kind == "expert"), 0)
+    if any(layer.static or layer.late for layer in d.layers):
+        unit = f"{_count(d.unit, 'expert')} per load ({size(d.unit * experts)}), {d.lead} expert slots for those in flight or waiting"
+        rows.append(("transfer", unit))
+    passes = "in one pass" if d.prefill_groups == 1 else f"in {d.prefill_groups} passes, each of which reads the weights"
+    rows.append(("prefill", f"{passes}; attention over {_count(d.attention_batch, 'prompt')} at a time"))
+    head = "resident" if d.head_pages == 0 else f"streamed in {_count(d.head_pages, 'page')}"
+    rows.append(("vocabulary", f"head {head}, embedding {'resident' if d.embedding else 'gathered row by row'}"))
+    return "\n".join([f"Decided (policy {plan.policy})", *_table(rows)])
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
+    return (f"  {name:<12}{text}" for name, text in rows)
+
+
+def _places(plan: Plan, tier: str) -> dict[str, list[int]]:
+    """Tensors that have a permanent slot in a tier, by kind."""
+    found = defaultdict[str, list[int]](list)
+    for tensor, slot in plan.placed:
+        if plan.slots[slot].tier == tier:
+            found[plan.tensors[tensor].kind].append(tensor)
+    return found
+
+
+def _residents(plan: Plan) -> str:
+    placed = _places(plan, plan.compute_tier)
+    totals = Counter(t.kind for t in plan.tensors)
+    texts = []
+    for kind in ("attention", "router", "shared", "dense", "expert"):
+        if not totals[kind]:
+            continue
+        held = placed.get(kind, [])
+        share = "all" if len(held) == totals[kind] else f"{len(held)} of" if held else "none of"
+        room = f" ({size(sum(plan.tensors[t].nbytes for t in held))})" if held else ""
+        texts.append(f"{share} {totals[kind]} {_PLURAL.get(kind, kind)}{room}")
+    return ", ".join(texts)
+
+
+def _streamed(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Experts and modules that travel in every pass."""
+    steps = plan.steps[plan.phases[-1].name]
+    moved = {t for s in steps if isinstance(s.op, Load) and s.op.link.endswith(f">{plan.compute_tier}") for t in s.op.tensors}
+    kinds = Counter(plan.tensors[t].kind for t in moved)
+    sizes = Counter[str]()
+    for tensor in moved:
+        sizes[plan.tensors[tensor].kind] += plan.tensors[tensor].nbytes
+    if kinds["expert"]:
+        yield "by name", f"{kinds['expert']} experts ({size(sizes['expert'])}) travel in every pass without asking the router"
+    if kinds["pick"]:
+        hot = plan.decision.hot
+        when = f"the {hot} likeliest of a layer when a predictor, the others when the router names them" if hot else "when the router names them"
+        yield "late", f"{kinds['pick']} experts (at most {size(sizes['pick'])}) travel {when}; what no token asks for stays"
+    others = [f"{kinds[k]} {_PLURAL.get(k, k)} ({size(sizes[k])})" for k in ("attention", "router", "shared", "dense") if kinds[k]]
+    if others:
+        yield "modules", f"{', '.join(others)} travel in every pass"
+
+
+def _kv_places(plan: Plan) -> str:
+    tiers = Counter(layer.kv for layer in plan.decision.layers)
+    nbytes = Counter[str]()
+    for tensor in plan.tensors:
+        if tensor.kind == "kv":
+            nbytes[tensor.home] += tensor.nbytes
+    parts = [f"{'all' if len(tiers) == 1 else count} layers in {tier} ({size(nbytes[tier])})" for tier, count in tiers.most_common()]
+    return ", ".join(parts)
+
+
+def forecast(plan: Plan) -> str:
+    """Predicted speed, both bounds, and what the planner says would change it."""
+    f = plan.forecast
+    phases = [f"{phase.name} {span(_phase_us(plan, phase.name))}{_passes(plan, phase)}" for phase in plan.phases]
+    bound = f"this decision cannot take less than {span(f.bound_us)}; its schedule takes {span(f.makespan_us)}"
+    over = f.makespan_us / f.bound_us - 1 if f.bound_us else 0.0
+    rows = [
+        ("speed", f"{f.tokens_per_s:.2f} tokens/s from the first weight byte to the last token"),
+        ("time", "; ".join(phases) + _groups(plan)),
+        ("bound", f"{bound} ({over:+.1%})"),
+        ("", f"no decision of this class ({f.schedule_class}) exceeds {f.bound_tokens_per_s:.2f} tokens/s (gap {f.gap:.1%})"),
+        *(("", note) for note in plan.notes),
+    ]
+    if plan.truncated:
+        rows.append(("", "the search was cut short by its time limit; --time-limit gives it more"))
+    return "\n".join(["Predicted", *_table(rows)])
+
+
+def _phase_us(plan: Plan, name: str) -> int:
+    """Time of a phase of one group; the residents are loaded once."""
+    return plan.forecast.load_us if name == "load" else plan.forecast.phase_us.get(name, 0)
+
+
+def _passes(plan: Plan, phase: Phase) -> str:
+    return f" ({phase.passes} passes of {span(plan.forecast.pass_us[phase.name])})" if phase.passes > 1 else ""
+
+
+def _groups(plan: Plan) -> str:
+    groups = -(-plan.workload.num_sequences // plan.decision.sequences)
+    return f"; prefill and decode {groups} times" if groups > 1 else ""
+
+
+def candidates(plan: Plan) -> str:
+    """Every policy's best schedule."""
+    best = max((c.tokens_per_s for c in plan.candidates), default=0.0)
+    lines = [f"Policies{'batches':>20}{'tokens/s':>12}{'against best':>15}"]
+    for c in plan.candidates:
+        if not c.feasible:
+            lines.append(f"  {c.policy:<16}{c.why_not}")
+            continue
+        against = "best" if c.tokens_per_s == best else f"{c.tokens_per_s / best - 1:+.1%}"
+        lines.append(f"  {c.policy:<16}{f'{c.num_batches} x {c.batch_size}':>10}{c.tokens_per_s:>12.2f}{against:>15}")
+    return "\n".join(lines)
+
+
+def busy(plan: Plan) -> str:
+    """How busy each stream is during a middle pass, and which one binds."""
+    lines = ["Where the time of a pass goes"]
+    for phase in plan.phases[1:]:
+        length = plan.forecast.pass_us[phase.name] or 1
+        work = _work(plan.steps[phase.name])
+        tightest = max(work, key=lambda s: work[s].total)
+        for stream, spent in sorted(work.items(), key=lambda item: -item[1].total):
+            title, binds = (f"{phase.name} {span(length)}", "  <- binds") if stream == tightest else ("", "")
+            copies = f", {spent.copying / length:.0%} in copies that block it" if spent.copying else ""
+            share = spent.total / length
+            lines.append(f"  {title:<18}{stream:<11}{_bar(share)} {share:4.0%}{copies}{binds}")
+    return "\n".join(lines)
+
+
+@dataclass
+class _Work:
+    """Microseconds of a stream in one pass; those in which a compute stream copies."""
+
+    total: int = 0
+    copying: int = 0
+
+
+def _work(steps: Sequence[Step]) -> dict[str, _Work]:
+    work: dict[str, _Work] = defaultdict(_Work)
+    for step in steps:
+        spent = work[step.op.stream]
+        spent.total += step.end_us - step.start_us
+        if isinstance(step.op, Load | Store) and step.op.link != step.op.stream:
+            spent.copying += step.end_us - step.start_us
+    return work
+
+
+def bubbles(plan: Plan) -> str:
+    """What the compute stream waits for, over the whole workload."""
+    f = plan.forecast
+    total = sum(f.bubble_us.values())
+    lines = [f"Bubbles: computing waits {f.bubble_fraction:.1%} of the time ({span(total)})"]
+    for cause, us in sorted(f.bubble_us.items(), key=lambda item: -item[1]):
+        if us:
+            lines.append(f"  {span(us):>10}  {us / total:4.0%}  for {CAUSES.get(cause, cause)}")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------------------- timeline
+
+
+@dataclass
+class _Run:
+    """Ops of one stream that follow each other closely and do the same for the same layer."""
+
+    text: str
+    start: float
+    end: float
+    count: int
+
+
+def timeline(plan: Plan, phase: str, layer: int | None = None, width: int = WIDTH) -> str:
+    """One layer as a lane per stream; the middle one unless told."""
+    steps = plan.steps[phase]
+    shown = len(plan.decision.layers) // 2 if layer is None else layer
+    mine = [s for s in steps if isinstance(s.op, Compute | Bind) and s.op.layer == shown]
+    if not mine:
+        begin, end = min((s.start_us for s in steps), default=0), max((s.end_us for s in steps), default=1)
+        title = f"Timeline of {phase}, whole: {span(end - begin)}"
+    else:
+        first = steps.index(mine[0])
+        compute = mine[0].op.stream
+        begin = max((s.end_us for s in steps[:first] if s.op.stream == compute and isinstance(s.op, Compute | Bind)), default=0)
+        end = max(s.end_us for s in mine)
+        of = f"{span(end - begin)} of the {span(plan.forecast.pass_us[phase])} of a pass"
+        title = f"Timeline of {phase}, layer {shown} (L0 to L{len(plan.decision.layers) - 1}): {of}"
+    column = max(1e-9, (end - begin) / width)
+    lines = [f"{title}; a column is {span(column)}", _axis(begin, end, width)]
+    lanes = sorted({s.op.stream for s in steps}, key=lambda name: (">" not in name, name))
+    for lane in lanes:
+        runs = _runs(plan, [s for s in steps if s.op.stream == lane], begin, end, column)
+        inside = sum(max(0, min(end, s.end_us) - max(begin, s.start_us)) for s in steps if s.op.stream == lane)
+        lines.append(f"  {lane:<10}{_lane(runs, begin, column, width)} {inside / max(1, end - begin):4.0%}")
+    return "\n".join(lines)
+
+
+def _axis(begin: float, end: float, width: int) -> str:
+    ticks = 5
+    cells = ""
+    for tick in range(ticks):
+        mark = f"|{span((end - begin) * tick / ticks) if tick else '0'}"
+        cells += f"{mark:<{width // ticks}}"
+    return f"  {'':<10}{cells[:width]}| busy"
+
+
+def _runs(plan: Plan, steps: Sequence[Step], begin: float, end: float, column: float) -> list[_Run]:
+    runs: list[_Run] = []
+    for step in steps:
+        start, stop = max(begin, step.start_us), min(end, step.end_us)
+        if stop <= start:
+            continue
+        text, count = _does(plan, step.op)
+        if runs and runs[-1].text == text and start - runs[-1].end < column:
+            runs[-1].end, runs[-1].count = stop, runs[-1].count + count
+        else:
+            runs.append(_Run(text, start, stop, count))
+    return runs
+
+
+def _does(plan: Plan, op: Op) -> tuple[str, int]:
+    """What an op does, in a word or two, and on how many experts or batches."""
+    if isinstance(op, Bind):
+        return "bind", 1
+    kinds = {plan.tensors[t].kind for t in op.tensors}
+    if isinstance(op, Compute):
+        if op.fn != "experts":
+            return op.fn, 1
+        return "late experts" if "pick" in kinds else "experts", len(op.tensors)
+    layers = {plan.tensors[t].layer for t in op.tensors}
+    where = f"L{min(layers)} " if min(layers) >= 0 else ""
+    verb = "save " if isinstance(op, Store) else "copy " if op.link != op.stream else ""
+    kind = min(kinds)
+    what = {"expert": "experts", "pick": "late experts"}.get(kind, kind)
+    return f"{verb}{where}{what}", len(op.tensors)
+
+
+def _lane(runs: Sequence[_Run], begin: float, column: float, width: int) -> str:
+    """Runs as boxes in proportion to their time. A box too narrow for its name shows as much of it as fits."""
+    cells = ["."] * width
+    free = 0
+    for run in runs:
+        first = max(free, int((run.start - begin) / column))
+        last = min(width, max(first + 1, round((run.end - begin) / column)))
+        if first >= width:
+            break
+        label = f"{run.text} x{run.count}" if run.count > 1 else run.text
+        room = last - first - 1
+        if len(label) > room:
+            label = label.removeprefix("late ") if len(run.text) > room else run.text
+        box = "|" + f"{label[:room]}".ljust(room, "=")
+        cells[first:last] = box
+        free = last
+    return "".join(cells)
+
+
+# ----------------------------------------------------------------------------------------------------------------- memory
+
+
+def memory(plan: Plan) -> str:
+    """Who holds how much of each tier: residents, KV, streaming slots, hidden states, workspace, free."""
+    phases = plan.phases[1:]
+    lines = []
+    for tier, peak in plan.forecast.peak_bytes.items():
+        resident = Counter[str]()
+        for kind, held in _places(plan, tier).items():
+            verb = "resident" if tier == plan.compute_tier else "kept for streaming"
+            resident[_label(kind, verb)] += sum(plan.tensors[t].slot_bytes for t in held)
+        streamed = [_streaming(plan, phase, tier) for phase in phases]
+        workspace = plan.workspace.get(tier, {})
+        rows = [(name, [nbytes] * len(phases)) for name, nbytes in resident.most_common()]
+        kinds = sorted({name for found in streamed for name in found}, key=lambda name: -max(f[name] for f in streamed))
+        rows += [(name, [found[name] for found in streamed]) for name in kinds]
+        rows += [(f"workspace: {name}", [nbytes] * len(phases)) for name, nbytes in sorted(workspace.items(), key=lambda i: -i[1])]
+        budget = plan.budgets.get(tier, peak)
+        title = f"Memory of {tier}: {size(peak)} of {size(budget)}"
+        lines.append(f"{title:<40}" + "".join(f"{p.name:>14}" for p in phases))
+        used = [sum(sizes[n] for _, sizes in rows) for n in range(len(phases))]
+        rows.append(("free", [budget - nbytes for nbytes in used]))
+        for name, sizes in rows:
+            if any(sizes):
+                lines.append(f"  {name:<38}" + "".join(f"{size(n) if n else '-':>14}" for n in sizes))
+    return "\n".join(lines)
+
+
+def _label(kind: str, verb: str) -> str:
+    return "KV cache" if kind == "kv" else f"{_PLURAL.get(kind, kind)}, {verb}"
+
+
+def _streaming(plan: Plan, phase: Phase, tier: str) -> Counter[str]:
+    """Bytes of the slots that a phase alone uses, by what passes through them."""
+    permanent = {slot for _, slot in plan.placed}
+    through: dict[int, str] = {slot: "hidden states" for _, slot in phase.placed}
+    for step in plan.steps[phase.name]:
+        if isinstance(step.op, Bind):
+            continue
+        for tensor, slot in zip(step.op.tensors, step.slots, strict=True):
+            kind = plan.tensors[tensor].kind
+            through.setdefault(slot, "KV, slots" if kind == "kv" else _label("expert" if kind == "pick" else kind, "slots"))
+    nbytes = Counter[str]()
+    for slot, name in through.items():
+        if slot not in permanent and plan.slots[slot].tier == tier:
+            nbytes[name] += plan.slots[slot].nbytes
+    return nbytes
+
+
+# --------------------------------------------------------------------------------------------------------- ops, comparison
+
+
+def ops(plan: Plan, phase: str, first: int, end: int) -> str:
+    """Steps [first, end) of a phase, numbered as waits name them."""
+    steps = plan.steps[phase]
+    digits = len(str(len(steps)))
+    return "".join(f"{n:>{digits}} {step_text(steps[n], plan.names)}\n" for n in range(first, min(end, len(steps))))
+
+
+def compare(one: Plan, other: Plan) -> str:
+    """Two plans side by side; the last column is the second over the first."""
+    rows: list[tuple[str, str, str, str]] = []
+
+    def words(name: str, *texts: str) -> None:
+        rows.append((name, texts[0], texts[1], "" if texts[0] == texts[1] else "differs"))
+
+    def numbers(name: str, show: str, a: float, b: float) -> None:
+        text = {"span": span, "size": size}.get(show) or (lambda value: format(value, show))
+        rows.append((name, text(a), text(b), f"{b / a:.2f} x" if a else ""))
+
+    plans = (one, other)
+    words("model", *(f"{p.model} {p.dtype}" for p in plans))
+    words("machine", *(p.hardware for p in plans))
+    words("workload", *(f"{p.workload.num_sequences} x ({p.workload.prompt_len} + {p.workload.gen_len})" for p in plans))
+    words("policy", *(p.policy for p in plans))
+    words("batches", *(f"{p.decision.num_batches} x {p.decision.batch_size}" for p in plans))
+    words("slots and unit", *(f"{p.decision.lead}, {p.decision.unit} per load" for p in plans))
+    for name in ("resident_experts", "static", "late"):
+        title = {"resident_experts": "experts resident", "static": "experts by name", "late": "experts late"}[name]
+        words(title, *(str(sum(len(getattr(layer, name)) for layer in p.decision.layers)) for p in plans))
+    words("KV cache", *(", ".join(f"{n} in {tier}" for tier, n in Counter(la.kv for la in p.decision.layers).most_common()) for p in plans))
+    a, b = one.forecast, other.forecast
+    numbers("tokens/s", ".2f", a.tokens_per_s, b.tokens_per_s)
+    numbers("bound tokens/s", ".2f", a.bound_tokens_per_s, b.bound_tokens_per_s)
+    numbers("whole workload", "span", a.makespan_us, b.makespan_us)
+    for name in ("load", "prefill", "decode"):
+        numbers(name, "span", *(_phase_us(p, name) for p in plans))
+    numbers("bubbles", ".1%", a.bubble_fraction, b.bubble_fraction)
+    for tier in dict.fromkeys((*a.peak_bytes, *b.peak_bytes)):
+        numbers(f"peak of {tier}", "size", a.peak_bytes.get(tier, 0), b.peak_bytes.get(tier, 0))
+    for link in dict.fromkeys((*a.link_bytes, *b.link_bytes)):
+        numbers(f"bytes {link}", "size", a.link_bytes.get(link, 0), b.link_bytes.get(link, 0))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, (*widths, 0), strict=True)).rstrip() + "\n" for row in rows)
+
+

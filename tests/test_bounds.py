@@ -1,0 +1,146 @@
+"""Bounds: no schedule that the simulator finds may beat one."""
+
+from __future__ import annotations
+
+import random
+from itertools import product
+
+import pytest
+from plans import tiny_decision, tiny_hardware, tiny_spec
+
+from klotski_compiler.bounds import Item, Relaxation, bound_tokens_per_s, least_time_us
+from klotski_compiler.cost import Cost
+from klotski_compiler.hardware import read_hardware
+from klotski_compiler.milp.solve import residency
+from klotski_compiler.model import read_model
+from klotski_compiler.pipeline import Lowered, lower
+from klotski_compiler.plan import Decision, LayerDecision, Workload
+from klotski_compiler.policies import POLICIES, policy
+from klotski_compiler.routing import uniform
+
+
+def tokens_per_s(lowered: Lowered, workload: Workload) -> float:
+    """As the forecast counts: from the first weight byte."""
+    return 1e6 * workload.num_sequences * workload.gen_len / (lowered.load_us + lowered.groups * lowered.group_us)
+
+
+def random_schedule(policy_name: str, seed: int) -> tuple[Cost, Workload, Lowered]:
+    """A random decision that the policy can take, lowered."""
+    rng = random.Random(f"{policy_name} {seed}")
+    gpu, module = rng.random() < 0.5, policy(policy_name)
+    spec = tiny_spec(layers=rng.choice([2, 4]), experts=rng.choice([2, 4, 8]))
+    hardware = tiny_hardware(gpu)
+    popularity = []
+    for layer in spec.layers:
+        weights = [rng.lognormvariate(0, 1) for _ in range(layer.num_experts)]
+        popularity.append(tuple(w / sum(weights) for w in weights))
+    routing = uniform(spec).model_copy(update={"popularity": tuple(popularity)})
+    cost = Cost(spec, hardware, routing, "bf16")
+    workload = Workload(prompt_len=rng.choice([1, 8, 64]), gen_len=rng.choice([1, 2, 9]), num_sequences=rng.choice([1, 7, 24]))
+    kv = hardware.compute_tier if rng.random() < 0.6 else ("host" if gpu else "disk")
+    layers = []
+    for number, layer in enumerate(spec.layers):
+        order = cost.popular(number)
+        kept = rng.randint(0, len(order))
+        late = {"static": 0, "solved": rng.randint(0, len(order) - kept), "picks": len(order) - kept}[module.EXPERTS]
+        cut = len(order) - late
+        modules = [k for k in ("attention", "router", "shared", "dense") if getattr(layer, k) and rng.random() < 0.4]
+        layers.append(
+            LayerDecision(
+                resident=tuple(modules),
+                resident_experts=tuple(order[:kept]),
+                static=tuple(order[kept:cut]),
+                late=tuple(order[cut:]),
+                kv=kv,
+            )
+        )
+    batch_size = rng.choice([1, 2, 5])
+    base = tiny_decision(policy_name, spec, kv, rng.choice([1, 2, 4]), batch_size)
+    unit = rng.choice([1, 2])
+    decision = base.model_copy(
+        update={
+            "layers": tuple(layers),
+            "unit": unit,
+            "lead": max(unit * rng.choice([2, 4]), spec.layers[-1].num_experts if module.EXPERTS != "solved" else 0),
+            "head_pages": rng.choice([0, 2, 5]),
+            "embedding": rng.random() < 0.5,
+        }
+    )
+    return cost, workload, lower(cost, policy_name, decision, workload)
+
+
+@pytest.mark.parametrize("policy_name", POLICIES)
+def test_no_schedule_beats_the_bounds(policy_name: str) -> None:
+    for seed in range(40):
+        cost, workload, lowered = random_schedule(policy_name, seed)
+        bound = bound_tokens_per_s(cost, workload, lowered.peak_bytes)
+        assert tokens_per_s(lowered, workload) <= bound * (1 + 1e-9), f"seed {seed}"
+        for name, phase in lowered.phases.items():
+            busy = max(phase.times.busy_us.values(), default=0.0)
+            assert phase.times.total_us >= busy * (1 - 1e-9), f"seed {seed}, {name}"
+            assert phase.times.total_us >= phase.critical_us * (1 - 1e-9), f"seed {seed}, {name}"
+
+
+def test_an_interval_bounds_all_that_it_contains() -> None:
+    spec = tiny_spec()
+    cost = Cost(spec, tiny_hardware(True), uniform(spec), "bf16")
+    workload = Workload(prompt_len=16, gen_len=8, num_sequences=24)
+    whole = spec.nbytes
+    relaxation = Relaxation(cost, workload, {"gpu": whole // 3 + (60 << 20), "host": whole})
+    single = [relaxation.least_us(k, k) for k in range(1, 25)]
+    for first, last in product(range(1, 25), repeat=2):
+        if first <= last:
+            assert relaxation.least_us(first, last) <= min(single[first - 1 : last]) * (1 + 1e-9)
+
+
+def test_more_memory_never_lowers_the_bound_and_none_is_infeasible() -> None:
+    spec = read_model("mixtral-8x7b")
+    cost = Cost(spec, read_hardware("rtx3090"), uniform(spec), "bf16")
+    workload = Workload(prompt_len=512, gen_len=32, num_sequences=320)
+    rates = [bound_tokens_per_s(cost, workload, {"gpu": gib << 30, "host": 256 << 30}) for gib in (8, 16, 24, 48, 96)]
+    assert rates == sorted(rates) and rates[0] > 0
+    assert bound_tokens_per_s(cost, workload, {"gpu": 1 << 20, "host": 256 << 30}) == 0.0
+
+
+def test_the_bound_is_close_to_the_solved_schedule() -> None:
+    """Mixtral on an RTX 3090: within 15 %."""
+    spec = read_model("mixtral-8x7b")
+    cost = Cost(spec, read_hardware("rtx3090"), uniform(spec), "bf16")
+    workload = Workload(prompt_len=512, gen_len=32, num_sequences=320)
+    layers = tuple(LayerDecision() for _ in spec.layers)
+    sizes = {"num_batches": 10, "batch_size": 32, "lead": 4, "unit": 1, "head_pages": 4, "prefill_groups": 10}
+    decision = Decision(**sizes, attention_batch=1, decode_batch=32, expert_rows=8192, hot=0, embedding=False, layers=layers)
+    solved = residency(cost, workload, decision, {"gpu": 21 << 30, "host": 256 << 30})
+    lowered = lower(cost, "joint", solved.decide(decision), workload)
+    bound = bound_tokens_per_s(cost, workload, lowered.peak_bytes)
+    assert 1.0 <= bound / tokens_per_s(lowered, workload) <= 1.15
+
+
+def test_duality_finds_the_minimum() -> None:
+    """Against a grid over what is kept."""
+    rng = random.Random(7)
+    for _ in range(30):
+        items = [Item(rng.uniform(1, 5), (rng.uniform(0, 9), rng.uniform(0, 20)), rng.choice([0.0, 3.0])) for _ in range(3)]
+        room, other = rng.uniform(0, 10), (rng.uniform(0, 20), rng.uniform(0, 40))
+        found = least_time_us(items, room, other, 1.0)
+        grid = [i / 20 for i in range(21)]
+        best = min(
+            sum(y * i.load_bytes for y, i in zip(kept, items, strict=True))
+            + sum(
+                max(other[p], sum((1 - y) * i.moved_bytes[p] for y, i in zip(kept, items, strict=True))) for p in range(2)
+            )
+            for kept in product(grid, repeat=3)
+            if sum(y * i.nbytes for y, i in zip(kept, items, strict=True)) <= room
+        )
+        assert found <= best * (1 + 1e-9)
+        assert found >= best * 0.9
+
+
+def test_everything_resident_needs_no_link() -> None:
+    """With room for all, a host machine loads once and then computes."""
+    spec = tiny_spec()
+    cost = Cost(spec, tiny_hardware(), uniform(spec), "bf16")
+    workload = Workload(prompt_len=16, gen_len=64, num_sequences=4)
+    rich = bound_tokens_per_s(cost, workload, {"host": 1 << 30})
+    poor = bound_tokens_per_s(cost, workload, {"host": spec.nbytes // 2 + (60 << 20)})
+    assert rich > poor > 0
