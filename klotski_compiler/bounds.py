@@ -23,17 +23,18 @@ ROUNDING = 1.01
 SEARCH_STEPS = 10  # each keeps 62 % of the interval of weights
 
 
-def critical_us(ops: Sequence[Placed], tensors: Sequence[Tensor], batches: int, duration_us: Sequence[float]) -> float:
-    """Longest path of one pass over read-after-write edges only, from the token ids on: no stream, no slot can make it shorter.
+def critical_us(cells: Sequence[Cells], duration_us: Sequence[float]) -> float:
+    """Longest path of one pass over read-after-write edges only, from the token ids on: no stream, no slot can make it
+    shorter.
 
-    The next pass starts from the ids that this one ends with, so paths of several passes add up. Those that start with a load do not: it
-    may run while the pass before computes. Hidden states that an op updates in place count as read.
+    cells: what each op reads and writes (``depend``). The next pass starts from the ids that this one ends with, so
+    such paths add up over passes. Paths that start with a load would not: it may run while the pass before computes.
+    Hidden states that an op updates in place count as read.
     """
     ready: dict[Cell, float] = {"tokens": 0.0}
     longest = 0.0
-    for placed, took in zip(ops, duration_us, strict=True):
-        reads, writes = cells_of(placed, tensors, batches)
-        updated = [cell for cell in writes if isinstance(cell, tuple) and cell[0] == "hidden" or cell == "last"]
+    for (reads, writes), took in zip(cells, duration_us, strict=True):
+        updated = [cell for cell in writes if (isinstance(cell, tuple) and cell[0] == "hidden") or cell == "last"]
         starts = [ready[cell] for cell in (*reads, *updated) if cell in ready]
         for cell in writes:
             if starts:
@@ -51,8 +52,9 @@ def critical_us(ops: Sequence[Placed], tensors: Sequence[Tensor], batches: int, 
 def bound_tokens_per_s(cost: Cost, workload: Workload, budgets: dict[str, int]) -> float:
     """No schedule of this kind (phases apart, all compute on the compute tier's processor) generates tokens faster.
 
-    A schedule in k groups has at least ceil(N / k) sequences in each, so all that matters is k. Intervals of k are bounded
-    (``Relaxation.least_us``), best first, and the most promising one is split until it is a single k. 0 if nothing fits.
+    A schedule in k groups has at least ceil(N / k) sequences in each, so all that matters is k. Intervals of k are
+    bounded (``Relaxation.least_us``), best first, and the most promising one is split until it is a single k. 0 if
+    nothing fits.
     """
     relaxation = Relaxation(cost, workload, budgets)
     total = workload.num_sequences
@@ -70,8 +72,8 @@ def bound_tokens_per_s(cost: Cost, workload: Workload, budgets: dict[str, int]) 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What a tier may keep. nbytes: room. moved_bytes: what crosses the link in each phase of the whole workload if it is not kept.
-    load_bytes: what crosses it once before, if it is."""
+    """What a tier may keep. nbytes: room. moved_bytes: what crosses the link in each phase of the whole workload if it
+    is not kept. load_bytes: what crosses it once before, if it is."""
 
     nbytes: float
     moved_bytes: tuple[float, ...]
@@ -84,16 +86,18 @@ class Relaxation:
     With S sequences per group, S between low = ceil(N / last) and high = ceil(N / first):
 
     *Phases* follow one another, so each takes as long as its own busiest resource.
-    *Compute.* An op's time grows with its tokens and falls per token (``hardware.matmul_us``; for an expert, tokens per touch grow
-    with tokens), so k groups take at least first f(low) and N f(high) / high, however they are split into batches, prefill
-    parts or chunks.
-    *Links.* What is not kept in the tier crosses its link in every pass: weights whole, experts at least if they are touched, which is
-    least likely at low; KV as written and read back. Latencies are left out.
-    *Memory* at S = low: states, least workspace, one expert slot, KV. Keeping is relaxed to a fractional knapsack, one per link.
+    *Compute.* An op's time grows with its tokens and falls per token (``hardware.matmul_us``; for an expert, tokens per
+    touch grow with tokens), so k groups take at least first f(low) and N f(high) / high, however they are split into
+    batches, prefill parts or chunks.
+    *Links.* What is not kept in the tier crosses its link in every pass: weights whole, experts at least if they are
+    touched, which is least likely at low; KV as written and read back. Latencies are left out.
+    *Memory* at S = low: states, least workspace, one expert slot, KV. Keeping is relaxed to a fractional knapsack, one
+    per link.
     *Load.* What is kept is read from disk once, before all else.
     """
 
     def __init__(self, cost: Cost, workload: Workload, budgets: dict[str, int]) -> None:
+        """budgets: bytes of each tier; a tier that is not named has what the machine has."""
         self.cost, self.workload, spec = cost, workload, cost.spec
         self.tier = cost.hardware.compute_tier
         self.budget = {t: budgets.get(t, tier.capacity_bytes) for t, tier in cost.hardware.tiers.items()}
@@ -109,7 +113,8 @@ class Relaxation:
         self.expert_bytes = sum(layer.num_experts * layer.expert.nbytes for layer in spec.layers if layer.expert)
 
     def _experts(self) -> list[tuple[Layer, float, int]]:
-        """(layer, q, count): experts that a token picks with probability q, rounded down to a percent where many differ."""
+        """(layer, q, count): experts that a token picks with probability q, rounded down to a percent where many
+        differ."""
         found: Counter[tuple[Layer, float]] = Counter()
         pairs = zip(self.cost.spec.layers, self.cost.routing.popularity, strict=True)
         shares = [(layer, min(1.0, layer.top_k * p)) for layer, popular in pairs for p in popular]
@@ -120,7 +125,8 @@ class Relaxation:
         return [(layer, q, count) for (layer, q), count in found.items()]
 
     def least_us(self, first: int, last: int) -> float:
-        """Lower bound on load plus all groups, for every number of groups in first .. last; infinite if nothing fits."""
+        """Lower bound on load plus all groups, for every number of groups in first .. last; infinite if nothing
+        fits."""
         total = self.workload.num_sequences
         low, high = -(-total // last), -(-total // first)
         room = self.room(low)
@@ -155,7 +161,8 @@ class Relaxation:
         return self.workload.prompt_len + self.workload.gen_len
 
     def room(self, sequences: int) -> float:
-        """Bytes of the compute tier for residents and KV: without states, the least workspace and, unless all fit, an expert."""
+        """Bytes of the compute tier for residents and KV: without states, the least workspace and, unless all fit, an
+        expert."""
         spec, cost = self.cost.spec, self.cost
         least = Decision(
             num_batches=1,
@@ -243,10 +250,12 @@ class Relaxation:
 
 
 def least_time_us(items: Sequence[Item], room: float, other_us: tuple[float, ...], us_per_byte: float) -> float:
-    """min over what is kept (y in 0 .. 1, at most ``room`` bytes) of load(y) + sum over phases p of max(link_p(y), other_p).
+    """min over what is kept (y in 0 .. 1, at most ``room`` bytes) of load(y) + sum over phases p of max(link_p(y),
+    other_p).
 
-    max(a, b) >= w a + (1 - w) b for every weight w in 0 .. 1, and for fixed weights the rest is a fractional knapsack: so any
-    weights give a lower bound. It is concave in the weights, and the best ones give the minimum itself (duality).
+    max(a, b) >= w a + (1 - w) b for every weight w in 0 .. 1, and for fixed weights the rest is a fractional knapsack:
+    so any weights give a lower bound. It is concave in the weights, and the best ones give the minimum itself
+    (duality).
     """
     phases = range(len(other_us))
 

@@ -81,9 +81,10 @@ class Cost:
         """For each expert of a layer (expected tokens, probability of being touched) when ``tokens`` tokens are routed."""
         return tuple((tokens * q, 1.0 - (1.0 - q) ** tokens) for q in self._picked[layer])
 
-    def popular(self, layer: int) -> list[int]:
+    @lru_cache(maxsize=4096)  # noqa: B019
+    def popular(self, layer: int) -> tuple[int, ...]:
         """Experts of a layer, most popular first (ties by number)."""
-        return sorted(range(len(self._picked[layer])), key=lambda e: (-self._picked[layer][e], e))
+        return tuple(sorted(range(len(self._picked[layer])), key=lambda e: (-self._picked[layer][e], e)))
 
     # ------------------------------------------------------------------------------------------------- single modules
 

@@ -14,11 +14,14 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from klotski_compiler.errors import PlanError
+
+if TYPE_CHECKING:
+    import networkx  # type: ignore[import-untyped]
 
 SCHEMA_VERSION = 1
 PAGE_BYTES = 4096
@@ -371,6 +374,25 @@ class Plan(_Record):
             except (ValueError, KeyError, IndexError) as fault:
                 raise PlanError("text", f"a line of phase {phase.name} cannot be read: {fault}") from fault
         return out
+
+    def graph(self, phase: str = "decode") -> networkx.DiGraph:
+        """One pass of a phase: a node per op number with its ``text``; an edge to what runs after it, ``why`` fifo or wait.
+
+        Waits for the pass before are left out, so that the graph has no cycle. Needs networkx.
+        """
+        import networkx
+
+        graph = networkx.DiGraph()
+        last: dict[str, int] = {}
+        for number, step in enumerate(self.steps[phase]):
+            graph.add_node(number, text=op_text(step.op, self.names))
+            for wait in step.waits:
+                if wait.back == 0:
+                    graph.add_edge(wait.op, number, why="wait")
+            if step.op.stream in last:
+                graph.add_edge(last[step.op.stream], number, why="fifo")
+            last[step.op.stream] = number
+        return graph
 
     def computed_digest(self) -> str:
         """SHA-256 of the plan without its digest."""

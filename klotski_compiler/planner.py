@@ -46,6 +46,7 @@ KEPT_SIZES = 4  # group sizes per policy that are scored, the largest that fit f
 KEPT_SCORED = 6  # candidates per policy that are timed on short models
 KEPT_WHOLE = 2  # and of those, that may be lowered whole
 ESTIMATE_ERROR = 0.05  # how far a short model's time may be off
+LARGE_WHOLE = 2  # schedules of a large model that are lowered whole
 WHOLE_EXPERTS = 600  # a model of so many experts is timed whole at once
 
 
@@ -123,6 +124,7 @@ class Search:
         self.tier = request.hardware.compute_tier
         self.deadline = time.monotonic() + request.time_limit_s
         self.truncated = False
+        self._experts = sum(layer.num_experts for layer in request.spec.layers)
 
     # ---------------------------------------------------------------------------------------------------- candidates
 
@@ -155,7 +157,8 @@ class Search:
         """Candidates lowered whole, fastest first: all that may win given how far an estimate can be off. Raises Infeasible."""
         whole: list[Best] = []
         for rate, name, decision in sorted(timed, key=lambda entry: -entry[0]):
-            if whole and rate < max(b.tokens_per_s for b in whole) * (1 - ESTIMATE_ERROR):
+            enough = len(whole) == LARGE_WHOLE and self._experts > WHOLE_EXPERTS
+            if whole and (enough or rate < max(b.tokens_per_s for b in whole) * (1 - ESTIMATE_ERROR)):
                 break
             try:
                 lowered, fitted = self.whole(name, decision)
@@ -358,7 +361,7 @@ class Search:
     def estimate(self, name: str, decision: Decision) -> float:
         """Tokens per second, timed on distinct layer periods: what L layers take from what 2 and 4 of them take."""
         moe = self.request.spec.moe_layers
-        if sum(self.request.spec.layers[n].num_experts for n in moe) <= WHOLE_EXPERTS or len(moe) <= 2 * SAMPLED:
+        if self._experts <= WHOLE_EXPERTS or len(moe) <= 2 * SAMPLED:
             return self.rate(lower(self.cost, name, decision, self.request.workload, quick=True))
         runs = []
         for count in (SAMPLED, 2 * SAMPLED):

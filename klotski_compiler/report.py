@@ -17,7 +17,13 @@ CAUSES = {
     "kv": "KV cache",
     "end_of_pass": "head, embedding, sampled tokens",
 }
-_PLURAL = {"router": "routers", "expert": "experts", "shared": "shared experts", "dense": "dense MLPs", "kv": "KV cache"}
+_PLURAL = {
+    "router": "routers",
+    "expert": "experts",
+    "shared": "shared experts",
+    "dense": "dense MLPs",
+    "kv": "KV cache",
+}
 
 
 def summary(plan: Plan) -> dict[str, object]:
@@ -40,7 +46,10 @@ def overview(plan: Plan, phase: str = "", layer: int | None = None) -> str:
 
 def decided(plan: Plan) -> str:
     """What ``klotski-compile`` shows: what was decided and why, the predicted speed, what else was tried, where time goes."""
-    return "\n\n".join([headline(plan), decision(plan), forecast(plan), candidates(plan), busy(plan), bubbles(plan)]) + "\n"
+    return (
+        "\n\n".join([headline(plan), decision(plan), forecast(plan), candidates(plan), busy(plan), bubbles(plan)])
+        + "\n"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ quantities
@@ -95,7 +104,10 @@ def decision(plan: Plan) -> str:
     groups = -(-plan.workload.num_sequences // d.sequences)
     whole = "the whole workload is one group" if groups == 1 else f"{groups} groups run one after another"
     rows = [
-        ("group", f"{_count(d.num_batches, 'batch')} of {_count(d.batch_size, 'sequence')} share every transfer; {whole}"),
+        (
+            "group",
+            f"{_count(d.num_batches, 'batch')} of {_count(d.batch_size, 'sequence')} share every transfer; {whole}",
+        ),
         ("resident", _residents(plan)),
         *_streamed(plan),
         ("KV cache", _kv_places(plan)),
@@ -104,7 +116,9 @@ def decision(plan: Plan) -> str:
     if any(layer.static or layer.late for layer in d.layers):
         unit = f"{_count(d.unit, 'expert')} per load ({size(d.unit * experts)}), {d.lead} expert slots for those in flight or waiting"
         rows.append(("transfer", unit))
-    passes = "in one pass" if d.prefill_groups == 1 else f"in {d.prefill_groups} passes, each of which reads the weights"
+    passes = (
+        "in one pass" if d.prefill_groups == 1 else f"in {d.prefill_groups} passes, each of which reads the weights"
+    )
     rows.append(("prefill", f"{passes}; attention over {_count(d.attention_batch, 'prompt')} at a time"))
     head = "resident" if d.head_pages == 0 else f"streamed in {_count(d.head_pages, 'page')}"
     rows.append(("vocabulary", f"head {head}, embedding {'resident' if d.embedding else 'gathered row by row'}"))
@@ -141,18 +155,34 @@ def _residents(plan: Plan) -> str:
 def _streamed(plan: Plan) -> Iterator[tuple[str, str]]:
     """Experts and modules that travel in every pass."""
     steps = plan.steps[plan.phases[-1].name]
-    moved = {t for s in steps if isinstance(s.op, Load) and s.op.link.endswith(f">{plan.compute_tier}") for t in s.op.tensors}
+    moved = {
+        t for s in steps if isinstance(s.op, Load) and s.op.link.endswith(f">{plan.compute_tier}") for t in s.op.tensors
+    }
     kinds = Counter(plan.tensors[t].kind for t in moved)
     sizes = Counter[str]()
     for tensor in moved:
         sizes[plan.tensors[tensor].kind] += plan.tensors[tensor].nbytes
     if kinds["expert"]:
-        yield "by name", f"{kinds['expert']} experts ({size(sizes['expert'])}) travel in every pass without asking the router"
+        yield (
+            "by name",
+            f"{kinds['expert']} experts ({size(sizes['expert'])}) travel in every pass without asking the router",
+        )
     if kinds["pick"]:
         hot = plan.decision.hot
-        when = f"the {hot} likeliest of a layer when a predictor, the others when the router names them" if hot else "when the router names them"
-        yield "late", f"{kinds['pick']} experts (at most {size(sizes['pick'])}) travel {when}; what no token asks for stays"
-    others = [f"{kinds[k]} {_PLURAL.get(k, k)} ({size(sizes[k])})" for k in ("attention", "router", "shared", "dense") if kinds[k]]
+        when = (
+            f"the {hot} likeliest of a layer when a predictor, the others when the router names them"
+            if hot
+            else "when the router names them"
+        )
+        yield (
+            "late",
+            f"{kinds['pick']} experts (at most {size(sizes['pick'])}) travel {when}; what no token asks for stays",
+        )
+    others = [
+        f"{kinds[k]} {_PLURAL.get(k, k)} ({size(sizes[k])})"
+        for k in ("attention", "router", "shared", "dense")
+        if kinds[k]
+    ]
     if others:
         yield "modules", f"{', '.join(others)} travel in every pass"
 
@@ -163,7 +193,10 @@ def _kv_places(plan: Plan) -> str:
     for tensor in plan.tensors:
         if tensor.kind == "kv":
             nbytes[tensor.home] += tensor.nbytes
-    parts = [f"{'all' if len(tiers) == 1 else count} layers in {tier} ({size(nbytes[tier])})" for tier, count in tiers.most_common()]
+    parts = [
+        f"{'all' if len(tiers) == 1 else count} layers in {tier} ({size(nbytes[tier])})"
+        for tier, count in tiers.most_common()
+    ]
     return ", ".join(parts)
 
 
@@ -177,7 +210,10 @@ def forecast(plan: Plan) -> str:
         ("speed", f"{f.tokens_per_s:.2f} tokens/s from the first weight byte to the last token"),
         ("time", "; ".join(phases) + _groups(plan)),
         ("bound", f"{bound} ({over:+.1%})"),
-        ("", f"no decision of this class ({f.schedule_class}) exceeds {f.bound_tokens_per_s:.2f} tokens/s (gap {f.gap:.1%})"),
+        (
+            "",
+            f"no decision of this class ({f.schedule_class}) exceeds {f.bound_tokens_per_s:.2f} tokens/s (gap {f.gap:.1%})",
+        ),
         *(("", note) for note in plan.notes),
     ]
     if plan.truncated:
@@ -280,7 +316,9 @@ def timeline(plan: Plan, phase: str, layer: int | None = None, width: int = WIDT
     else:
         first = steps.index(mine[0])
         compute = mine[0].op.stream
-        begin = max((s.end_us for s in steps[:first] if s.op.stream == compute and isinstance(s.op, Compute | Bind)), default=0)
+        begin = max(
+            (s.end_us for s in steps[:first] if s.op.stream == compute and isinstance(s.op, Compute | Bind)), default=0
+        )
         end = max(s.end_us for s in mine)
         of = f"{span(end - begin)} of the {span(plan.forecast.pass_us[phase])} of a pass"
         title = f"Timeline of {phase}, layer {shown} (L0 to L{len(plan.decision.layers) - 1}): {of}"
@@ -343,11 +381,15 @@ def _lane(runs: Sequence[_Run], begin: float, column: float, width: int) -> str:
         last = min(width, max(first + 1, round((run.end - begin) / column)))
         if first >= width:
             break
-        label = f"{run.text} x{run.count}" if run.count > 1 else run.text
         room = last - first - 1
-        if len(label) > room:
-            label = label.removeprefix("late ") if len(run.text) > room else run.text
-        box = "|" + f"{label[:room]}".ljust(room, "=")
+        names = (
+            f"{run.text} x{run.count}" if run.count > 1 else run.text,
+            run.text,
+            run.text.partition(" ")[2],
+            run.text,
+        )
+        label = next((name for name in names if 0 < len(name) <= room), names[-1])
+        box = "|" + label[:room].rstrip().ljust(room, "=")
         cells[first:last] = box
         free = last
     return "".join(cells)
@@ -358,7 +400,7 @@ def _lane(runs: Sequence[_Run], begin: float, column: float, width: int) -> str:
 
 def memory(plan: Plan) -> str:
     """Who holds how much of each tier: residents, KV, streaming slots, hidden states, workspace, free."""
-    phases = plan.phases[1:]
+    phases = plan.phases
     lines = []
     for tier, peak in plan.forecast.peak_bytes.items():
         resident = Counter[str]()
@@ -370,7 +412,10 @@ def memory(plan: Plan) -> str:
         rows = [(name, [nbytes] * len(phases)) for name, nbytes in resident.most_common()]
         kinds = sorted({name for found in streamed for name in found}, key=lambda name: -max(f[name] for f in streamed))
         rows += [(name, [found[name] for found in streamed]) for name in kinds]
-        rows += [(f"workspace: {name}", [nbytes] * len(phases)) for name, nbytes in sorted(workspace.items(), key=lambda i: -i[1])]
+        rows += [
+            (f"workspace: {name}", [nbytes] * len(phases))
+            for name, nbytes in sorted(workspace.items(), key=lambda i: -i[1])
+        ]
         budget = plan.budgets.get(tier, peak)
         title = f"Memory of {tier}: {size(peak)} of {size(budget)}"
         lines.append(f"{title:<40}" + "".join(f"{p.name:>14}" for p in phases))
@@ -395,7 +440,9 @@ def _streaming(plan: Plan, phase: Phase, tier: str) -> Counter[str]:
             continue
         for tensor, slot in zip(step.op.tensors, step.slots, strict=True):
             kind = plan.tensors[tensor].kind
-            through.setdefault(slot, "KV, slots" if kind == "kv" else _label("expert" if kind == "pick" else kind, "slots"))
+            through.setdefault(
+                slot, "KV, slots" if kind == "kv" else _label("expert" if kind == "pick" else kind, "slots")
+            )
     nbytes = Counter[str]()
     for slot, name in through.items():
         if slot not in permanent and plan.slots[slot].tier == tier:
@@ -427,14 +474,22 @@ def compare(one: Plan, other: Plan) -> str:
     plans = (one, other)
     words("model", *(f"{p.model} {p.dtype}" for p in plans))
     words("machine", *(p.hardware for p in plans))
-    words("workload", *(f"{p.workload.num_sequences} x ({p.workload.prompt_len} + {p.workload.gen_len})" for p in plans))
+    words(
+        "workload", *(f"{p.workload.num_sequences} x ({p.workload.prompt_len} + {p.workload.gen_len})" for p in plans)
+    )
     words("policy", *(p.policy for p in plans))
     words("batches", *(f"{p.decision.num_batches} x {p.decision.batch_size}" for p in plans))
     words("slots and unit", *(f"{p.decision.lead}, {p.decision.unit} per load" for p in plans))
     for name in ("resident_experts", "static", "late"):
         title = {"resident_experts": "experts resident", "static": "experts by name", "late": "experts late"}[name]
         words(title, *(str(sum(len(getattr(layer, name)) for layer in p.decision.layers)) for p in plans))
-    words("KV cache", *(", ".join(f"{n} in {tier}" for tier, n in Counter(la.kv for la in p.decision.layers).most_common()) for p in plans))
+    words(
+        "KV cache",
+        *(
+            ", ".join(f"{n} in {tier}" for tier, n in Counter(la.kv for la in p.decision.layers).most_common())
+            for p in plans
+        ),
+    )
     a, b = one.forecast, other.forecast
     numbers("tokens/s", ".2f", a.tokens_per_s, b.tokens_per_s)
     numbers("bound tokens/s", ".2f", a.bound_tokens_per_s, b.bound_tokens_per_s)
@@ -447,6 +502,6 @@ def compare(one: Plan, other: Plan) -> str:
     for link in dict.fromkeys((*a.link_bytes, *b.link_bytes)):
         numbers(f"bytes {link}", "size", a.link_bytes.get(link, 0), b.link_bytes.get(link, 0))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, (*widths, 0), strict=True)).rstrip() + "\n" for row in rows)
-
-
+    return "".join(
+        "  ".join(f"{cell:<{w}}" for cell, w in zip(row, (*widths, 0), strict=True)).rstrip() + "\n" for row in rows
+    )

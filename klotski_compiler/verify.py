@@ -37,7 +37,9 @@ def verify(plan: Plan) -> None:
             check(plan)
         except Fault as fault:
             lines = plan.phase(fault.phase).lines if fault.op >= 0 else ()
-            shown = errors.window([f"{fault.phase} {n} {line}" for n, line in enumerate(lines)], fault.op) if lines else ""
+            shown = (
+                errors.window([f"{fault.phase} {n} {line}" for n, line in enumerate(lines)], fault.op) if lines else ""
+            )
             raise PlanError(name, fault.why, shown) from None
 
 
@@ -47,8 +49,8 @@ def verify(plan: Plan) -> None:
 def ids(plan: Plan) -> None:
     """Every line parses, and every id that it or a table names exists."""
     tensors, slots = len(plan.tensors), len(plan.slots)
-    for what, table in (("tensor", plan.tensors), ("slot", plan.slots)):
-        if any(entry.id != place for place, entry in enumerate(table)):
+    for what, found in (("tensor", [t.id for t in plan.tensors]), ("slot", [s.id for s in plan.slots])):
+        if found != list(range(len(found))):
             raise Fault(f"a {what} id is not its position")
     if len(set(plan.names)) != tensors:
         raise Fault("two tensors have one name")
@@ -57,7 +59,9 @@ def ids(plan: Plan) -> None:
     for owner, placed in (("the plan", plan.placed), *((phase.name, phase.placed) for phase in plan.phases)):
         for tensor, slot in placed:
             if not (0 <= tensor < tensors and 0 <= slot < slots):
-                raise Fault(f"{owner} places tensor {tensor} in slot {slot}: there are {tensors} tensors and {slots} slots")
+                raise Fault(
+                    f"{owner} places tensor {tensor} in slot {slot}: there are {tensors} tensors and {slots} slots"
+                )
     for phase, steps in _phases(plan):
         for number, step in enumerate(steps):
             if why := _out_of_range(plan, phase, step):
@@ -88,11 +92,15 @@ def streams(plan: Plan) -> None:
     for phase, steps in _phases(plan):
         compute = {step.op.stream for step in steps if isinstance(step.op, Compute | Bind)}
         if len(compute) > 1:
-            raise Fault(f"phase {phase.name} computes on {' and '.join(sorted(compute))}: hidden states would have no order")
+            raise Fault(
+                f"phase {phase.name} computes on {' and '.join(sorted(compute))}: hidden states would have no order"
+            )
         for number, step in enumerate(steps):
             for wait in step.waits:
                 if not 0 <= wait.op < len(steps) or wait.back not in (0, 1):
-                    raise Fault(f"waits for op {wait.op}, {wait.back} passes back, which does not exist", phase.name, number)
+                    raise Fault(
+                        f"waits for op {wait.op}, {wait.back} passes back, which does not exist", phase.name, number
+                    )
                 if wait.back == 0 and wait.op >= number:
                     raise Fault(f"waits for op {wait.op}, which does not come before it", phase.name, number)
 
@@ -160,14 +168,14 @@ def _misfit(plan: Plan, tensor: int, slot: int) -> str:
 def residency(plan: Plan) -> None:
     """Every tensor is in its slot whenever an op reads it, in every pass; nothing is written over a resident."""
     for phase, steps in _phases(plan):
-        memory = Memory(plan, phase)
+        memory = _Memory(plan, phase)
         execute(steps, min(phase.passes, UNROLLED), memory)
         for tensor, slot in plan.placed if phase.name == LOAD else ():
             if memory.content.get(slot) != tensor:
                 raise Fault(f"{plan.names[tensor]} is never loaded into its permanent slot {slot}")
 
 
-class Memory:
+class _Memory:
     """A backend that remembers which tensor each slot holds. It is its own only stream: what a slot holds depends on the order
     of the lines alone once ``race`` has proved that conflicting ops keep it."""
 
@@ -180,9 +188,12 @@ class Memory:
             for slot, tensor in self.permanent.items()
             if phase.name != LOAD or plan.tensors[tensor].kind == "kv"
         }
-        self.ends = {link: tuple(link.split(">")) for link in {s.op.link for s in plan.steps[phase.name] if isinstance(s.op, Load | Store)}}
+        self.ends = {
+            link: tuple(link.split(">"))
+            for link in {s.op.link for s in plan.steps[phase.name] if isinstance(s.op, Load | Store)}
+        }
 
-    def stream(self, name: str) -> Memory:
+    def stream(self, name: str) -> _Memory:
         return self
 
     def begin(self, at: int) -> bool:
@@ -258,7 +269,7 @@ def race(plan: Plan) -> None:
     home, found = dict(plan.placed), _by_layer(plan)
     for phase, steps in _phases(plan):
         touched = [_touched(plan, home, found, step) for step in steps]
-        execute(steps, min(phase.passes, UNROLLED), Clocks(plan, phase, touched))
+        execute(steps, min(phase.passes, UNROLLED), _Clocks(plan, phase, touched))
 
 
 def _touched(
@@ -282,26 +293,26 @@ def _touched(
     return reads, [slot for t, slot in both if tensors[t].kind == "kv"]
 
 
-class Clocks:
+class _Clocks:
     """A backend whose streams know, of every stream, how many ops have surely ended."""
 
     def __init__(self, plan: Plan, phase: Phase, touched: Sequence[tuple[list[int], list[int]]]) -> None:
         self.plan, self.phase, self.touched = plan, phase, touched
-        self.lanes = {name: Lane(self, place, len(plan.streams)) for place, name in enumerate(plan.streams)}
+        self.lanes = {name: _Lane(self, place, len(plan.streams)) for place, name in enumerate(plan.streams)}
         self.writer: dict[int, tuple[int, int, int]] = {}  # cell -> stream, how many ops it had issued then, op
         self.readers: dict[int, dict[int, tuple[int, int]]] = {}  # cell -> stream -> the same, since the last write
 
-    def stream(self, name: str) -> Lane:
+    def stream(self, name: str) -> _Lane:
         return self.lanes[name]
 
     def begin(self, at: int) -> bool:
         return True
 
 
-class Lane:
+class _Lane:
     """One stream as a vector clock."""
 
-    def __init__(self, clocks: Clocks, place: int, width: int) -> None:
+    def __init__(self, clocks: _Clocks, place: int, width: int) -> None:
         self.clocks, self.place, self.known = clocks, place, [0] * width
 
     def wait(self, event: list[int]) -> None:
@@ -380,7 +391,11 @@ def work(plan: Plan) -> None:
         routed = bool(found["expert", layer])
         course += [("attention", layer), *([("router", layer), ("experts", layer)] if routed else [("dense", layer)])]
     experts = {
-        layer: frozenset(t.id for t in (*found["expert", layer], *found["pick", layer]) if t.kind == "pick" or t.index not in chosen.late)
+        layer: frozenset(
+            t.id
+            for t in (*found["expert", layer], *found["pick", layer])
+            if t.kind == "pick" or t.index not in chosen.late
+        )
         for layer, chosen in enumerate(plan.decision.layers)
     }
     for phase, steps in _computing(plan):
@@ -390,12 +405,16 @@ def work(plan: Plan) -> None:
 class _Pass:
     """Where every batch stands in one pass, and which experts of each layer it has met."""
 
-    def __init__(self, plan: Plan, phase: Phase, course: list[tuple[str, int]], experts: dict[int, frozenset[int]]) -> None:
+    def __init__(
+        self, plan: Plan, phase: Phase, course: list[tuple[str, int]], experts: dict[int, frozenset[int]]
+    ) -> None:
         self.plan, self.phase, self.course, self.experts = plan, phase, course, experts
         self.place = {stop: number for number, stop in enumerate(course)}
         self.needs = partial(_needs, plan, {(t.kind, t.layer, t.index): t.id for t in plan.tensors}, _in_place(plan))
         self.stands = [0] * phase.batches  # stops of the course that lie behind
-        self.waiting = dict.fromkeys(range(len(plan.decision.layers)), 0)  # batches that the layer's router has sent to experts
+        self.waiting = dict.fromkeys(
+            range(len(plan.decision.layers)), 0
+        )  # batches that the layer's router has sent to experts
         self.met: dict[tuple[int, int], set[int]] = {}  # (layer, batch or ALL) -> experts computed
         self.ending = ["norm", *["head"] * sum(t.kind == "head" for t in plan.tensors), "sample"]
         self.pages: set[int] = set()
@@ -427,7 +446,9 @@ class _Pass:
 
     def _experts(self, op: Compute) -> str:
         here = self.place.get(("experts", op.layer))
-        ready = self.waiting.get(op.layer, 0) == self.phase.batches if op.batch == ALL else self.stands[op.batch] == here
+        ready = (
+            self.waiting.get(op.layer, 0) == self.phase.batches if op.batch == ALL else self.stands[op.batch] == here
+        )
         if here is None or not ready:
             return f"a batch is not yet routed in L{op.layer}, or has left it"
         # A set per scope, and one of all batches' sets together, so that no op asks every batch.

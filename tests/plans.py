@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 from klotski_compiler.cost import Cost
 from klotski_compiler.hardware import Hardware, Link, Processor, Tier
@@ -38,7 +39,13 @@ def tiny_spec(layers: int = 4, experts: int = 6) -> ModelSpec:
     """A dense layer, then MoE layers with a shared expert."""
     hidden, inner, vocab = 64, 96, 512
     attention = module(4 * hidden * hidden + hidden, 5)
-    common = {"attention": attention, "heads": 1, "kv_elements": 2 * hidden, "attention_flops": 4 * hidden, "sliding_window": None}
+    common = {
+        "attention": attention,
+        "heads": 1,
+        "kv_elements": 2 * hidden,
+        "attention_flops": 4 * hidden,
+        "sliding_window": None,
+    }
     dense = Layer(**common, dense=module(3 * hidden * 4 * inner, 4))  # type: ignore[arg-type]
     moe = Layer(
         **common,  # type: ignore[arg-type]
@@ -79,7 +86,10 @@ def tiny_hardware(gpu: bool = False) -> Hardware:
             expert_op_us=5.0,
         )
 
-    link = {"disk>host": Link(bandwidth_bytes_per_s=2e8, latency_us=20.0), "host>disk": Link(bandwidth_bytes_per_s=1e8, latency_us=20.0)}
+    link = {
+        "disk>host": Link(bandwidth_bytes_per_s=2e8, latency_us=20.0),
+        "host>disk": Link(bandwidth_bytes_per_s=1e8, latency_us=20.0),
+    }
     if gpu:
         fast = Link(bandwidth_bytes_per_s=5e8, latency_us=10.0)
         link |= {"host>gpu": fast, "gpu>host": fast}
@@ -96,7 +106,9 @@ def tiny_hardware(gpu: bool = False) -> Hardware:
     )
 
 
-def tiny_decision(policy_name: str, spec: ModelSpec, kv: str, num_batches: int = 3, batch_size: int = 2, **changes: object) -> Decision:
+def tiny_decision(
+    policy_name: str, spec: ModelSpec, kv: str, num_batches: int = 3, batch_size: int = 2, **changes: Any
+) -> Decision:
     """A decision as the policy's planner could take it: one expert resident, the others as the policy moves them."""
     module_ = policy(policy_name)
     late = {"static": 0.0, "solved": 0.5, "picks": 1.0}[module_.EXPERTS]
@@ -137,7 +149,7 @@ def tiny_plan(
     spec: ModelSpec | None = None,
     workload: Workload = WORKLOAD,
     decision: Decision | None = None,
-    **changes: object,
+    **changes: Any,
 ) -> Plan:
     """A sealed plan. ``kv``: the tier of the KV cache (default: the compute tier). ``changes`` replace fields of the decision."""
     spec, hardware = spec or tiny_spec(), tiny_hardware(gpu)
@@ -195,8 +207,21 @@ def make_plan(spec: ModelSpec, hardware: Hardware, policy_name: str, decision: D
         predictor=(),
         forecast=forecast,
         candidates=(
-            Candidate(policy=policy_name, tokens_per_s=rate, num_batches=decision.num_batches, batch_size=decision.batch_size, feasible=True),
-            Candidate(policy="other", tokens_per_s=0.0, num_batches=0, batch_size=0, feasible=False, why_not="host is short by 1,000 bytes"),
+            Candidate(
+                policy=policy_name,
+                tokens_per_s=rate,
+                num_batches=decision.num_batches,
+                batch_size=decision.batch_size,
+                feasible=True,
+            ),
+            Candidate(
+                policy="other",
+                tokens_per_s=0.0,
+                num_batches=0,
+                batch_size=0,
+                feasible=False,
+                why_not="host is short by 1,000 bytes",
+            ),
         ),
         notes=("expert popularity is uniform, assumed",),
         truncated=False,
@@ -204,10 +229,7 @@ def make_plan(spec: ModelSpec, hardware: Hardware, policy_name: str, decision: D
     ).sealed()
 
 
-
-
-
-def edited(plan: Plan, **changes: object) -> Plan:
+def edited(plan: Plan, **changes: Any) -> Plan:
     """The plan with other fields. Unlike ``model_copy`` it keeps nothing that was derived from the old ones."""
     return Plan(**{name: getattr(plan, name) for name in Plan.model_fields} | changes)
 
@@ -218,7 +240,10 @@ def with_step(plan: Plan, phase: str, number: int, step: Step | None) -> Plan:
     if step is None:
         del lines[number]
         steps = [parse_step(line, {n: i for i, n in enumerate(plan.names)}) for line in lines]
-        moved = [replace(s, waits=tuple(Wait(w.op - (w.op > number), w.back) for w in s.waits if w.op != number)) for s in steps]
+        moved = [
+            replace(s, waits=tuple(Wait(w.op - (w.op > number), w.back) for w in s.waits if w.op != number))
+            for s in steps
+        ]
         lines = [step_text(s, plan.names) for s in moved]
     else:
         lines[number] = step_text(step, plan.names)

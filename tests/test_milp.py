@@ -8,7 +8,6 @@ from itertools import permutations, product
 
 import pulp
 import pytest
-from plans import tiny_hardware, tiny_spec
 
 from klotski_compiler.cost import Cost
 from klotski_compiler.errors import Infeasible
@@ -20,6 +19,7 @@ from klotski_compiler.model import read_model
 from klotski_compiler.pipeline import lower
 from klotski_compiler.plan import Decision, LayerDecision, Workload
 from klotski_compiler.routing import Routing, uniform
+from plans import tiny_hardware, tiny_spec
 
 SEEDS = range(10)
 Case = tuple[Cost, Workload, Decision, dict[str, int]]
@@ -55,21 +55,33 @@ def random_case(seed: int) -> Case:
     gpu = seed % 2 == 1
     spec = tiny_spec(layers=rng.choice([2, 3]), experts=rng.choice([2, 3, 4]))
     hardware = tiny_hardware(gpu)
-    routing = uniform(spec) if rng.random() < 0.4 else uniform(spec).model_copy(update={"popularity": skewed(spec, rng)})
+    routing = (
+        uniform(spec) if rng.random() < 0.4 else uniform(spec).model_copy(update={"popularity": skewed(spec, rng)})
+    )
     cost = Cost(spec, hardware, routing, "bf16")
     workload = Workload(prompt_len=rng.choice([4, 16, 64]), gen_len=rng.choice([1, 4, 16]), num_sequences=12)
     unit = rng.choice([1, 1, 2])
     decision = base_decision(
-        len(spec.layers), num_batches=rng.choice([1, 3]), batch_size=rng.choice([1, 4]), lead=unit * rng.choice([1, 2, 3]), unit=unit
+        len(spec.layers),
+        num_batches=rng.choice([1, 3]),
+        batch_size=rng.choice([1, 4]),
+        lead=unit * rng.choice([1, 2, 3]),
+        unit=unit,
     )
     whole = weights_bytes(build(cost, workload, decision, {hardware.compute_tier: 1 << 40, "host": 1 << 40}))
     if not gpu:
         return cost, workload, decision, {"host": int(whole * rng.uniform(0.25, 0.9))}
     share = rng.uniform(0.25, 0.8)
-    return cost, workload, decision, {"gpu": int(whole * share), "host": int(whole * (1 - share) * rng.uniform(0.8, 1.5))}
+    return (
+        cost,
+        workload,
+        decision,
+        {"gpu": int(whole * share), "host": int(whole * (1 - share) * rng.uniform(0.8, 1.5))},
+    )
 
 
 def solve(case: Case) -> Solved | None:
+    """The residency, or None where nothing fits."""
     try:
         return residency(*case)
     except Infeasible:
@@ -79,7 +91,9 @@ def solve(case: Case) -> Solved | None:
 # ------------------------------------------------------------------------------------------------------- brute force
 
 
-def least_period(problem: Problem, g: Group, phase: str, kv: int, modules: dict[str, int], experts: list[tuple[int, int, int, int]]) -> float:
+def least_period(
+    problem: Problem, g: Group, phase: str, kv: int, modules: dict[str, int], experts: list[tuple[int, int, int, int]]
+) -> float:
     """T of one layer, from averages over the group's layers; ``experts``: (resident, static, late, disk) per class.
 
     Paths without the prefetch credit, paths that it shortens (``eager``) and paths that it prolongs (``held``).
@@ -111,6 +125,7 @@ def least_period(problem: Problem, g: Group, phase: str, kv: int, modules: dict[
 
 
 def paths(steps: list[tuple[float, float, float]]) -> list[float]:
+    """Both ends of every class in a flow shop: (load, compute, share of the first unit) in order."""
     out = []
     for i, (load, compute, first) in enumerate(steps):
         before, after = sum(s[0] for s in steps[:i]), sum(s[1] for s in steps[i + 1 :])
@@ -132,7 +147,9 @@ def splits(size: int, late: bool, disk: bool) -> list[tuple[int, int, int, int]]
 def brute_force(problem: Problem) -> float:
     """The least makespan plus load over all counts; infinite if none fits."""
     near, far = problem.compute_tier, problem.home_tier
-    disk = bool(far) and weights_bytes(problem) - problem.embedding.slot_bytes - problem.norm_bytes > problem.capacity[far]
+    disk = (
+        bool(far) and weights_bytes(problem) - problem.embedding.slot_bytes - problem.norm_bytes > problem.capacity[far]
+    )
     # (spills, bytes near, bytes far) -> least time, group by group; dominated states are dropped.
     states: dict[tuple[bool, int, int], float] = {(False, problem.norm_bytes, 0): 0.0}
     for g in problem.groups:
@@ -140,7 +157,9 @@ def brute_force(problem: Problem) -> float:
         options: dict[tuple[bool, int, int], float] = {}
         for kv in range(0 if problem.may_spill else g.count, g.count + 1):
             for chosen in product(*(range(g.count + 1) for _ in kinds)):
-                for experts in product(*(splits(m * g.count, late, disk) for m, late in zip(g.sizes, g.late, strict=True))):
+                for experts in product(
+                    *(splits(m * g.count, late, disk) for m, late in zip(g.sizes, g.late, strict=True))
+                ):
                     modules = dict(zip(kinds, chosen, strict=True))
                     time = sum(
                         passes * g.count * least_period(problem, g, phase, kv, modules, list(experts))
@@ -149,8 +168,15 @@ def brute_force(problem: Problem) -> float:
                     kept = sum(x[0] for x in experts)
                     time += kept * g.expert.load_us - sum(x[3] for x in experts) * g.expert.disk_us
                     time += sum(modules[k] * g.modules[k].load_us for k in kinds)
-                    here = kept * g.expert.slot_bytes + kv * g.kv_slot_bytes + sum(modules[k] * g.modules[k].slot_bytes for k in kinds)
-                    there = sum(x[1] + x[2] - x[3] for x in experts) * g.expert.slot_bytes + (g.count - kv) * g.kv_slot_bytes
+                    here = (
+                        kept * g.expert.slot_bytes
+                        + kv * g.kv_slot_bytes
+                        + sum(modules[k] * g.modules[k].slot_bytes for k in kinds)
+                    )
+                    there = (
+                        sum(x[1] + x[2] - x[3] for x in experts) * g.expert.slot_bytes
+                        + (g.count - kv) * g.kv_slot_bytes
+                    )
                     there += sum((g.count - modules[k]) * g.modules[k].slot_bytes for k in kinds)
                     key = (kv < g.count, here, there if far else 0)
                     options[key] = min(time, options.get(key, float("inf")))
@@ -170,7 +196,12 @@ def brute_force(problem: Problem) -> float:
                 rest = max(0.0, 1 - HEAD_SLOTS / max(1, problem.head_pages)) * streamed + end.page_us
                 time += passes * max(end.compute_us + (1 - embedding) * end.gather_us, streamed, rest)
             for (spills, here, there), others in states.items():
-                used = here + spills * problem.spill_bytes + head * problem.head.slot_bytes + embedding * problem.embedding.slot_bytes
+                used = (
+                    here
+                    + spills * problem.spill_bytes
+                    + head * problem.head.slot_bytes
+                    + embedding * problem.embedding.slot_bytes
+                )
                 fits = not far or there + (1 - head) * problem.head.slot_bytes <= problem.capacity[far]
                 if used <= problem.capacity[near] and fits:
                     best = min(best, time + others)
@@ -200,6 +231,7 @@ def small(problem: Problem) -> bool:
 
 @pytest.mark.parametrize("seed", range(16))
 def test_equals_brute_force(seed: int) -> None:
+    """Over all counts, by an evaluation of the same inequalities that shares no code with them."""
     cost, workload, decision, capacity = random_case(seed)
     problem = build(cost, workload, decision, capacity)
     if not small(problem):
@@ -230,8 +262,15 @@ def by_cbc(problem: Problem) -> float | None:
 
     spilling, embedding = integer("spilling", 1), integer("embedding", 1)
     head = integer("head", 1, 0 if problem.head_pages else 1)
-    disk = bool(far) and weights_bytes(problem) - problem.embedding.slot_bytes - problem.norm_bytes > problem.capacity[far]
-    here = [problem.norm_bytes, spilling * problem.spill_bytes, head * problem.head.slot_bytes, embedding * problem.embedding.slot_bytes]
+    disk = (
+        bool(far) and weights_bytes(problem) - problem.embedding.slot_bytes - problem.norm_bytes > problem.capacity[far]
+    )
+    here = [
+        problem.norm_bytes,
+        spilling * problem.spill_bytes,
+        head * problem.head.slot_bytes,
+        embedding * problem.embedding.slot_bytes,
+    ]
     there = [(1 - head) * problem.head.slot_bytes]
     goal = [head * problem.head.load_us, embedding * problem.embedding.load_us]
     for g in problem.groups:
@@ -248,7 +287,11 @@ def by_cbc(problem: Problem) -> float | None:
             model += d[c] <= s[c]
             if not late:
                 model += x[c] <= 0
-        here += [kv * g.kv_slot_bytes, *(v * g.modules[k].slot_bytes for k, v in kept.items()), *(v * g.expert.slot_bytes for v in r)]
+        here += [
+            kv * g.kv_slot_bytes,
+            *(v * g.modules[k].slot_bytes for k, v in kept.items()),
+            *(v * g.expert.slot_bytes for v in r),
+        ]
         there += [(n - kv) * g.kv_slot_bytes, *((n - v) * g.modules[k].slot_bytes for k, v in kept.items())]
         there += [(m * n - a - b) * g.expert.slot_bytes for m, a, b in zip(g.sizes, r, d, strict=True)]
         goal += [v * g.modules[k].load_us for k, v in kept.items()]
@@ -262,8 +305,13 @@ def by_cbc(problem: Problem) -> float | None:
             experts = n * sum(m * c.compute_us for m, c in zip(g.sizes, work.classes, strict=True))
             before = n * (work.attention_us + work.router_us)
             classes = list(zip(g.sizes, work.classes, strict=True))
-            chain = [(load * v, c.compute_us * v, min(1.0, problem.unit / m)) for v, (m, c) in zip(s, classes, strict=True)]
-            late_chain = [(c.late_us * v, c.compute_us * v, min(1.0, problem.unit / m)) for v, (m, c) in zip(x, classes, strict=True)]
+            chain = [
+                (load * v, c.compute_us * v, min(1.0, problem.unit / m)) for v, (m, c) in zip(s, classes, strict=True)
+            ]
+            late_chain = [
+                (c.late_us * v, c.compute_us * v, min(1.0, problem.unit / m))
+                for v, (m, c) in zip(x, classes, strict=True)
+            ]
             streamed = pulp.lpSum(a for a, _, _ in chain + late_chain)
             model += ahead <= modules + pulp.lpSum(a for a, _, _ in chain)
             model += ahead <= modules + n * problem.lead * load
@@ -290,13 +338,17 @@ def by_cbc(problem: Problem) -> float | None:
         goal.append(passes * t)
         model += t >= end.compute_us + (1 - embedding) * end.gather_us
         model += t >= (1 - head) * problem.head.load_us
-        model += t >= max(0.0, 1 - HEAD_SLOTS / max(1, problem.head_pages)) * (1 - head) * problem.head.load_us + end.page_us
+        model += (
+            t >= max(0.0, 1 - HEAD_SLOTS / max(1, problem.head_pages)) * (1 - head) * problem.head.load_us + end.page_us
+        )
     model += pulp.lpSum(goal)
     model.solve(pulp.PULP_CBC_CMD(msg=False, gapRel=1e-6, threads=1))
     return float(pulp.value(model.objective)) if model.sol_status == pulp.LpSolutionOptimal else None
 
 
-def clock(model: pulp.LpProblem, name: str, steps: list[tuple[object, object, float]], start: object, end: object) -> None:
+def clock(
+    model: pulp.LpProblem, name: str, steps: list[tuple[object, object, float]], start: object, end: object
+) -> None:
     """Two clocks through a flow shop: what has been loaded, and when each class is computed at the earliest."""
     loaded, done = start, None
     for i, (load, compute, first) in enumerate(steps):
@@ -308,11 +360,12 @@ def clock(model: pulp.LpProblem, name: str, steps: list[tuple[object, object, fl
             model += now >= done + compute
         done = now
     if done is not None:
-        model += end >= done  # type: ignore[operator]
+        model += end >= done
 
 
 @pytest.mark.parametrize("seed", range(30, 50))
 def test_equals_cbc_on_another_formulation(seed: int) -> None:
+    """Clocks instead of paths, CBC instead of SCIP."""
     case = random_case(seed)
     expected, solved = by_cbc(build(*case)), solve(case)
     assert (expected is None) == (solved is None)
@@ -324,6 +377,7 @@ def test_equals_cbc_on_another_formulation(seed: int) -> None:
 
 
 def whole_case(model: str, machine: str, gpu_bytes: int, **sizes: int) -> Case:
+    """A shipped model on a shipped machine, uniformly routed."""
     spec, hardware = read_model(model), read_hardware(machine)
     cost = Cost(spec, hardware, uniform(spec), spec.compute_dtype)
     decision = base_decision(len(spec.layers), **sizes)
@@ -333,6 +387,7 @@ def whole_case(model: str, machine: str, gpu_bytes: int, **sizes: int) -> Case:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_capacity_holds_and_every_expert_has_one_place(seed: int) -> None:
+    """In the slots of the lowered schedule, spill slots included."""
     cost, workload, decision, capacity = case = random_case(seed)
     solved = solve(case)
     if solved is None:
@@ -343,7 +398,9 @@ def test_capacity_holds_and_every_expert_has_one_place(seed: int) -> None:
         assert set(chosen.on_disk) <= set(chosen.static)
         assert all(getattr(layer, kind) for kind in chosen.resident)
     lowered = lower(cost, "joint", solved.decide(decision), workload)
-    spilled = [slot for p in lowered.phases.values() for t, slot in pools(p, lowered) if lowered.tensors[t].kind == "kv"]
+    spilled = [
+        slot for p in lowered.phases.values() for t, slot in pools(p, lowered) if lowered.tensors[t].kind == "kv"
+    ]
     for tier, free in capacity.items():
         permanent = {slot for _, slot in lowered.placed}
         used = sum(lowered.slots[slot].nbytes for slot in {*permanent, *spilled} if lowered.slots[slot].tier == tier)
@@ -361,7 +418,7 @@ def pools(phase: object, lowered: object) -> set[tuple[int, int]]:
 
 def test_simulation_agrees_with_the_objective() -> None:
     """The model gap: 2 % where one layer is like another."""
-    cost, workload, decision, capacity = case = whole_case(
+    cost, workload, decision, _ = case = whole_case(
         "mixtral-8x7b", "rtx3090", 21 << 30, num_batches=10, batch_size=32, lead=4, unit=1, prefill_groups=10
     )
     solved = residency(*case)
@@ -386,6 +443,7 @@ def test_shadow_price_is_the_finite_difference() -> None:
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_shortfall_is_what_is_missing(gpu: bool) -> None:
+    """To the byte: so much more is enough, one byte less is not."""
     spec, hardware = tiny_spec(), tiny_hardware(gpu)
     cost = Cost(spec, hardware, uniform(spec), "bf16")
     decision = base_decision(len(spec.layers), num_batches=3, batch_size=2, lead=2, unit=1)
@@ -402,7 +460,8 @@ def test_shortfall_is_what_is_missing(gpu: bool) -> None:
 
 
 def test_experts_stay_on_disk_where_host_memory_ends() -> None:
-    cost, workload, decision, capacity = random_case(1)
+    """A GPU machine whose host cannot hold the rest."""
+    cost, workload, decision, _ = random_case(1)
     whole = weights_bytes(build(cost, workload, decision, {"gpu": 1 << 30, "host": 1 << 30}))
     tight = {"gpu": whole // 3, "host": whole // 2}
     solved = residency(cost, workload, decision, tight)
@@ -410,16 +469,20 @@ def test_experts_stay_on_disk_where_host_memory_ends() -> None:
 
 
 def test_many_different_layers_stay_a_small_model() -> None:
+    """58 layers of 256 experts, no two alike."""
     spec, hardware = read_model("deepseek-v3"), read_hardware("h800")
     routing = Routing(model=spec.name, source="random", tokens=0, popularity=skewed(spec, random.Random(0)))
     decision = base_decision(len(spec.layers), num_batches=4, batch_size=8, lead=8, unit=1)
     capacity = {"gpu": 60 << 30, "host": 1 << 40}
-    solved = residency(Cost(spec, hardware, routing, "bf16"), Workload(prompt_len=64, gen_len=32, num_sequences=32), decision, capacity)
+    solved = residency(
+        Cost(spec, hardware, routing, "bf16"), Workload(prompt_len=64, gen_len=32, num_sequences=32), decision, capacity
+    )
     assert solved.statistics["integers"] <= len(spec.layers) * (3 * MAX_CLASSES + 4) + 3
     assert solved.objective_us + solved.load_us <= solved.bound_us * (1 + 2 * RELATIVE_GAP)
 
 
 def test_rows_read_like_text() -> None:
+    """Names of rows are unique and say what they limit."""
     model = Formulation(build(*random_case(0))).add_all()
     names = [row.name for row in model.rows]
     assert len(set(names)) == len(names)
@@ -427,6 +490,7 @@ def test_rows_read_like_text() -> None:
 
 
 def test_johnson_is_optimal_on_two_machines() -> None:
+    """Against every permutation."""
     rng = random.Random(3)
     for _ in range(50):
         jobs = list(range(5))
@@ -437,6 +501,7 @@ def test_johnson_is_optimal_on_two_machines() -> None:
 
 
 def flow_shop(order: list[int], load: dict[int, float], compute: dict[int, float]) -> float:
+    """Makespan of loads then computes in this order."""
     loaded = done = 0.0
     for job in order:
         loaded += load[job]
@@ -445,6 +510,7 @@ def flow_shop(order: list[int], load: dict[int, float], compute: dict[int, float
 
 
 def test_spread_is_even_and_relieves_the_busiest() -> None:
+    """Nobody gets two before everyone with room has one."""
     rng = random.Random(5)
     for _ in range(200):
         rooms = [rng.randint(0, 6) for _ in range(rng.randint(1, 9))]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
-from plans import edited, tiny_plan, tiny_spec, with_step
 
 from klotski_compiler.errors import PlanError
 from klotski_compiler.plan import ALL, Bind, Compute, Load, Plan, Step, Store, Wait, Workload
 from klotski_compiler.policies import POLICIES
 from klotski_compiler.verify import CHECKS, verify
+from plans import edited, tiny_plan, tiny_spec, with_step
 
 PLACES = ((False, "host"), (False, "disk"), (True, "gpu"), (True, "host"))
 
@@ -19,8 +20,15 @@ PLACES = ((False, "host"), (False, "disk"), (True, "gpu"), (True, "host"))
 @pytest.mark.parametrize(("gpu", "kv"), PLACES)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_plans_of_every_policy_are_legal(policy: str, gpu: bool, kv: str) -> None:
-    for gen_len, changes in ((8, {}), (2, {"unit": 2, "head_pages": 0}), (1, {"embedding": False, "head_pages": 3})):
-        verify(tiny_plan(policy, gpu, kv, workload=Workload(prompt_len=16, gen_len=gen_len, num_sequences=12), **changes))
+    variants: tuple[tuple[int, dict[str, Any]], ...] = (
+        (8, {}),
+        (2, {"unit": 2, "head_pages": 0}),
+        (1, {"embedding": False, "head_pages": 3}),
+    )
+    for gen_len, changes in variants:
+        verify(
+            tiny_plan(policy, gpu, kv, workload=Workload(prompt_len=16, gen_len=gen_len, num_sequences=12), **changes)
+        )
 
 
 @pytest.mark.parametrize("policy", ["joint", "klotski", "flexgen"])
@@ -29,7 +37,9 @@ def test_prefill_in_sub_groups_is_legal(policy: str) -> None:
     verify(tiny_plan(policy, gpu=True, kv="host", prefill_groups=3))
 
 
-@pytest.mark.xfail(strict=True, reason="the last pass opens nothing, and loses the waits of the loads that it leaves out")
+@pytest.mark.xfail(
+    strict=True, reason="the last pass opens nothing, and loses the waits of the loads that it leaves out"
+)
 def test_the_last_pass_is_as_ordered_as_the_others() -> None:
     """Two layers: the only waits before the head's load on the link are those of the loads that wrap."""
     for gpu in (False, True):

@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         while where and where.tb_next:
             where = where.tb_next
         place = f"{Path(where.tb_frame.f_code.co_filename).name}:{where.tb_lineno}" if where else "?"
-        print(f"klotski-compile: internal fault, please report it: {type(fault).__name__} at {place}: {fault}", file=sys.stderr)
+        what = f"{type(fault).__name__} at {place}: {fault}"
+        print(f"klotski-compile: internal fault, please report it: {what}", file=sys.stderr)
         return KlotskiError.exit_code
     return 0
 
@@ -71,49 +72,71 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder, config.json, cached Hugging Face id or shipped profile")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a checkpoint folder, config.json, cached Hugging Face id or shipped profile"
+    )
     parser.add_argument("hardware", metavar="HARDWARE", help="a profile that klotski-profile wrote, or a shipped one")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the plan here")
 
     work = parser.add_argument_group("workload")
-    work.add_argument("--prompt-len", type=_positive, metavar="N", help=f"tokens of the longest prompt (default: {PROMPT_LEN})")
-    work.add_argument("--gen-len", type=_positive, default=GEN_LEN, metavar="N", help=f"new tokens per prompt (default: {GEN_LEN})")
+    work.add_argument(
+        "--prompt-len", type=_positive, metavar="N", help=f"tokens of the longest prompt (default: {PROMPT_LEN})"
+    )
+    work.add_argument(
+        "--gen-len", type=_positive, default=GEN_LEN, metavar="N", help=f"new tokens per prompt (default: {GEN_LEN})"
+    )
     work.add_argument("--num-sequences", type=_positive, metavar="N", help=f"prompts (default: {NUM_SEQUENCES})")
-    work.add_argument("--input", type=Path, metavar="FILE", help='take lengths and count from text lines or JSON lines with "prompt"')
+    work.add_argument(
+        "--input", type=Path, metavar="FILE", help='take lengths and count from text lines or JSON lines with "prompt"'
+    )
 
     limits = parser.add_argument_group("limits")
     limits.add_argument(
-        "--memory", type=_budget, nargs="+", action="extend", default=[], metavar="TIER=SIZE", help="never use more of a tier than this"
+        "--memory",
+        type=_budget,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="TIER=SIZE",
+        help="never use more of a tier than this",
     )
     limits.add_argument("--max-latency", type=_seconds, metavar="SECONDS", help="ceiling on one decode pass")
-    limits.add_argument("--time-limit", type=_seconds, default=60.0, metavar="SECONDS", help="of the search (default: 60)")
+    limits.add_argument(
+        "--time-limit", type=_seconds, default=60.0, metavar="SECONDS", help="of the search (default: 60)"
+    )
 
     choice = parser.add_argument_group("choices, solved for unless given")
     choice.add_argument("--batch-size", type=_auto, metavar="auto|N", help="sequences computed together")
     choice.add_argument("--num-batches", type=_auto, metavar="auto|N", help="batches that share each weight transfer")
-    choice.add_argument("--policy", choices=("auto", *POLICIES), default="auto", metavar="NAME", help=f"auto, {', '.join(POLICIES)}")
-    choice.add_argument("--dtype", choices=tuple(DTYPE_BYTES), help="what kernels compute in (default: the checkpoint's)")
+    choice.add_argument(
+        "--policy", choices=("auto", *POLICIES), default="auto", metavar="NAME", help=f"auto, {', '.join(POLICIES)}"
+    )
+    choice.add_argument(
+        "--dtype", choices=tuple(DTYPE_BYTES), help="what kernels compute in (default: the checkpoint's)"
+    )
     choice.add_argument("--routing", metavar="FILE", help="expert popularity, from klotski-profile routing or shipped")
 
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    output.add_argument("--dump-after", choices=PASSES, metavar="PASS", help=f"also print the program after {', '.join(PASSES)}")
+    output.add_argument(
+        "--dump-after", choices=PASSES, metavar="PASS", help=f"also print the program after {', '.join(PASSES)}"
+    )
     return parser
 
 
 # -------------------------------------------------------------------------------------------------------------- arguments
 
-_UNITS = {"": 1, "B": 1} | {
+_UNITS: dict[str, int] = {"": 1, "b": 1} | {
     prefix + suffix: base**power
-    for power, prefix in enumerate("KMGT", 1)
-    for suffix, base in (("", 1024), ("iB", 1024), ("B", 1000))
+    for power, prefix in enumerate("kmgt", 1)
+    for suffix, base in (("", 1024), ("ib", 1024), ("b", 1000))
 }
 
 
 def parse_size(text: str) -> int:
     """Bytes of ``24GiB``, ``375MB``, ``1.5G`` or ``1000``. Raises ValueError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    unit = {name.lower(): factor for name, factor in _UNITS.items()}.get(match[2].lower()) if match else None
+    unit = _UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None or (nbytes := round(float(match[1]) * unit)) <= 0:
         raise ValueError(f"{text!r} is not a size such as 24GiB, 375MB, 1.5G or 1000000")
     return nbytes
@@ -165,7 +188,9 @@ def _run(arguments: argparse.Namespace) -> str:
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise ConfigError("--output", "", f"{output} cannot be a file: give a file name in a folder that exists")
     if arguments.json and arguments.dump_after:
-        raise ConfigError("--dump-after", "", "prints text, but --json prints nothing else than one object; choose one of them")
+        raise ConfigError(
+            "--dump-after", "", "prints text, but --json prints nothing else than one object; choose one of them"
+        )
     spec, hardware = read_model(arguments.model), read_hardware(arguments.hardware)
     routing = read_routing(arguments.routing, spec) if arguments.routing else uniform(spec)
     asked = workload(arguments, spec)
@@ -174,7 +199,9 @@ def _run(arguments: argparse.Namespace) -> str:
         try:
             plan.save(output)
         except OSError as error:
-            raise ConfigError("--output", "", f"{output} cannot be written ({error.strerror}); name another file") from None
+            raise ConfigError(
+                "--output", "", f"{output} cannot be written ({error.strerror}); name another file"
+            ) from None
     if arguments.json:
         return json.dumps(report.summary(plan)) + "\n"
     dump = _dump(arguments, plan, Cost(spec, hardware, routing, plan.dtype)) if arguments.dump_after else ""
@@ -182,7 +209,9 @@ def _run(arguments: argparse.Namespace) -> str:
     return f"{dump}{report.decided(plan)}\n{kept}\n"
 
 
-def _compiled(arguments: argparse.Namespace, spec: ModelSpec, hardware: Hardware, routing: Routing, asked: Asked) -> Plan:
+def _compiled(
+    arguments: argparse.Namespace, spec: ModelSpec, hardware: Hardware, routing: Routing, asked: Asked
+) -> Plan:
     from klotski_compiler.planner import Request, compile_plan  # the solvers take a second to import; --help needs none
 
     request = Request(
@@ -217,7 +246,10 @@ def budgets(hardware: Hardware, given: Sequence[tuple[str, int]]) -> dict[str, i
 def _dump(arguments: argparse.Namespace, plan: Plan, cost: Cost) -> str:
     """The winner's program after a pass, as text."""
     dumps = lower(cost, plan.policy, plan.decision, plan.workload, arguments.dump_after).dumps
-    return "".join(f"{phase} after {arguments.dump_after}\n" + "".join(f"  {line}\n" for line in lines) for phase, lines in dumps.items())
+    return "".join(
+        f"{phase} after {arguments.dump_after}\n" + "".join(f"  {line}\n" for line in lines)
+        for phase, lines in dumps.items()
+    )
 
 
 @contextmanager
@@ -243,13 +275,20 @@ def workload(arguments: argparse.Namespace, spec: ModelSpec) -> Asked:
     prompt_len, count = arguments.prompt_len or PROMPT_LEN, arguments.num_sequences or NUM_SEQUENCES
     if arguments.input is not None:
         if arguments.prompt_len or arguments.num_sequences:
-            raise ConfigError("--input", "", "lengths and count come from the file; leave out --prompt-len and --num-sequences")
+            raise ConfigError(
+                "--input", "", "lengths and count come from the file; leave out --prompt-len and --num-sequences"
+            )
         prompts = read_prompts(arguments.input)
         prompt_len, how = _longest(prompts, Path(arguments.model))
-        count, notes = len(prompts), (f"{arguments.input.name}: {len(prompts)} prompts, the longest {prompt_len} tokens, {how}",)
+        count, notes = (
+            len(prompts),
+            (f"{arguments.input.name}: {len(prompts)} prompts, the longest {prompt_len} tokens, {how}",),
+        )
     if prompt_len + arguments.gen_len > spec.max_positions:
         why = f"{prompt_len} prompt and {arguments.gen_len} new tokens exceed the {spec.max_positions} positions of {spec.name}"
-        raise ConfigError("--gen-len" if prompt_len < spec.max_positions else "--prompt-len", "", f"{why}; ask for fewer")
+        raise ConfigError(
+            "--gen-len" if prompt_len < spec.max_positions else "--prompt-len", "", f"{why}; ask for fewer"
+        )
     return Asked(Workload(prompt_len=prompt_len, gen_len=arguments.gen_len, num_sequences=count), notes)
 
 
@@ -258,7 +297,9 @@ def read_prompts(path: Path) -> list[str]:
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(path, "", f"cannot be read ({error}); give UTF-8 text, one prompt per line, or JSON lines") from None
+        raise ConfigError(
+            path, "", f"cannot be read ({error}); give UTF-8 text, one prompt per line, or JSON lines"
+        ) from None
     if not lines:
         raise ConfigError(path, "", "holds no prompt; give one per line")
     if not lines[0].lstrip().startswith("{"):
@@ -270,7 +311,9 @@ def _prompt(path: Path, number: int, line: str) -> str:
     try:
         row: Any = json.loads(line)
     except ValueError as error:
-        raise ConfigError(path, f"line {number}", f"is not JSON: {error}; every line must be an object, as the first is") from None
+        raise ConfigError(
+            path, f"line {number}", f"is not JSON: {error}; every line must be an object, as the first is"
+        ) from None
     body = row.get("body", row) if isinstance(row, dict) else {}
     if isinstance(body, dict) and isinstance(body.get("prompt"), str):
         return str(body["prompt"])
@@ -288,7 +331,9 @@ def _longest(prompts: Sequence[str], model: Path) -> tuple[int, str]:
         tokenizer = Tokenizer.from_file(str(file))
         return max(1, *(len(tokenizer.encode(prompt).ids) for prompt in prompts)), "counted by the model's tokenizer"
     longest = max(len(prompt) for prompt in prompts)
-    return -(-longest // CHARACTERS_PER_TOKEN), f"estimated as 1 per {CHARACTERS_PER_TOKEN} characters: no tokenizer.json beside the model"
+    return -(
+        -longest // CHARACTERS_PER_TOKEN
+    ), f"estimated as 1 per {CHARACTERS_PER_TOKEN} characters: no tokenizer.json beside the model"
 
 
 if __name__ == "__main__":

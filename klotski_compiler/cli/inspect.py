@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("plan", type=Path, metavar="PLAN", help="a plan.json that klotski-compile wrote")
     parser.add_argument("--phase", choices=PHASES, help="the phase that --ops and the timeline show (default: decode)")
-    parser.add_argument("--layer", type=int, metavar="N", help="the layer that the timeline shows (default: the middle one)")
+    parser.add_argument(
+        "--layer", type=int, metavar="N", help="the layer that the timeline shows (default: the middle one)"
+    )
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write a predicted pass as a Chrome trace (JSON)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--json", action="store_true", help="print one JSON object instead")
@@ -69,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 def _range(text: str) -> tuple[int, int]:
     """``A:B``; either end may be left out."""
     first, colon, end = text.partition(":")
-    if not colon or not (first + end).isdecimal() and first + end:
+    if not colon or (not (first + end).isdecimal() and first + end):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form A:B, such as 100:140")
     return int(first or 0), int(end or 1 << 60)
 

@@ -1,1 +1,2 @@
-"""The residency problem as a mixed-integer linear program: ``problem`` (numbers), ``formulation`` (inequalities), ``solve``."""
+"""The residency problem as a mixed-integer linear program: ``problem`` (numbers), ``formulation`` (inequalities),
+``solve``."""

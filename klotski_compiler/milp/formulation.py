@@ -1,20 +1,20 @@
 """Residency as inequalities. This docstring is the paper page; a family of constraints is the method of the same name.
 
-Sets         g layer groups (of N_g equal layers), c expert classes of a group in compute order (of m_c experts per layer),
-             p phases (prefill, decode), k modules (attention, router, shared, dense), t tiers.
-Parameters   of one layer and pass: A attention, R router or dense MLP, C_c one expert's compute, L one expert's link time,
-             l_c its expected link time after the router, M_k a module's link time, V and W link time of spilled KV in and out;
-             b = lead (expert slots), u = unit (experts per load), s slot bytes.
-Variables    resident[g.c], static[g.c], late[g.c]: experts that never move, are streamed by name, are bound after the router;
-             disk[g.c]: of the static ones, those that live on disk although the machine has host memory between;
-             resident[g.k], resident[head], resident[embedding]: modules; kv[g]: layers whose KV stays in the compute tier;
-             spilling: whether any does not. All are integer, and totals over the layers of g.
+Sets         g layer groups (of N_g equal layers), c expert classes of a group in compute order (of m_c experts per
+             layer), p phases (prefill, decode), k modules (attention, router, shared, dense), t tiers.
+Parameters   of one layer and pass: A attention, R router or dense MLP, C_c one expert's compute, L one expert's link
+             time, l_c its expected link time after the router, M_k a module's link time, V and W link time of spilled
+             KV in and out; b = lead (expert slots), u = unit (experts per load), s slot bytes.
+Variables    resident[g.c], static[g.c], late[g.c]: experts that never move, are streamed by name, are bound after the
+             router; disk[g.c]: of the static ones, those that live on disk although the machine has host memory
+             between; resident[g.k], resident[head], resident[embedding]: modules; kv[g]: layers whose KV stays in the
+             compute tier; spilling: whether any does not. All are integer, and totals over the layers of g.
              prefetched_us[g.p]: link time already done when a layer begins; period_us[g.p], period_us[end.p]: T.
 Objective    sum_p passes_p (sum_g N_g T[g.p] + T[end.p]) + time to load what is resident, once.
 
-Where experts live does not change compute times, so all of this is linear. Inequalities are written per layer; a row is N_g times
-that. A class counts its first load or last compute as the share min(1, u / m_c) of what the class streams: exact where it is
-streamed whole or not at all, a relaxation between.
+Where experts live does not change compute times, so all of this is linear. Inequalities are written per layer; a row is
+N_g times that. A class counts its first load or last compute as the share min(1, u / m_c) of what the class streams:
+exact where it is streamed whole or not at all, a relaxation between.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def times(factor: float, terms: Mapping[str, float]) -> Terms:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A class of streamed experts in compute order, as totals over the group. first: the share of the loads (computes) that the
-    class's first (last) transfer unit is."""
+    """A class of streamed experts in compute order, as totals over the group. first: the share of the loads (computes)
+    that the class's first (last) transfer unit is."""
 
     name: str
     load: Terms
@@ -100,6 +100,7 @@ class Formulation:
     """Builds the model of one problem. ``elastic``: capacities may be exceeded, and the excess is what is minimised."""
 
     def __init__(self, problem: Problem, elastic: bool = False) -> None:
+        """An empty model; see ``add_all``."""
         self.problem, self.elastic, self.model = problem, elastic, Model()
         self.homes_on_disk = self._homes_on_disk()
 
@@ -132,7 +133,8 @@ class Formulation:
     # ---------------------------------------------------------------------------------------------- variables
 
     def variables(self) -> None:
-        """Counts over a group, in 0 .. N_g or 0 .. N_g m_c; a class that the router's word does not help is never late."""
+        """Counts over a group, in 0 .. N_g or 0 .. N_g m_c; a class that the router's word does not help is never
+        late."""
         problem = self.problem
         for g in problem.groups:
             for kind in g.modules:
@@ -173,7 +175,8 @@ class Formulation:
         )
 
     def steps(self, g: Group, work: LayerWork) -> list[Step]:
-        """Streamed experts in compute order: static, then late, each in class order (Johnson's, see ``solve.johnson``)."""
+        """Streamed experts in compute order: static, then late, each in class order (Johnson's, see
+        ``solve.johnson``)."""
         out = []
         for late in (False, True):
             for c, (size, cost) in enumerate(zip(g.sizes, work.classes, strict=True)):
@@ -195,12 +198,15 @@ class Formulation:
     # --------------------------------------------------------------------------------------------------- families
 
     def assign(self) -> None:
-        """resident + static + late = m_c N_g;  disk <= static: what the router names late is read from the nearer tier."""
+        """resident + static + late = m_c N_g;  disk <= static: what the router names late is read from the nearer
+        tier."""
         for g in self.problem.groups:
             for c, size in enumerate(g.sizes):
                 where = f"{g.name}.c{c}"
                 whole = float(size * g.count)
-                self._row(f"assign[{where}]", {f"{v}[{where}]": 1.0 for v in ("resident", "static", "late")}, whole, whole)
+                self._row(
+                    f"assign[{where}]", {f"{v}[{where}]": 1.0 for v in ("resident", "static", "late")}, whole, whole
+                )
                 if self.homes_on_disk:
                     self._row(f"disk_is_static[{where}]", {f"static[{where}]": 1.0, f"disk[{where}]": -1.0}, 0.0)
 
@@ -210,7 +216,8 @@ class Formulation:
             self._row(f"spill[{g.name}]", {f"kv[{g.name}]": 1.0, "spilling": float(g.count)}, g.count)
 
     def capacity(self, tier: str) -> None:
-        """sum of slot bytes in the tier <= its capacity: residents, KV and its spill slots; in the home tier the rest."""
+        """sum of slot bytes in the tier <= its capacity: residents, KV and its spill slots; in the home tier the
+        rest."""
         problem = self.problem
         here = tier == problem.compute_tier
         sign = 1.0 if here else -1.0  # the home tier holds what is not resident
@@ -250,7 +257,8 @@ class Formulation:
         self._period("processor", g, phase, {"": g.count * (work.batches_us + experts)})
 
     def link(self, g: Group, phase: str, work: LayerWork) -> None:
-        """T >= streamed modules + static loads + late loads + spilled KV: a layer prefetches for the next what it was spared."""
+        """T >= streamed modules + static loads + late loads + spilled KV: a layer prefetches for the next what it was
+        spared."""
         loads = [step.load for step in self.steps(g, work)]
         self._period("link", g, phase, plus(self.modules_us(g), *loads, self.kv_us(g, work.kv_load_us)))
 
@@ -265,7 +273,8 @@ class Formulation:
             self._period("store_link", g, phase, self.kv_us(g, work.kv_store_us))
 
     def weights_first(self, g: Group, phase: str, work: LayerWork) -> None:
-        """T >= M_attention - prefetched + all compute;  T >= M - prefetched + R + experts: modules before what needs them."""
+        """T >= M_attention - prefetched + all compute;  T >= M - prefetched + R + experts: modules before what needs
+        them."""
         experts = sum(size * cost.compute_us for size, cost in zip(g.sizes, work.classes, strict=True))
         credit = times(-1.0, self._prefetched(g, phase))
         whole = {"": g.count * (work.batches_us + experts)}
@@ -298,7 +307,8 @@ class Formulation:
     def slot_order(self, g: Group, phase: str, work: LayerWork) -> None:
         """T >= A + R + residents + computes up to i + loads from i on - b L + prefetched - M, for every class i.
 
-        Until class i is computed at most b further experts fit; what is left, and what the next layer wants to find, comes after.
+        Until class i is computed at most b further experts fit; what is left, and what the next layer wants to find,
+        comes after.
         """
         steps = self.steps(g, work)
         held = {"": g.count * (work.batches_us - self.problem.lead * g.expert.load_us)}
@@ -308,13 +318,15 @@ class Formulation:
             self._period(f"slot_order.{steps[i].name}", g, phase, plus(start, path))
 
     def slot_time(self, g: Group, phase: str, work: LayerWork) -> None:
-        """b T >= u sum over streamed experts of (load + compute): each holds its slot while its unit loads and computes."""
+        """b T >= u sum over streamed experts of (load + compute): each holds its slot while its unit loads and
+        computes."""
         if steps := self.steps(g, work):
             held = plus(*(s.load for s in steps), *(s.compute for s in steps))
             self._period("slot_time", g, phase, times(self.problem.unit / self.problem.lead, held))
 
     def end_of_pass(self, phase: str) -> None:
-        """T[end] >= embedding + norm + head;  T[end] >= head's loads;  T[end] >= its loads but 2 pages + its last page."""
+        """T[end] >= embedding + norm + head;  T[end] >= head's loads;  T[end] >= its loads but 2 pages + its last
+        page."""
         end, head, pages = self.problem.end[phase], self.problem.head, max(1, self.problem.head_pages)
         gathered = {"": end.compute_us + end.gather_us, "resident[embedding]": -end.gather_us}
         self._row(f"end_of_pass.processor[{phase}]", *_at_least({f"period_us[end.{phase}]": 1.0}, gathered))
@@ -324,7 +336,8 @@ class Formulation:
         self._row(f"end_of_pass.head[{phase}]", *_at_least({f"period_us[end.{phase}]": 1.0}, rest))
 
     def objective(self) -> None:
-        """Whole workload, then the time to load what is resident (read from disk once, also if it passes through the host)."""
+        """Whole workload, then the time to load what is resident (read from disk once, also if it passes through the
+        host)."""
         problem, out = self.problem, self.model.objective
         for phase, passes in problem.passes.items():
             out[f"period_us[end.{phase}]"] = float(passes)
@@ -351,7 +364,8 @@ class Formulation:
         if not problem.home_tier:
             return False
         weights = problem.head.slot_bytes + sum(
-            g.count * (sum(m.slot_bytes for m in g.modules.values()) + sum(g.sizes) * g.expert.slot_bytes + g.kv_slot_bytes)
+            g.count
+            * (sum(m.slot_bytes for m in g.modules.values()) + sum(g.sizes) * g.expert.slot_bytes + g.kv_slot_bytes)
             for g in problem.groups
         )
         return weights > problem.capacity[problem.home_tier]
@@ -382,8 +396,8 @@ def _at_least(left: Terms, right: Terms) -> tuple[Terms, float]:
 
 
 def _paths(steps: list[Step]) -> Iterator[tuple[str, Terms]]:
-    """For every class: loads before it, then (its first load and all its computes) or (all its loads and its last compute),
-    then the computes after it."""
+    """For every class: loads before it, then (its first load and all its computes) or (all its loads and its last
+    compute), then the computes after it."""
     for i, step in enumerate(steps):
         around = plus(*(s.load for s in steps[:i]), *(s.compute for s in steps[i + 1 :]))
         yield f"first.{step.name}", plus(around, times(step.first, step.load), step.compute)

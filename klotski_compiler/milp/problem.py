@@ -1,7 +1,7 @@
-"""The numbers of one residency problem: layer groups, expert classes, their work and their bytes. No variables, no solver.
+"""The numbers of one residency problem: layer groups, expert classes, work and bytes. No variables, no solver.
 
-Layers with equal modules and equal (sorted) popularity form a group; experts of similar popularity within a layer form a class.
-What is interchangeable is counted, not named: symmetry would keep any solver busy for ever (``facts``: design 7.3).
+Layers with equal modules and equal (sorted) popularity form a group; experts of similar popularity within a layer form
+a class. What is interchangeable is counted, not named: symmetry would keep any solver busy for ever (design 7.3).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ HEAD_SLOTS = 2  # pages of a streamed head
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A weight that is resident or streamed. slot_bytes: room it takes. load_us: its time on the link into the compute tier.
-    disk_us: its time on ``disk>host``."""
+    """A weight that is resident or streamed. slot_bytes: room it takes. load_us: its time on the link into the compute
+    tier. disk_us: its time on ``disk>host``."""
 
     slot_bytes: int
     load_us: float
@@ -33,7 +33,8 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class ClassWork:
-    """One expert of a class in one pass: its compute, and its link time where it is bound after the router (expected)."""
+    """One expert of a class in one pass: its compute, and its link time where it is bound after the router
+    (expected)."""
 
     compute_us: float
     late_us: float
@@ -78,7 +79,8 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class EndWork:
-    """What a pass does outside the layers. gather_us: what a streamed embedding adds to it. page_us: one page of the head."""
+    """What a pass does outside the layers. gather_us: what a streamed embedding adds to it. page_us: one page of the
+    head."""
 
     compute_us: float
     gather_us: float
@@ -89,8 +91,8 @@ class EndWork:
 class Problem:
     """All numbers of one residency problem. passes: how often each phase's pass runs in the whole workload.
 
-    head: all its pages, head_pages of them (0: it must be resident). may_spill: the machine can write KV back. home_tier: where
-    the rest of the weights lives, if that is a memory with a capacity (host, on a machine with a GPU).
+    head: all its pages, head_pages of them (0: it must be resident). may_spill: the machine can write KV back.
+    home_tier: where the rest of the weights lives, if that is a memory with a capacity (host, on a machine with a GPU).
     """
 
     groups: tuple[Group, ...]
@@ -121,7 +123,8 @@ def build(cost: Cost, workload: Workload, decision: Decision, capacity: dict[str
     def item(module: Module, share: int = 1, loads: float = 1.0) -> Item:
         slot = align_up(module.nbytes // share + 2 * PAGE_BYTES * module.segments) * share
         times = [
-            module.nbytes * 1e6 / cost.hardware.links[link].bandwidth_bytes_per_s + loads * cost.hardware.links[link].latency_us
+            module.nbytes * 1e6 / cost.hardware.links[link].bandwidth_bytes_per_s
+            + loads * cost.hardware.links[link].latency_us
             if link in cost.hardware.links
             else 0.0
             for link in (into, "disk>host")
@@ -129,7 +132,10 @@ def build(cost: Cost, workload: Workload, decision: Decision, capacity: dict[str
         return Item(slot, *times)
 
     positions = workload.prompt_len + workload.gen_len
-    kv = [align_up(kv_bytes(cost.spec, n, decision.batch_size, positions, cost.dtype)) for n in range(len(cost.spec.layers))]
+    kv = [
+        align_up(kv_bytes(cost.spec, n, decision.batch_size, positions, cost.dtype))
+        for n in range(len(cost.spec.layers))
+    ]
     groups = []
     for number, members in enumerate(_identical(cost)):
         layer = cost.spec.layers[members[0]]
@@ -176,7 +182,8 @@ def _identical(cost: Cost) -> list[tuple[int, ...]]:
 
 
 def _classes(cost: Cost, layer: int) -> list[list[int]]:
-    """Experts in classes, most popular first: equally popular ones, or bands of equal popularity mass where those are many."""
+    """Experts in classes, most popular first: equally popular ones, or bands of equal popularity mass where those are
+    many."""
     popular, shares = cost.popular(layer), cost.routing.popularity[layer]
     equal = [list(members) for _, members in groupby(popular, key=lambda e: shares[e])]
     if len(popular) <= EXACT_EXPERTS or len(equal) <= MAX_CLASSES:

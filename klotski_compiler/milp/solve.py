@@ -1,7 +1,7 @@
 """Solves the residency problem and turns counts into layer decisions.
 
-The solver is SCIP through MathOpt: one thread, a fixed seed, stopped by gap or nodes, so that equal inputs give equal plans. The
-wall clock is a safety net; whether it struck is in the result.
+The solver is SCIP through MathOpt: one thread, a fixed seed, stopped by gap or nodes, so that equal inputs give equal
+plans. The wall clock is a safety net; whether it struck is in the result.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ SEED = 1
 class Solved:
     """The best residency found. Times in microseconds.
 
-    objective_us: whole workload without ``load_us``, the time to load what is resident (beyond what is loaded in any case).
-    bound_us: the solver's lower bound on objective_us + load_us. binding: microseconds saved per further byte of each tier, from
-    the duals of the linear relaxation. period_us: per layer group and phase. statistics: size of the model.
+    objective_us: whole workload without ``load_us``, the time to load what is resident (beyond what is loaded in any
+    case). bound_us: the solver's lower bound on objective_us + load_us. binding: microseconds saved per further byte of
+    each tier, from the duals of the linear relaxation. period_us: per layer group and phase. statistics: size of the
+    model.
     """
 
     status: str
@@ -75,9 +76,10 @@ class Answer:
 def residency(cost: Cost, workload: Workload, decision: Decision, capacity: dict[str, int]) -> Solved:
     """The best residency for policy ``joint`` under the sizes of ``decision``.
 
-    decision: no residents; ``head_pages`` is what the head is streamed in if it is not resident (0: it must be). capacity:
-    bytes of the compute tier, and on a machine with a GPU of ``host``, for resident weights and KV: without streaming and staging
-    slots, states and workspace. Raises Infeasible with the bytes that are short even if everything is streamed and KV spilled.
+    decision: no residents; ``head_pages`` is what the head is streamed in if it is not resident (0: it must be).
+    capacity: bytes of the compute tier, and on a machine with a GPU of ``host``, for resident weights and KV: without
+    streaming and staging slots, states and workspace. Raises Infeasible with the bytes that are short even if
+    everything is streamed and KV spilled.
     """
     began = time.perf_counter()
     problem = build(cost, workload, decision, capacity)
@@ -121,6 +123,7 @@ class Solver:
     """A model as MathOpt holds it, built once for its linear relaxation and for itself."""
 
     def __init__(self, model: Model) -> None:
+        """Copies variables, rows and objective."""
         self.built = mathopt.Model(name="residency")
         self.integers = [v.name for v in model.variables.values() if v.integer]
         self.variables = {
@@ -180,16 +183,16 @@ def _parameters(relax: bool) -> mathopt.SolveParameters:
 
 
 def johnson(experts: Sequence[int], load_us: dict[int, float], compute_us: dict[int, float]) -> list[int]:
-    """Johnson's order of two machines (design 7.4): experts whose compute outlasts their load first, by increasing load; the
-    others by decreasing compute. Ties keep their order."""
+    """Johnson's order of two machines (design 7.4): experts whose compute outlasts their load first, by increasing
+    load; the others by decreasing compute. Ties keep their order."""
     first = [e for e in experts if compute_us[e] >= load_us[e]]
     rest = [e for e in experts if compute_us[e] < load_us[e]]
     return sorted(first, key=lambda e: load_us[e]) + sorted(rest, key=lambda e: -compute_us[e])
 
 
 def spread(total: int, rooms: Sequence[int], burden_us: list[float], relief_us: float) -> list[int]:
-    """``total`` units over layers with so much room each, as evenly as possible; the rest goes to the layers with most link time
-    left, evenly spaced among equals. ``burden_us`` is lowered by what is given."""
+    """``total`` units over layers with so much room each, as evenly as possible; the rest goes to the layers with most
+    link time left, evenly spaced among equals. ``burden_us`` is lowered by what is given."""
     given = [0] * len(rooms)
     while total:
         free = [i for i, room in enumerate(rooms) if given[i] < room]
@@ -207,10 +210,13 @@ def _layers(
     cost: Cost, problem: Problem, decision: Decision, workload: Workload, counts: dict[str, int]
 ) -> tuple[LayerDecision, ...]:
     """Every layer's share of its group's counts."""
-    out: dict[int, LayerDecision] = {}
-    for group in problem.groups:
-        for number, chosen in zip(group.layers, _group_layers(cost, problem, group, decision, workload, counts), strict=True):
-            out[number] = chosen
+    out = {
+        number: chosen
+        for group in problem.groups
+        for number, chosen in zip(
+            group.layers, _group_layers(cost, problem, group, decision, workload, counts), strict=True
+        )
+    }
     return tuple(out[number] for number in sorted(out))
 
 
@@ -222,7 +228,8 @@ def _group_layers(
     burden = [0.0] * g.count
     kv = spread(counts[f"kv[{g.name}]"], one, burden, work.kv_load_us)
     modules = {
-        kind: spread(counts[f"resident[{g.name}.{kind}]"], one, burden, item.load_us) for kind, item in g.modules.items()
+        kind: spread(counts[f"resident[{g.name}.{kind}]"], one, burden, item.load_us)
+        for kind, item in g.modules.items()
     }
     resident, static, disk = list[list[int]](), list[list[int]](), list[list[int]]()
     for c, size in enumerate(g.sizes):

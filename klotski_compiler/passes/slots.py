@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 from klotski_compiler.errors import PlanError
 from klotski_compiler.plan import Bind, Compute, Load, Op, Tensor
@@ -29,18 +30,13 @@ class Placed:
 
 @dataclass(slots=True)
 class Pool:
-    """Equal slots of one tier for one kind of tensor. ``members`` are slot numbers local to the phase."""
+    """Equal slots of one tier for one kind of tensor. free: heap of (position from which it is free, slot)."""
 
     tier: str
     kind: str
     nbytes: int = 0
     members: list[int] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Slot:
-    freed_at: int
-    reserved_from: int = FOREVER
+    free: list[tuple[int, int]] = field(default_factory=list)
 
 
 def slots(
@@ -52,7 +48,7 @@ def slots(
     """
     ends = _lifetimes(entries)
     pools: dict[tuple[str, str], Pool] = {}
-    state: dict[int, _Slot] = {}
+    reserved: dict[int, int] = {}
     where = dict(fixed)
     count = first
 
@@ -64,14 +60,18 @@ def slots(
 
     def take(pool: Pool, start: int, end: int) -> int:
         nonlocal count
-        ready = [m for m in pool.members if state[m].freed_at <= start and end < state[m].reserved_from]
-        if ready:
-            chosen = min(ready, key=lambda m: state[m].freed_at)
+        passed: list[tuple[int, int]] = []
+        while pool.free and pool.free[0][0] <= start:
+            freed_at, chosen = heappop(pool.free)
+            if end < reserved.get(chosen, FOREVER):
+                break
+            passed.append((freed_at, chosen))
         else:
             chosen, count = count, count + 1
             pool.members.append(chosen)
-            state[chosen] = _Slot(0)
-        state[chosen].freed_at = end
+        for entry in passed:
+            heappush(pool.free, entry)
+        heappush(pool.free, (end, chosen))
         return chosen
 
     tail: dict[tuple[str, int, int], int] = {}
@@ -80,7 +80,7 @@ def slots(
             tier = entry.link.split(">")[1]
             for tensor in entry.tensors:
                 slot = take(pool_of(tier, tensors[tensor]), -1, ends[tier, tensor, -1])
-                state[slot].reserved_from = start
+                reserved[slot] = start
                 where[tier, tensor] = tail[tier, tensor, start] = slot
 
     placed: list[Placed] = []

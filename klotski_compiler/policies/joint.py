@@ -12,6 +12,10 @@ A load is written into the program when a slot becomes free: ``lead`` expert slo
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
 from klotski_compiler.program import Program
 
 ONE_BATCH = False
@@ -38,9 +42,8 @@ def build(p: Program) -> None:
             streamed = [*p.static_experts(layer), *p.picks(layer)]
             for number in range(0, len(streamed), p.decision.unit):
                 unit = streamed[number : number + p.decision.unit]
-                queue.require(unit)
                 p.experts(layer, unit)
-                queue.release(*unit)
+                queue.release(*unit, slots=len(unit))
     queue.close()
     p.logits()
 
@@ -49,64 +52,65 @@ class Queue:
     """Loads of one pass in order of need, followed by those that open the next pass, written as slots become free."""
 
     def __init__(self, p: Program) -> None:
-        self.p, self.bound, self.free, self.layer = p, -1, p.decision.lead, 0
-        self.pending: list[tuple[int, bool, list[int]]] = []
-        for layer in p.layers:
-            self.pending += [(layer, False, unit) for unit in self._units(layer, early=True)]
-            self.pending += [(layer, True, unit) for unit in self._units(layer, early=False)]
-        # The next pass opens with what fits before its first release: layer 0 up to the slots.
-        self.opening: list[list[int]] = []
-        room = p.decision.lead
-        for unit in self._units(0, early=True):
-            room -= self._slots(unit)
-            if room < 0:
-                break
-            self.opening.append(unit)
-        self.free -= sum(self._slots(unit) for unit in self.opening)
-        self.pending = self.pending[len(self.opening) :]
+        self.p, self.bound, self.layer = p, -1, 0
+        self.waiting: deque[Unit] = deque()  # late experts that were passed by, because their router has not spoken yet
+        self.pending = deque(unit for layer in p.layers for unit in self._units(layer))
+        # The next pass opens with what fits before its first release.
+        self.opening: list[Unit] = []
+        self.free = p.decision.lead
+        while self.pending and self.pending[0].layer == 0 and not self.pending[0].late and self.pending[0].slots <= self.free:
+            self.opening.append(self.pending.popleft())
+            self.free -= self.opening[-1].slots
 
-    def _units(self, layer: int, early: bool) -> list[list[int]]:
+    def _units(self, layer: int) -> Iterator[Unit]:
+        """What a layer loads: attention, router and shared expert, experts by name, experts by rank."""
         p, size = self.p, self.p.decision.unit
-        experts = p.static_experts(layer) if early else p.picks(layer)
-        units = [experts[i : i + size] for i in range(0, len(experts), size)]
-        return [[t] for t in [*p.attention_weights(layer), *p.router_weights(layer)]] + units if early else units
-
-    def _slots(self, unit: list[int]) -> int:
-        return sum(self.p.table.all[t].kind in ("expert", "pick") for t in unit)
+        for tensor in (*p.attention_weights(layer), *p.router_weights(layer)):
+            yield Unit(layer, False, 0, (tensor,))
+        for late, experts in ((False, p.static_experts(layer)), (True, p.picks(layer))):
+            for first in range(0, len(experts), size):
+                chosen = tuple(experts[first : first + size])
+                yield Unit(layer, late, len(chosen), chosen)
 
     def advance(self, layer: int) -> None:
         """Write what can travel now: in order, late experts only once bound, one layer's weights ahead, while slots last.
 
-        While late experts still wait for their router, one unit of slots is kept for them: filling every slot with the next
-        layer would leave them none.
+        While late experts wait for their router, slots for one unit are kept for them: with every slot full of the next layer
+        they would have none.
         """
         self.layer = layer
-        kept: list[tuple[int, bool, list[int]]] = []
-        blocked = 0
-        for number, (owner, late, unit) in enumerate(self.pending):
-            need = self._slots(unit)
-            if late and owner > self.bound:
-                blocked = blocked or need
-                kept.append((owner, late, unit))
+        while self.waiting and self.waiting[0].layer <= self.bound and self.waiting[0].slots <= self.free:
+            self._write(self.waiting.popleft())
+        while self.pending and self.pending[0].layer <= layer + 1:
+            unit = self.pending[0]
+            if unit.late and unit.layer > self.bound:
+                self.waiting.append(self.pending.popleft())
                 continue
-            if owner > layer + 1 or need + (blocked if owner > layer else 0) > self.free:
-                kept += self.pending[number:]
+            kept = self.waiting[0].slots if self.waiting else 0
+            if unit.slots and unit.slots + kept > self.free:
                 break
-            self.p.load(*unit)
-            self.free -= need
-        self.pending = kept
+            self._write(self.pending.popleft())
 
-    def require(self, unit: list[int]) -> None:
-        """Make sure that a unit's load is written before its compute."""
-        self.advance(self.layer)
+    def _write(self, unit: Unit) -> None:
+        self.p.load(*unit.tensors)
+        self.free -= unit.slots
 
-    def release(self, *tensors: int) -> None:
+    def release(self, *tensors: int, slots: int = 0) -> None:
         """Evict, and let the freed slots load again."""
         self.p.evict(*tensors)
-        self.free += self._slots(list(tensors))
+        self.free += slots
         self.advance(self.layer)
 
     def close(self) -> None:
         """The opening of the next pass."""
         for unit in self.opening:
-            self.p.load(*unit, next_pass=True)
+            self.p.load(*unit.tensors, next_pass=True)
+
+
+class Unit(NamedTuple):
+    """What one load brings. slots: expert slots that it takes."""
+
+    layer: int
+    late: bool
+    slots: int
+    tensors: tuple[int, ...]

@@ -1,0 +1,51 @@
+# `make test` and `make demo` need Python 3.11 or newer and nothing else: the first call installs the rest into .venv.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+# What `make test` runs besides pytest; FORMAT= skips the format check.
+FORMAT ?= yes
+TESTS  ?= -n 2 -q
+
+.DEFAULT_GOAL := help
+.PHONY: help test lint demo bench format clean
+
+help:
+	@echo "make test    lint, types and tests"
+	@echo "make demo    the whole way on this machine: make a model, profile, compile, inspect, run, compare"
+	@echo "make bench   every benchmark in benchmarks/, results into benchmarks/results"
+	@echo "make format  rewrite the code in the project's format"
+	@echo "make clean   remove .venv and caches"
+	@echo "PYTHON=python3.12 chooses the interpreter of .venv"
+
+test: lint
+	$(BIN)/pytest $(TESTS)
+
+lint: $(READY)
+	$(BIN)/ruff check --quiet
+	$(if $(FORMAT),$(BIN)/ruff format --check --quiet)
+	$(BIN)/mypy
+
+demo: $(READY)
+	$(BIN)/python benchmarks/demo.py
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
+format: $(READY)
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "$(PYTHON) has no venv; install it (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	@echo "installing klotski and its tools into $(VENV), once (a minute or more: torch is large)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
