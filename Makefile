@@ -5,9 +5,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-# What `make test` runs besides pytest; FORMAT= skips the format check.
-FORMAT ?= yes
-TESTS  ?= -n 2 -q
+# FORMAT=yes also checks the format; PYTEST are the options of pytest.
+FORMAT ?=
+PYTEST ?= -n 2 -q
+
+BENCHMARKS := $(filter-out %/__init__.py %/checkpoint.py %/demo.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help test lint demo bench format clean
@@ -15,13 +17,13 @@ TESTS  ?= -n 2 -q
 help:
 	@echo "make test    lint, types and tests"
 	@echo "make demo    the whole way on this machine: make a model, profile, compile, inspect, run, compare"
-	@echo "make bench   every benchmark in benchmarks/, results into benchmarks/results"
+	@echo "make bench   every benchmark in benchmarks/, one after the other"
 	@echo "make format  rewrite the code in the project's format"
 	@echo "make clean   remove .venv and caches"
 	@echo "PYTHON=python3.12 chooses the interpreter of .venv"
 
 test: lint
-	$(BIN)/pytest $(TESTS)
+	$(BIN)/pytest $(PYTEST)
 
 lint: $(READY)
 	$(BIN)/ruff check --quiet
@@ -32,7 +34,7 @@ demo: $(READY)
 	$(BIN)/python benchmarks/demo.py
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks
+	@for script in $(BENCHMARKS); do echo "$$script"; $(BIN)/python $$script || exit 1; done
 
 format: $(READY)
 	$(BIN)/ruff format

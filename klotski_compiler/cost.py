@@ -148,7 +148,7 @@ class Cost:
         total = 0.0
         for tensor in (tensors[t] for t in op.tensors):
             if tensor.kind == "kv":
-                positions = context if isinstance(op, Load) else shape.tokens
+                positions = context - shape.tokens if isinstance(op, Load) else shape.tokens  # what is cached, what is new
                 total += shape.batch_size * positions * self.spec.layers[tensor.layer].kv_elements * self.compute_bytes
             elif tensor.kind == "pick":
                 expert = late[tensor.layer][tensor.index]

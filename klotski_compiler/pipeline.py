@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -84,7 +84,7 @@ def lower(
             continue
         program = Program(cost, table, shape)
         policy(policy_name).build(program)
-        out.phases[shape.name] = _phase(cost, table, shape, program.entries, fixed, arena, out, program.late, dump_after, quick)
+        out.phases[shape.name] = _phase(cost, table, shape, program.finish(), fixed, arena, out, program.late, dump_after, quick)
     out.slots = arena.slots
     out.groups = -(-workload.num_sequences // decision.sequences)
     for tier in {slot.tier for slot in arena.slots} | set(out.workspace):
@@ -144,14 +144,17 @@ def _permanent(table: TensorTable, compute_tier: str) -> tuple[dict[tuple[str, i
 def _residents(table: TensorTable, fixed: dict[tuple[str, int], int], compute_tier: str) -> list[Op | Evict]:
     """Read every permanent weight from the checkpoint; towards a GPU through host memory."""
     entries: list[Op | Evict] = []
+    staged: deque[int] = deque()
     for tier, number in fixed:
         if table.all[number].kind == "kv":
             continue
         entries.append(Load("disk>host", "disk>host", (number,)))
         if tier == "gpu":
             entries.append(Load("host>gpu", "host>gpu", (number,)))
-            entries.append(Evict("host", (number,)))
-    return entries
+            staged.append(number)
+        if len(staged) > 2:
+            entries.append(Evict("host", (staged.popleft(),)))
+    return [*entries, *(Evict("host", (number,)) for number in staged)]
 
 
 def _phase(

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from klotski_compiler.errors import PlanError
 
 if TYPE_CHECKING:
-    import networkx  # type: ignore[import-untyped]
+    import networkx
 
 SCHEMA_VERSION = 1
 PAGE_BYTES = 4096

@@ -212,7 +212,7 @@ class Search:
             return [(layer.num_experts, unit)]
         if experts == "picks":
             return [(layer.num_experts, unit), (max(layer.top_k + unit, layer.num_experts // 4), unit)]
-        return sorted({(2 * unit, unit), (4 * unit, unit)}, reverse=True)
+        return [(ahead * unit, unit) for ahead in (2, 4, 8, 16) if ahead * unit <= 2 * layer.num_experts]
 
     def prefill_parts(self, num_batches: int, batch_size: int) -> list[int]:
         """Sub-groups of prefill: whole, and split until the hidden states take a sixth of the budget."""
@@ -272,9 +272,11 @@ class Search:
     def capacity(self, name: str, base: Decision) -> dict[str, int]:
         """Bytes of each tier for residents and KV: the budget without slots, hidden states, workspace and fixed residents."""
         spec, workload = self.request.spec, self.request.workload
-        fixed = spec.norm.nbytes + 4 * PAGE_BYTES
-        fixed += 0 if base.head_pages else spec.head.nbytes + 2 * PAGE_BYTES
-        fixed += spec.embedding.nbytes + 2 * PAGE_BYTES if base.embedding else 0
+        fixed = 0
+        if policy(name).EXPERTS != "solved":  # the residency problem counts these itself
+            fixed += spec.norm.nbytes + 4 * PAGE_BYTES
+            fixed += 0 if base.head_pages else spec.head.nbytes + 2 * PAGE_BYTES
+            fixed += spec.embedding.nbytes + 2 * PAGE_BYTES if base.embedding else 0
         free = {}
         for tier, budget in self.request.budgets.items():
             slots = self.streaming(name, base.lead, base.unit, base.head_pages, tier)

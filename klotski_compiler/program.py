@@ -6,12 +6,16 @@ wait or an address. Loading or evicting what is resident, and moving KV that is,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from klotski_compiler.cost import ALWAYS, Cost, Shape
 from klotski_compiler.plan import ALL, Bind, Compute, Decision, Load, Op, Store
 from klotski_compiler.tensors import TensorTable
+
+
+HEAD_SLOTS = 2  # pages of a streamed head: one computes while the next arrives
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,7 @@ class Program:
         self.entries: list[Op | Evict] = []
         self.late = {number: list(chosen.late) for number, chosen in enumerate(self.decision.layers)}
         self._resident = frozenset(table.resident)
+        self._staged: deque[tuple[int, ...]] = deque()
 
     # ------------------------------------------------------------------------------------------- what a policy asks
 
@@ -100,7 +105,7 @@ class Program:
             for link in hops:
                 self.entries.append(Load(self.processor if sync else link, link, tuple(group), next_pass))
             if len(hops) > 1:
-                self.entries.append(Evict(hops[0].split(">")[1], tuple(group)))
+                self._stage(tuple(group))
 
     def evict(self, *tensors: int) -> None:
         """Give up the slots of weights."""
@@ -140,15 +145,26 @@ class Program:
         for i in range(0, len(chosen), unit):
             self.compute("experts", layer, batch, *chosen[i : i + unit])
 
-    def logits(self) -> None:
-        """Final norm, the head page by page (one page ahead), the next tokens."""
+    def head_pages(self) -> list[int]:
+        """The head in the order of its pages."""
+        return self._present(*(("head", -1, page) for page in range(max(1, self.decision.head_pages))))
+
+    def logits(self, next_page: Callable[[], None] | None = None) -> None:
+        """Final norm, the head page by page, the next tokens.
+
+        next_page: writes the load of the next page whenever a slot for one is free; without it pages are loaded one ahead.
+        """
         self.compute("norm", -1, ALL, *self._present(("norm", -1, 0)))
-        pages = [t for p in range(max(1, self.decision.head_pages)) for t in self._present(("head", -1, p))]
+        pages = self.head_pages()
+        if next_page is None:
+            self.load(*pages[:HEAD_SLOTS])
         for number, page in enumerate(pages):
-            for ahead in pages[number : number + 2] if number == 0 else pages[number + 1 : number + 2]:
-                self.load(ahead)
             self.compute("head", -1, ALL, page)
             self.evict(page)
+            if next_page is None:
+                self.load(*pages[number + HEAD_SLOTS : number + HEAD_SLOTS + 1])
+            else:
+                next_page()
         self.compute("sample", -1, ALL)
 
     def compute(self, fn: str, layer: int, batch: int, *tensors: int) -> None:
@@ -156,6 +172,18 @@ class Program:
         self.entries.append(Compute(self.processor, fn, layer, batch, tensors))
 
     # ------------------------------------------------------------------------------------------------------------ KV
+
+    def _stage(self, tensors: tuple[int, ...]) -> None:
+        """Two staging slots in host memory: the link behind fills one while the link ahead empties the other."""
+        self._staged.append(tensors)
+        if len(self._staged) > 1:
+            self.entries.append(Evict("host", self._staged.popleft()))
+
+    def finish(self) -> list[Op | Evict]:
+        """The whole phase, once its policy has written it."""
+        self.entries += [Evict("host", tensors) for tensors in self._staged]
+        self._staged.clear()
+        return self.entries
 
     def _kv(self, layer: int, batch: int) -> list[int]:
         return [t for t in self._present(("kv", layer, batch)) if t not in self._resident]
@@ -166,7 +194,7 @@ class Program:
             for link in hops:
                 self.entries.append(Load(self.processor if sync else link, link, (tensor,)))
             if len(hops) > 1:
-                self.entries.append(Evict(hops[0].split(">")[1], (tensor,)))
+                self._stage((tensor,))
 
     def _store_kv(self, layer: int, batch: int, sync: bool) -> None:
         for tensor in self._kv(layer, batch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 
 from klotski_compiler.plan import Bind, Compute, Load, Op, Phase, Plan, Step, Store, step_text
 
@@ -302,6 +303,7 @@ class _Run:
     text: str
     start: float
     end: float
+    busy: float
     count: int
 
 
@@ -325,10 +327,14 @@ def timeline(plan: Plan, phase: str, layer: int | None = None, width: int = WIDT
     column = max(1e-9, (end - begin) / width)
     lines = [f"{title}; a column is {span(column)}", _axis(begin, end, width)]
     lanes = sorted({s.op.stream for s in steps}, key=lambda name: (">" not in name, name))
+    spent = []
     for lane in lanes:
         runs = _runs(plan, [s for s in steps if s.op.stream == lane], begin, end, column)
-        inside = sum(max(0, min(end, s.end_us) - max(begin, s.start_us)) for s in steps if s.op.stream == lane)
-        lines.append(f"  {lane:<10}{_lane(runs, begin, column, width)} {inside / max(1, end - begin):4.0%}")
+        total = sum(run.busy for run in runs)
+        lines.append(f"  {lane:<10}{_lane(runs, begin, column, width)} {total / max(1, end - begin):4.0%}")
+        sums = f"  {lane:<10}{_sums(runs)}; idle {span(end - begin - total)}"
+        spent += wrap(sums, WIDTH + 12, subsequent_indent=" " * 12)
+    lines += spent
     return "\n".join(lines)
 
 
@@ -350,9 +356,19 @@ def _runs(plan: Plan, steps: Sequence[Step], begin: float, end: float, column: f
         text, count = _does(plan, step.op)
         if runs and runs[-1].text == text and start - runs[-1].end < column:
             runs[-1].end, runs[-1].count = stop, runs[-1].count + count
+            runs[-1].busy += stop - start
         else:
-            runs.append(_Run(text, start, stop, count))
+            runs.append(_Run(text, start, stop, stop - start, count))
     return runs
+
+
+def _sums(runs: Sequence[_Run]) -> str:
+    """How often a stream does what, and for how long."""
+    count, us = Counter[str](), dict[str, float]()
+    for run in runs:
+        count[run.text] += run.count
+        us[run.text] = us.get(run.text, 0.0) + run.busy
+    return ", ".join(f"{n} x {text} {span(us[text])}" for text, n in count.items()) or "nothing"
 
 
 def _does(plan: Plan, op: Op) -> tuple[str, int]:
@@ -402,7 +418,8 @@ def memory(plan: Plan) -> str:
     """Who holds how much of each tier: residents, KV, streaming slots, hidden states, workspace, free."""
     phases = plan.phases
     lines = []
-    for tier, peak in plan.forecast.peak_bytes.items():
+    for tier in (tier for tier in plan.budgets if tier in plan.forecast.peak_bytes):
+        peak = plan.forecast.peak_bytes[tier]
         resident = Counter[str]()
         for kind, held in _places(plan, tier).items():
             verb = "resident" if tier == plan.compute_tier else "kept for streaming"
@@ -416,7 +433,7 @@ def memory(plan: Plan) -> str:
             (f"workspace: {name}", [nbytes] * len(phases))
             for name, nbytes in sorted(workspace.items(), key=lambda i: -i[1])
         ]
-        budget = plan.budgets.get(tier, peak)
+        budget = plan.budgets[tier]
         title = f"Memory of {tier}: {size(peak)} of {size(budget)}"
         lines.append(f"{title:<40}" + "".join(f"{p.name:>14}" for p in phases))
         used = [sum(sizes[n] for _, sizes in rows) for n in range(len(phases))]

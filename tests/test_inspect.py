@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import networkx  # type: ignore[import-untyped]
+import networkx
 import pytest
 
 from klotski_compiler import report
@@ -45,6 +45,10 @@ Timeline of decode, layer 2 (L0 to L3): 1.8 ms of the 6.3 ms of a pass; a column
             |0          |360 us     |720 us     |1.1 ms     |1.4 ms     | busy
   disk>host |L2|L2=...|L2 lat.........|L2 lat|L3=......|L2=.............  44%
   cpu       ......|bin......|att|ro|bin.........|exp|la...|late experts=  56%
+  disk>host 1 x L2 router 100 us, 1 x L2 shared 100 us, 5 x L2 late experts 500 us, 1 x L3 attention 100 us;
+            idle 1.0 ms
+  cpu       2 x bind 200 us, 1 x attention 100 us, 1 x router 100 us, 1 x experts 100 us, 5 x late experts 500
+            us; idle 800 us
 """
 
 

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from klotski_compiler.program import Program
+from klotski_compiler.program import HEAD_SLOTS, Program
 
 ONE_BATCH = False
 EXPERTS = "solved"
@@ -44,8 +44,8 @@ def build(p: Program) -> None:
                 unit = streamed[number : number + p.decision.unit]
                 p.experts(layer, unit)
                 queue.release(*unit, slots=len(unit))
-    queue.close()
-    p.logits()
+    queue.advance(len(p.layers))
+    p.logits(queue.next_page)
 
 
 class Queue:
@@ -55,6 +55,7 @@ class Queue:
         self.p, self.bound, self.layer = p, -1, 0
         self.waiting: deque[Unit] = deque()  # late experts that were passed by, because their router has not spoken yet
         self.pending = deque(unit for layer in p.layers for unit in self._units(layer))
+        self.heads = deque(p.head_pages())
         # The next pass opens with what fits before its first release.
         self.opening: list[Unit] = []
         self.free = p.decision.lead
@@ -90,6 +91,9 @@ class Queue:
             if unit.slots and unit.slots + kept > self.free:
                 break
             self._write(self.pending.popleft())
+        if not self.pending and not self.waiting and len(self.heads) == len(self.p.head_pages()):
+            for _ in range(HEAD_SLOTS):
+                self.next_page()
 
     def _write(self, unit: Unit) -> None:
         self.p.load(*unit.tensors)
@@ -101,10 +105,14 @@ class Queue:
         self.free += slots
         self.advance(self.layer)
 
-    def close(self) -> None:
-        """The opening of the next pass."""
+    def next_page(self) -> None:
+        """One more page of the head; after the last, the opening of the next pass."""
+        if self.heads:
+            self.p.load(self.heads.popleft())
+            return
         for unit in self.opening:
             self.p.load(*unit.tensors, next_pass=True)
+        self.opening = []
 
 
 class Unit(NamedTuple):

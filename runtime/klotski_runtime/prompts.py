@@ -1,0 +1,208 @@
+"""Reads a file of prompts: text lines, JSON lines or OpenAI batch lines become token ids, or a reason why not.
+
+A line that cannot be used is refused by its number and does not stop the others; a file that cannot be used is a ConfigError.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from klotski_compiler.errors import ConfigError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+CONTEXT_TOKENS = 4
+"""Prompt tokens that are decoded along: what a tokenizer puts between two words depends on the first of them."""
+
+# Fields of an OpenAI request that would change the result if they were obeyed, with the value besides "none" that would not.
+_UNSUPPORTED = {
+    "n": 1, "best_of": 1, "temperature": 0, "stop": None, "stream": False, "echo": False, "suffix": None, "logprobs": False,
+    "logit_bias": None, "frequency_penalty": 0, "presence_penalty": 0, "tools": None, "functions": None,
+    "response_format": {"type": "text"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What rows may ask for. new_tokens: for rows that do not say. vocabulary: token ids are below it."""
+
+    prompt_len: int
+    gen_len: int
+    new_tokens: int
+    vocabulary: int
+
+
+@dataclass(slots=True)
+class Request:
+    """One row of the input. ids: its prompt, empty where the row is ``refused`` with a reason. chat: whether it had messages."""
+
+    line: int
+    custom_id: str
+    ids: list[int] = field(default_factory=list)
+    new_tokens: int = 0
+    chat: bool = False
+    refused: str = ""
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint folder, loaded on first use: token ids need none."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @property
+    def exists(self) -> bool:
+        """Whether the folder has one."""
+        return any((self._folder / name).exists() for name in TOKENIZER_FILES)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, with the special tokens that the tokenizer adds by itself."""
+        ids: list[int] = self._loaded(text)["input_ids"]
+        return ids
+
+    def encode_chat(self, messages: list[Any]) -> list[int]:
+        """Token ids of a conversation, up to where the answer begins. Raises ValueError where that cannot be written."""
+        if self._loaded.chat_template is None:
+            raise ValueError("the model's tokenizer has no chat template; give a prompt instead of messages")
+        try:
+            text = self._loaded.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # templates are programs and raise what they like
+            raise ValueError(f"the chat template refuses the messages: {error}") from None
+        ids: list[int] = self._loaded(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def decode(self, prompt: list[int], tokens: list[int]) -> str:
+        """The text that ``tokens`` add to a prompt."""
+        context = prompt[-CONTEXT_TOKENS:]
+        before: str = self._loaded.decode(context, skip_special_tokens=True)
+        whole: str = self._loaded.decode(context + tokens, skip_special_tokens=True)
+        if whole.startswith(before):
+            return whole[len(before) :]
+        alone: str = self._loaded.decode(tokens, skip_special_tokens=True)
+        return alone
+
+    @cached_property
+    def _loaded(self) -> Any:
+        if not self.exists:
+            raise ConfigError(
+                self._folder, "", 'has no tokenizer; put its files there, or give prompts as {"prompt": [token ids]}'
+            )
+        from transformers import AutoTokenizer  # here, because importing it takes seconds that token ids need not wait for
+
+        try:
+            return AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
+        except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
+            why = str(error).partition("\n")[0]
+            raise ConfigError(self._folder, "", f"its tokenizer cannot be loaded ({why}); download it again") from error
+
+
+def read_requests(source: str, tokenizer: Tokenizer, limits: Limits) -> list[Request]:
+    """The rows of a file, or of standard input for ``-``, in order. Raises ConfigError where it cannot be read or has none."""
+    requests = [_request(number, row, tokenizer, limits) for number, row in _rows(source)]
+    if not requests:
+        raise ConfigError(source, "", "holds no prompts; give one per line")
+    return requests
+
+
+def read_tokens(source: str, tokenizer: Tokenizer, limits: Limits) -> list[list[int]]:
+    """The usable prompts of a file as token ids."""
+    return [request.ids for request in read_requests(source, tokenizer, limits) if not request.refused]
+
+
+# ------------------------------------------------------------------------------------------------------------------ rows
+
+
+def _rows(source: str) -> Iterator[tuple[int, Any]]:
+    """(line number, what the line holds or a ValueError that says why it cannot be read). The first line tells text from JSON."""
+    try:
+        raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    except OSError as error:
+        raise ConfigError(source, "", f"cannot be read ({error.strerror}); name a file of prompts, or - for standard input") from None
+    lines = raw.removeprefix(b"\xef\xbb\xbf").splitlines()
+    first = next((line for line in lines if line.strip()), b"")
+    objects = source.endswith((".jsonl", ".json")) or first.lstrip().startswith(b"{")
+    for number, line in enumerate(lines, 1):
+        if objects and not line.strip():
+            continue
+        try:
+            text = line.decode()
+            yield number, json.loads(text) if objects else {"prompt": text}
+        except UnicodeDecodeError as error:
+            yield number, ValueError(f"is not UTF-8 text (byte {error.start + 1})")
+        except ValueError as error:
+            yield number, ValueError(f"is not JSON: {error}")
+
+
+def _request(number: int, row: Any, tokenizer: Tokenizer, limits: Limits) -> Request:
+    request = Request(number, f"line-{number}")
+    try:
+        if isinstance(row, ValueError):
+            raise row
+        if not isinstance(row, dict):
+            raise ValueError(f"is a JSON {type(row).__name__}, not an object with a prompt")
+        if "custom_id" in row:
+            if not isinstance(row["custom_id"], str):
+                raise ValueError(f"custom_id is {row['custom_id']!r}, not text")
+            request.custom_id = row["custom_id"]
+        body = row.get("body", row)
+        if not isinstance(body, dict):
+            raise ValueError("body is not an object")
+        request.chat = "messages" in body
+        _check_supported(body)
+        request.new_tokens = _new_tokens(body, limits)
+        request.ids = _ids(body, tokenizer, limits)
+    except ValueError as error:
+        request.refused = f"line {number}: {error}"
+    return request
+
+
+def _check_supported(body: dict[str, Any]) -> None:
+    for name, neutral in _UNSUPPORTED.items():
+        if (value := body.get(name)) and value != neutral:
+            instead = f"leave it out or make it {neutral}" if neutral else "leave it out"
+            raise ValueError(f"{name} is {value!r}, which is not supported (the likeliest token is taken); {instead}")
+
+
+def _new_tokens(body: dict[str, Any], limits: Limits) -> int:
+    names = ("max_completion_tokens", "max_tokens")
+    name, value = next(((n, body[n]) for n in names if body.get(n) is not None), ("", limits.new_tokens))
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} is {value!r}, not a positive number")
+    if value > limits.gen_len:
+        raise ValueError(
+            f"{name} is {value:,}, the plan takes {limits.gen_len:,}; compile one with klotski-compile --gen-len {value}"
+        )
+    return value
+
+
+def _ids(body: dict[str, Any], tokenizer: Tokenizer, limits: Limits) -> list[int]:
+    prompt = body.get("messages", body.get("prompt"))
+    if prompt is None:
+        raise ValueError("has neither prompt nor messages")
+    if not prompt:
+        raise ValueError("the prompt is empty")
+    if "messages" in body:
+        if not isinstance(prompt, list):
+            raise ValueError("messages is not a list")
+        ids = tokenizer.encode_chat(prompt)
+    elif isinstance(prompt, str):
+        ids = tokenizer.encode(prompt)
+    elif isinstance(prompt, list) and all(type(token) is int for token in prompt):
+        ids = prompt
+    else:
+        raise ValueError("prompt is neither text nor a list of token ids")
+    if not ids:
+        raise ValueError("the prompt is empty")
+    if odd := next((token for token in ids if not 0 <= token < limits.vocabulary), None):
+        raise ValueError(f"token id {odd} is not one of the model's 0 to {limits.vocabulary - 1:,}")
+    if len(ids) > limits.prompt_len:
+        raise ValueError(
+            f"the prompt has {len(ids):,} tokens, the plan takes {limits.prompt_len:,}; "
+            f"compile one with klotski-compile --prompt-len {len(ids)}"
+        )
+    return ids
