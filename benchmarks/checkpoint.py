@@ -4,9 +4,9 @@ Files are as published: bf16 safetensors shards with one tensor per expert and p
 Every weight is an independent draw (16 random bits, looked up in a table of normal quantiles), written as it is made:
 memory stays small at any size. There is no tokenizer and no end token: prompts are token ids, rows run to their limit.
 
-Routing is skewed as in trained models. A quarter of each embedding lies along one direction that all tokens share, and
-residual outputs are small, so every router sees it. A router's rows have popularities along that direction, another
-order of them in each layer, and token by token the rest of the row decides.
+Routing is skewed as in trained models: a quarter of the experts take 60 to 80 % of a layer's picks, other experts in
+each layer. A quarter of each embedding lies along one direction that all tokens share, and layers add little to it, so
+every router sees it. A router's rows have popularities along that direction; the rest of a row is each token's taste.
 
     python benchmarks/checkpoint.py demo-model                                          1.5 GB
     python benchmarks/checkpoint.py big-model --shape qwen3-30b-a3b --layers 6          8.7 GB
@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 SHARD_BYTES = 1 << 30
 BLOCK_VALUES = 1 << 22  # made and written at a time
 GAIN = 0.9  # of a projection: deviation of an output over that of its inputs (a deviation of 0.02 at 2,048 inputs)
+BRANCHES = 2.5  # the same of all output projections of a model together
 SHARED = 0.25  # of an embedding's energy that all tokens share
 
 Floats = NDArray[np.float32]
@@ -51,7 +52,7 @@ class Shape:
     kv_heads: int = 2
     head_dim: int = 64
     vocab: int = 8192
-    skew: float = 0.7
+    skew: float = 0.8
 
 
 SHAPES = {
@@ -110,7 +111,7 @@ def make_checkpoint(
             file.write(_header(shard))
             for weight in shard:
                 for block in _values(weight, direction, seed, next(numbers)):
-                    file.write(block)
+                    file.write(block.data)
                     done += block.nbytes
                     progress(done / total)
         places.update({weight.name: name for weight in shard})
@@ -123,10 +124,10 @@ def make_checkpoint(
 def _weights(shape: Shape, seed: int) -> Iterator[Weight]:
     hidden, queries, keys = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     common = float(np.sqrt(SHARED * hidden))  # what a normed hidden state has along the shared direction
-    residual = GAIN / np.sqrt(2 * shape.layers)  # of all residual outputs together: about one embedding's worth or less
+    residual = BRANCHES / np.sqrt(2 * shape.layers)
 
-    def linear(name: str, rows: int, columns: int, gain: float = GAIN) -> Weight:
-        return Weight(f"{name}.weight", (rows, columns), float(gain / np.sqrt(columns)))
+    def linear(name: str, rows: int, columns: int, gain: float = GAIN, along: float | None = None) -> Weight:
+        return Weight(f"{name}.weight", (rows, columns), float(gain / np.sqrt(columns)), along)
 
     def norm(name: str, size: int = hidden) -> Weight:
         return Weight(f"{name}.weight", (size,), 0.0)
@@ -137,7 +138,8 @@ def _weights(shape: Shape, seed: int) -> Iterator[Weight]:
         yield norm(f"{name}.input_layernorm")
         yield linear(f"{name}.self_attn.q_proj", queries, hidden)
         yield linear(f"{name}.self_attn.k_proj", keys, hidden)
-        yield linear(f"{name}.self_attn.v_proj", keys, hidden)
+        # Blind to what all tokens share, else attention would add the same vector to all, layer after layer.
+        yield linear(f"{name}.self_attn.v_proj", keys, hidden, along=0.0)
         yield linear(f"{name}.self_attn.o_proj", hidden, queries, residual)
         yield norm(f"{name}.self_attn.q_norm", shape.head_dim)
         yield norm(f"{name}.self_attn.k_norm", shape.head_dim)
@@ -149,8 +151,8 @@ def _weights(shape: Shape, seed: int) -> Iterator[Weight]:
             yield linear(f"{name}.mlp.experts.{expert}.up_proj", shape.moe_intermediate, hidden)
             yield linear(f"{name}.mlp.experts.{expert}.down_proj", hidden, shape.moe_intermediate, residual)
     yield norm("model.norm")
-    # Blind to what all tokens share, else every row would generate the same few tokens.
-    yield Weight("lm_head.weight", (shape.vocab, hidden), float(GAIN / np.sqrt(hidden)), 0.0)
+    # Blind to it too, else every row would generate the same few tokens.
+    yield linear("lm_head", shape.vocab, hidden, along=0.0)
 
 
 def _popularity(shape: Shape, seed: int, layer: int) -> Floats:
@@ -158,13 +160,13 @@ def _popularity(shape: Shape, seed: int, layer: int) -> Floats:
     normal = NormalDist()
     quantiles = [normal.inv_cdf((i + 0.5) / shape.experts) for i in range(shape.experts)]
     order = np.random.default_rng((seed, 1, layer)).permutation(shape.experts)
-    return shape.skew * np.array(quantiles, np.float32)[order]
+    return np.float32(shape.skew) * np.array(quantiles, np.float32)[order]
 
 
 def _direction(hidden: int, seed: int) -> Floats:
     """The unit vector that all tokens share: equal magnitudes, random signs."""
-    signs = np.random.default_rng((seed, 2)).integers(0, 2, hidden) * 2 - 1
-    return (signs / np.sqrt(hidden)).astype(np.float32)
+    bits = np.random.default_rng((seed, 2)).integers(0, 2, hidden).astype(np.float32)
+    return (2 * bits - 1) * np.float32(hidden**-0.5)
 
 
 @cache

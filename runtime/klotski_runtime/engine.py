@@ -151,6 +151,7 @@ class Engine:
         with ThreadBackend(compute, runner.perform) as backend:
             runner.backend = backend
             execute(steps, phase.passes, backend)
+            backend.stream(compute).record().wait()  # in here, so that an interrupt stops the streams before they are joined
         if backend.failure:
             index, cause = backend.failure
             if isinstance(cause, KlotskiError) and not isinstance(cause, ExecError):
@@ -268,6 +269,12 @@ class Engine:
         if planned != found or len(self.plan.decision.layers) != self.skeleton.layers:
             odd = sorted(planned ^ found)[:3]
             raise PlanError("model", f"the plan is for {self.plan.model}, another model than this checkpoint ({odd} differ)")
+        for tensor in self.plan.tensors:
+            segments = self.checkpoint.modules.get(module_key(tensor, tensor.index), ())
+            whole = tensor.kind != "head"  # which is cut into pages
+            if whole and segments and sum(segment.nbytes for segment in segments) != tensor.nbytes:
+                why = f"{tensor.name} has {tensor.nbytes:,} bytes there"
+                raise PlanError("model", f"the plan is for {self.plan.model}, another model than this checkpoint ({why})")
 
 
 class ActiveGroup:

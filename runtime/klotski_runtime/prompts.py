@@ -92,7 +92,7 @@ class Tokenizer:
             raise ConfigError(
                 self._folder, "", 'has no tokenizer; put its files there, or give prompts as {"prompt": [token ids]}'
             )
-        from transformers import AutoTokenizer  # here, because importing it takes seconds that token ids need not wait for
+        from transformers import AutoTokenizer  # not above: it takes seconds, and token ids need none of it
 
         try:
             return AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
@@ -122,7 +122,9 @@ def _rows(source: str) -> Iterator[tuple[int, Any]]:
     try:
         raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
     except OSError as error:
-        raise ConfigError(source, "", f"cannot be read ({error.strerror}); name a file of prompts, or - for standard input") from None
+        raise ConfigError(
+            source, "", f"cannot be read ({error.strerror}); name a file of prompts, or - for standard input"
+        ) from None
     lines = raw.removeprefix(b"\xef\xbb\xbf").splitlines()
     first = next((line for line in lines if line.strip()), b"")
     objects = source.endswith((".jsonl", ".json")) or first.lstrip().startswith(b"{")

@@ -79,10 +79,10 @@ class Results:
 
     def _open(self, partial: Path) -> int:
         try:
-            return os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileExistsError:
-            why = "holds the finished rows of a run that was interrupted; move or remove it"
-            raise ConfigError(partial, "", why) from None
+            if partial.exists() and partial.stat().st_size:
+                why = "holds the finished rows of a run that was interrupted; move or remove it"
+                raise ConfigError(partial, "", why)
+            return os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
         except OSError as error:
             why = f"cannot be written ({error.strerror}); name another file"
             raise ConfigError("--output", "", f"{self._output} {why}") from None

@@ -100,10 +100,10 @@ class Prefill:
         rows = RowGather(self._reader, self._modules[EMBEDDING][0], GATHERED_ROWS)
         chunks = Chunks(1, 1, CHUNK_TOKENS, CHUNK_TOKENS)
         self._group = Group(skeleton, [[prompt] for prompt in prompts], chunks, rows)
-        self._longest = max(map(len, prompts))
         tokens, hidden = self._group.tokens, skeleton.hidden
         self._group.begin(
-            torch.empty(tokens, hidden, dtype=skeleton.wide_dtype), torch.empty(tokens, hidden, dtype=skeleton.compute_dtype)
+            torch.empty(tokens, hidden, dtype=skeleton.wide_dtype),
+            torch.empty(tokens, hidden, dtype=skeleton.compute_dtype),
         )
 
     def run(self, report: Report) -> list[torch.Tensor | None]:
@@ -115,10 +115,10 @@ class Prefill:
         picks: list[torch.Tensor | None] = []
         for layer in range(skeleton.layers):
             report(f"layer {layer + 1} of {skeleton.layers}", layer / skeleton.layers)
-            kv = self._kv(layer)
+            blocks = self._kv_blocks(layer)
             with self._bound(ModuleKey("attention", layer)):
-                for batch in batches:
-                    group.attention(layer, batch, self._block(kv, layer, group.batches[batch].queries))
+                for batch, block in enumerate(blocks):
+                    group.attention(layer, batch, block)
             if skeleton.experts(layer) is None:
                 picks.append(None)
                 with self._bound(ModuleKey("dense", layer)):
@@ -171,13 +171,11 @@ class Prefill:
         for key in present:
             self._skeleton.unbind(key)
 
-    def _kv(self, layer: int) -> torch.Tensor:
-        """Room for the keys and values of the longest prompt; prompts take turns, as nothing is decoded."""
-        return torch.empty(self._longest * self._skeleton.kv_shape(layer).elements, dtype=self._skeleton.compute_dtype)
-
-    def _block(self, storage: torch.Tensor, layer: int, length: int) -> KvBlock:
-        shape = self._skeleton.kv_shape(layer)
-        return KvBlock(storage[: length * shape.elements], shape, 1, length)
+    def _kv_blocks(self, layer: int) -> list[KvBlock]:
+        """Where each prompt's keys and values go: all to one place, as nothing reads them later."""
+        shape, lengths = self._skeleton.kv_shape(layer), [batch.queries for batch in self._group.batches]
+        storage = torch.empty(max(lengths) * shape.elements, dtype=self._skeleton.compute_dtype)
+        return [KvBlock(storage[: length * shape.elements], shape, 1, length) for length in lengths]
 
 
 def _popularity(picks: torch.Tensor | None, experts: int) -> tuple[float, ...]:

@@ -1,0 +1,405 @@
+"""``klotski-run``: run a plan on a file of prompts, or on its own workload to compare what was planned with what is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from klotski_compiler.errors import ConfigError, ExecError, KlotskiError
+from klotski_compiler.plan import Plan, load, op_text
+from klotski_compiler.trace import chrome_trace
+from klotski_runtime.memory import PeakRss, restrain_libraries, rss_bytes, storage_read_bytes
+from klotski_runtime.prompts import Limits, Tokenizer, read_requests
+from klotski_runtime.results import Results, completed, refused, write_stdout
+
+if TYPE_CHECKING:  # torch takes seconds to import, and --help and usage errors need none of it
+    from klotski_runtime.engine import Engine, Row
+
+EPILOG = """\
+examples:
+  klotski-run plan.json --model ./Qwen3-30B-A3B                        planned against measured, on random tokens
+  klotski-run plan.json --model ./Qwen3-30B-A3B --input batch.jsonl --output out.jsonl
+  echo "Once upon a time" | klotski-run plan.json --model ./Qwen3-30B-A3B --input -
+
+The input has one prompt per line of text, or JSON lines {"custom_id": "...", "prompt": "..."}, or OpenAI batch lines; a
+prompt may be a list of token ids. The output has OpenAI's batch results in input order. What is finished is kept in
+OUTPUT.partial until everything is.
+"""
+
+SEED = 0
+FIRST_WORD = 3
+"""The seeded workload leaves out the lowest token ids, which are special ones in most vocabularies."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code; errors are lines on standard error."""
+    arguments = _parser().parse_args(argv)
+    try:
+        _run(arguments)
+    except KlotskiError as error:
+        return _fail(error, str(error), error.exit_code)
+    except KeyboardInterrupt as interrupt:
+        return _fail(interrupt, "interrupted", 130)
+    except (OSError, RuntimeError, MemoryError) as error:
+        # What torch or the system refuses; the user needs its words, not its stack.
+        first_line, *_ = str(error).splitlines() or [type(error).__name__]
+        return _fail(error, str(ExecError(first_line)), ExecError.exit_code)
+    return 0
+
+
+def _fail(error: BaseException, message: str, code: int) -> int:
+    for line in (message, *getattr(error, "__notes__", ())):
+        print(f"klotski-run: {line}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="klotski-run",
+        description="Run a plan. Without --input: its own workload on seeded token ids, measured against predicted.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("plan", metavar="PLAN", type=Path, help="what klotski-compile wrote")
+    parser.add_argument(
+        "--model", metavar="DIR", help="checkpoint folder or cached Hugging Face id (default: the plan's)"
+    )
+    parser.add_argument("--input", metavar="FILE|-", help="prompts: text lines, JSON lines or OpenAI batch lines")
+    parser.add_argument("--output", metavar="FILE|-", help="results as JSON lines (default: standard output)")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=_positive,
+        metavar="N",
+        help="new tokens for rows that do not say (default: the plan's)",
+    )
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="folder for KV cache that spills to disk (default: here)",
+    )
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write what ran when, for Perfetto or chrome://tracing"
+    )
+    parser.add_argument("--threads", type=_positive, metavar="N", help="threads of a kernel (default: one per core)")
+    parser.add_argument("--json", action="store_true", help="print the measurements as one JSON object")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    _check_usage(arguments)
+    plan = load(arguments.plan)
+    new_tokens = arguments.max_new_tokens or plan.envelope.gen_len
+    if new_tokens > plan.envelope.gen_len:
+        most, mend = plan.envelope.gen_len, f"compile one with klotski-compile --gen-len {new_tokens}"
+        raise ConfigError("--max-new-tokens", "", f"{new_tokens:,} is more than the plan takes ({most:,}); {mend}")
+    if arguments.model is None and not Path(plan.model).is_dir() and "/" not in plan.model:
+        raise ConfigError("--model", "", f"is needed: the plan says only that the model is called {plan.model}")
+    restrain_libraries()
+    import torch
+
+    from klotski_runtime.engine import Engine
+    from klotski_runtime.locate import model_folder
+    from klotski_runtime.skeleton import import_model
+
+    torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
+    folder = model_folder(arguments.model or plan.model, "--model")
+    config = import_model(folder)
+    if arguments.input:
+        job: Job = Batch(plan, folder, config, arguments, new_tokens)
+    else:
+        job = rehearsal(plan, config, new_tokens)
+    idle, read = rss_bytes(), storage_read_bytes()
+    try:
+        with PeakRss() as peak:
+            engine = Engine(plan, folder, config, arguments.scratch)
+            try:
+                wall_s = _generate(engine, job, keep_log=arguments.trace is not None)
+            finally:
+                engine.close()
+    except BaseException as error:
+        if note := job.keep():
+            error.add_note(note)
+        raise
+    report = _report(engine, job.rows, wall_s) | {
+        "storage_read_bytes": storage_read_bytes() - read,
+        "idle_rss_bytes": idle,
+        "peak_rss_bytes": peak.nbytes,
+    }
+    job.finish(report)
+    if arguments.trace:
+        _write_trace(arguments.trace, engine)
+    if arguments.json:
+        write_stdout(json.dumps(report) + "\n")
+    elif not arguments.input:
+        write_stdout(_table(plan, report))
+
+
+def _check_usage(arguments: argparse.Namespace) -> None:
+    """Refuses before an hour of work what could not be written after it."""
+    if arguments.output == "-":
+        arguments.output = None
+    if arguments.output and not arguments.input:
+        raise ConfigError("--output", "", "needs --input: without prompts there are only measurements to print")
+    if arguments.json and arguments.input and not arguments.output:
+        raise ConfigError("--json", "", "takes standard output for itself: give --output FILE for the results")
+    for option in ("output", "trace"):
+        path: str | Path | None = getattr(arguments, option)
+        if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+            raise ConfigError(f"--{option}", "", f"{path} cannot be a file: give a file name in a folder that exists")
+    if not arguments.scratch.is_dir():
+        raise ConfigError("--scratch", "", f"{arguments.scratch} is not a folder; name one with room for the KV cache")
+
+
+def _generate(engine: Engine, job: Job, keep_log: bool) -> float:
+    """Run all groups; returns the seconds from the first weight byte to the last token."""
+    size = engine.plan.envelope.sequences
+    began = time.perf_counter()
+    with _progress(sum(row.max_new_tokens for row in job.rows)) as bar:
+        engine.load()
+        engine.measured.busy_s.clear()  # as in the forecast, whose busy times are those of the passes
+        for number, first in enumerate(range(0, len(job.rows), size)):
+            group = job.rows[first : first + size]
+            bar.begin(number + 1, -(-len(job.rows) // size))
+            try:
+                engine.run(group, job.end_tokens, number, bar.advance)
+            finally:
+                job.save(first, group)
+            if not keep_log:
+                engine.measured.log.clear()  # a night of ops would outgrow the memory budget
+    return time.perf_counter() - began
+
+
+class Job:
+    """Rows to run in this order. This plain one keeps no results: a rehearsal's tokens mean nothing."""
+
+    def __init__(self, rows: list[Row], end_tokens: frozenset[int]) -> None:
+        self.rows, self.end_tokens = rows, end_tokens
+
+    def save(self, first: int, group: Sequence[Row]) -> None:
+        """Keep the finished ones of rows ``first`` onwards."""
+
+    def keep(self) -> str:
+        """After a failure: a line that says where the finished rows are."""
+        return ""
+
+    def finish(self, report: dict[str, Any]) -> None:
+        """All rows have run."""
+
+
+def rehearsal(plan: Plan, config: Any, new_tokens: int) -> Job:
+    """The plan's own workload on seeded token ids; nothing ends a row early."""
+    from klotski_runtime.engine import Row
+
+    choose, workload = random.Random(SEED), plan.workload
+    first = min(FIRST_WORD, config.vocab_size - 1)
+    prompts = [
+        [choose.randrange(first, config.vocab_size) for _ in range(workload.prompt_len)]
+        for _ in range(workload.num_sequences)
+    ]
+    return Job([Row(prompt, new_tokens) for prompt in prompts], frozenset())
+
+
+class Batch(Job):
+    """The rows of an input file, longest prompt first: a group pads its prompts to its longest."""
+
+    def __init__(self, plan: Plan, folder: Path, config: Any, arguments: argparse.Namespace, new_tokens: int) -> None:
+        """Reads the input and opens the output, which gets the refused rows. Raises ConfigError where no row can run."""
+        from klotski_runtime.engine import Row
+
+        self._model, self._tokenizer, self._began = plan.model, Tokenizer(folder), time.time()
+        self._output = arguments.output or "standard output"
+        envelope = plan.envelope
+        limits = Limits(envelope.prompt_len, envelope.gen_len, new_tokens, config.vocab_size)
+        self._requests = read_requests(arguments.input, self._tokenizer, limits)
+        usable = [place for place, request in enumerate(self._requests) if not request.refused]
+        self._order = sorted(usable, key=lambda place: -len(self._requests[place].ids))
+        self._results = Results(Path(arguments.output) if arguments.output else None, len(self._requests))
+        self._results.add((p, refused(request)) for p, request in enumerate(self._requests) if request.refused)
+        if not usable:
+            self._results.finish()
+            why = f"none of {len(self._requests)} rows can be run, the first because {self._requests[0].refused}"
+            raise ConfigError(arguments.input, "", f"{why}; all reasons are in {self._output}")
+        rows = [Row(self._requests[place].ids, self._requests[place].new_tokens) for place in self._order]
+        super().__init__(rows, end_tokens(folder))
+
+    def save(self, first: int, group: Sequence[Row]) -> None:
+        places = self._order[first : first + len(group)]
+        self._results.add((p, self._completed(p, row)) for p, row in zip(places, group, strict=True) if row.done)
+
+    def keep(self) -> str:
+        return self._results.keep()
+
+    def finish(self, report: dict[str, Any]) -> None:
+        self._results.finish()
+        count, lost = len(self._requests), len(self._requests) - len(self.rows)
+        rows = f"{count:,} rows" + (f", {lost:,} of them refused" if lost else "")
+        speed = f"{report['tokens_per_s']:,.1f} tokens/s (predicted {report['predicted_tokens_per_s']:,.1f})"
+        tokens = f"{report['generated_tokens']:,} tokens in {report['wall_s']:,.1f} s"
+        print(f"{rows}: {tokens}, {speed}; written to {self._output}", file=sys.stderr)
+
+    def _completed(self, place: int, row: Row) -> dict[str, Any]:
+        request = self._requests[place]
+        return completed(request, row.tokens, row.reason, self._model, self._tokenizer, self._began)
+
+
+def end_tokens(folder: Path) -> frozenset[int]:
+    """The ids that end a text: those of generation_config.json or, where it names none, of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            found = json.loads(path.read_bytes()).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError(path, "", f"cannot be read as JSON ({error}); download it again") from None
+        if found is not None:
+            return frozenset(found if isinstance(found, list) else [found])
+    return frozenset()
+
+
+# ------------------------------------------------------------------------------------------------- what it took
+
+
+def _report(engine: Engine, rows: Sequence[Row], wall_s: float) -> dict[str, Any]:
+    """Measured beside predicted; predictions are for the plan's own workload."""
+    measured, forecast = engine.measured, engine.plan.forecast
+    generated, passes_s = sum(len(row.tokens) for row in rows), measured.prefill_s + measured.decode_s
+    return {
+        "generated_tokens": generated,
+        "wall_s": wall_s,
+        "load_s": measured.load_s,
+        "predicted_load_s": forecast.load_us / 1e6,
+        "prefill_s": measured.prefill_s,
+        "decode_s": measured.decode_s,
+        "tokens_per_s": generated / wall_s,
+        "predicted_tokens_per_s": forecast.tokens_per_s,
+        "pass_us": {
+            phase: {"measured": measured.pass_us(phase), "predicted": predicted}
+            for phase, predicted in forecast.pass_us.items()
+        },
+        "bubble_fraction": measured.bubble_s / passes_s,
+        "predicted_bubble_fraction": forecast.bubble_fraction,
+        "busy_s": dict(sorted(measured.busy_s.items())),
+        "predicted_busy_s": {stream: busy / 1e6 for stream, busy in forecast.busy_us.items()},
+        "bytes_per_link": engine.bytes_per_link,
+        "planned_bytes_per_link": forecast.link_bytes,
+        "peak_bytes": forecast.peak_bytes,
+    }
+
+
+def _table(plan: Plan, report: dict[str, Any]) -> str:
+    """The report of a rehearsal, for a reader."""
+    lines = [
+        (f"{plan.policy} on {plan.hardware}, {plan.model}", "predicted", "measured"),
+        ("tokens/s", f"{report['predicted_tokens_per_s']:,.1f}", f"{report['tokens_per_s']:,.1f}"),
+        ("load", _seconds(report["predicted_load_s"]), _seconds(report["load_s"])),
+    ]
+    for phase, us in report["pass_us"].items():
+        lines.append((f"{phase} pass", _seconds(us["predicted"] / 1e6), _seconds(us["measured"] / 1e6)))
+    lines.append(("compute waits", f"{report['predicted_bubble_fraction']:.1%}", f"{report['bubble_fraction']:.1%}"))
+    for stream, busy in report["busy_s"].items():
+        lines.append((f"{stream} busy", _seconds(report["predicted_busy_s"].get(stream, 0.0)), _seconds(busy)))
+    for link, nbytes in report["bytes_per_link"].items():
+        lines.append((f"{link} moved", _megabytes(report["planned_bytes_per_link"].get(link, 0)), _megabytes(nbytes)))
+    lines.append(("read from storage, by the kernel's count", "", _megabytes(report["storage_read_bytes"])))
+    taken = {plan.compute_tier: report["peak_rss_bytes"] - report["idle_rss_bytes"]}
+    for tier, nbytes in report["peak_bytes"].items():
+        lines.append(
+            (f"{tier} memory at its peak", _megabytes(nbytes), _megabytes(taken[tier]) if tier in taken else "")
+        )
+    idle = _megabytes(report["idle_rss_bytes"])
+    body = "\n".join(f"{name:<44}{planned:>14}{found:>14}" for name, planned, found in lines)
+    tokens = f"{report['generated_tokens']:,} tokens in {_seconds(report['wall_s'])}"
+    return f"{body}\n\n{tokens}; memory is beyond the {idle} of Python and its libraries\n"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.2f} s" if seconds >= 1 else f"{1e3 * seconds:,.2f} ms"
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.1f} MB"
+
+
+def _write_trace(path: Path, engine: Engine) -> None:
+    """Every op that ran, on one clock from the first."""
+    plan, log = engine.plan, engine.measured.log
+    began = min((ran.start for _, _, ops in log for ran in ops), default=0.0)
+    text = {phase: [op_text(step.op, plan.names) for step in steps] for phase, steps in plan.steps.items()}
+    rows = (
+        (phase, ran.stream, text[phase][ran.number], 1e6 * (ran.start - began), 1e6 * (ran.end - ran.start))
+        for _, phase, ops in log
+        for ran in ops
+    )
+    try:
+        path.write_text(json.dumps(chrome_trace(rows)))
+    except OSError as error:
+        raise ExecError(f"{path} cannot be written: {error.strerror}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------- progress
+
+
+class Progress:
+    """What a watching person sees of a run; this one is for nobody."""
+
+    def begin(self, group: int, groups: int) -> None:
+        """A group starts."""
+
+    def advance(self, tokens: int) -> None:
+        """That many tokens were generated."""
+
+
+@contextmanager
+def _progress(most_tokens: int) -> Iterator[Progress]:
+    """A bar on standard error where that is a terminal. most_tokens: if no row ends early."""
+    if not sys.stderr.isatty():
+        yield Progress()
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TimeElapsedColumn()
+
+    class Bar(Progress):
+        """Tokens so far and their rate since the first group began."""
+
+        def __init__(self, shown: progress.Progress) -> None:
+            self._shown, self._task = shown, shown.add_task("loading weights", total=most_tokens)
+            self._tokens, self._began, self._group = 0, 0.0, ""
+
+        def begin(self, group: int, groups: int) -> None:
+            self._began = self._began or time.perf_counter()
+            self._group = f"group {group} of {groups}"
+
+        def advance(self, tokens: int) -> None:
+            self._tokens += tokens
+            rate = self._tokens / (time.perf_counter() - self._began)
+            said = f"{self._group}, {self._tokens:,} tokens, {rate:,.1f} tokens/s"
+            self._shown.update(self._task, completed=self._tokens, description=said)
+
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        yield Bar(shown)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
