@@ -5,8 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-# FORMAT=yes also checks the format; PYTEST are the options of pytest.
-FORMAT ?=
+# The options of pytest.
 PYTEST ?= -n 2 -q
 
 BENCHMARKS := $(filter-out %/__init__.py %/checkpoint.py %/demo.py,$(wildcard benchmarks/*.py))
@@ -27,7 +26,7 @@ test: lint
 
 lint: $(READY)
 	$(BIN)/ruff check --quiet
-	$(if $(FORMAT),$(BIN)/ruff format --check --quiet)
+	$(BIN)/ruff format --check --quiet
 	$(BIN)/mypy
 
 demo: $(READY)

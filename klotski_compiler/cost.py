@@ -148,7 +148,9 @@ class Cost:
         total = 0.0
         for tensor in (tensors[t] for t in op.tensors):
             if tensor.kind == "kv":
-                positions = context - shape.tokens if isinstance(op, Load) else shape.tokens  # what is cached, what is new
+                positions = (
+                    context - shape.tokens if isinstance(op, Load) else shape.tokens
+                )  # what is cached, what is new
                 total += shape.batch_size * positions * self.spec.layers[tensor.layer].kv_elements * self.compute_bytes
             elif tensor.kind == "pick":
                 expert = late[tensor.layer][tensor.index]
@@ -170,7 +172,9 @@ class Cost:
                 dense = self.spec.layers[op.layer].dense
                 return fixed + (self.module_us(dense, tokens) if dense else 0.0)
             case "experts":
-                chosen = [late[op.layer][t.index] if t.kind == "pick" else t.index for t in (tensors[i] for i in op.tensors)]
+                chosen = [
+                    late[op.layer][t.index] if t.kind == "pick" else t.index for t in (tensors[i] for i in op.tensors)
+                ]
                 return fixed + sum(self.expert_us(op.layer, e, tokens) for e in chosen)
             case "head":
                 pages = sum(t.kind == "head" for t in tensors)

@@ -37,7 +37,10 @@ class Backend(Protocol[Event]):
 
 
 def execute(steps: Sequence[Step], passes: int, backend: Backend[Event]) -> None:
-    """Issue a phase: its opening (loads for the next pass), then all passes; the last one opens nothing."""
+    """Issue a phase: its opening (loads for the next pass), then all passes.
+
+    The last pass opens no other, but its loads for the next one still wait and signal: others rely on the order they carry on.
+    """
     signalled = {wait.op for step in steps for wait in step.waits}
     before: dict[int, Event] = {}
     for at in range(-1, passes):
@@ -46,13 +49,14 @@ def execute(steps: Sequence[Step], passes: int, backend: Backend[Event]) -> None
         events: dict[int, Event] = {}
         for number, step in enumerate(steps):
             wraps = isinstance(step.op, Load) and step.op.wraps
-            if at == passes - 1 if wraps else at == -1:
+            if at == -1 and not wraps:
                 continue
             stream = backend.stream(step.op.stream)
             for wait in step.waits:
                 if (event := (before if wait.back else events).get(wait.op)) is not None:
                     stream.wait(event)
-            stream.run(number, step, at)
+            if not (wraps and at == passes - 1):
+                stream.run(number, step, at)
             if number in signalled:
                 events[number] = stream.record()
         before = events

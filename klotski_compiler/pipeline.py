@@ -11,7 +11,22 @@ from klotski_compiler.cost import Cost, Shape
 from klotski_compiler.passes.depend import cells_of, depend
 from klotski_compiler.passes.slots import Placed, Pool, slots
 from klotski_compiler.passes.waits import waits
-from klotski_compiler.plan import Bind, Compute, Decision, Load, Op, Phase, Slot, Step, Store, Tensor, Workload, align_up, op_text, step_text
+from klotski_compiler.plan import (
+    Bind,
+    Compute,
+    Decision,
+    Load,
+    Op,
+    Phase,
+    Slot,
+    Step,
+    Store,
+    Tensor,
+    Workload,
+    align_up,
+    op_text,
+    step_text,
+)
 from klotski_compiler.policies import policy
 from klotski_compiler.program import Evict, Program
 from klotski_compiler.simulate import PhaseTimes, simulate
@@ -62,14 +77,19 @@ def shapes(decision: Decision, workload: Workload) -> tuple[Shape, Shape]:
     prompt, batch = workload.prompt_len, decision.batch_size
     parts = decision.prefill_groups
     prefill = Shape("prefill", parts, -(-decision.num_batches // parts), batch, prompt, prompt, prompt)
-    decode = Shape("decode", workload.gen_len - 1, decision.num_batches, batch, 1, prompt + 1, prompt + workload.gen_len - 1)
+    decode = Shape(
+        "decode", workload.gen_len - 1, decision.num_batches, batch, 1, prompt + 1, prompt + workload.gen_len - 1
+    )
     return prefill, decode
 
 
 def lower(
     cost: Cost, policy_name: str, decision: Decision, workload: Workload, dump_after: str = "", quick: bool = False
 ) -> Lowered:
-    """Run all passes; ``quick``: time the middle pass only and leave out the critical path. Raises PlanError where the policy's program is not sound."""
+    """Run all passes. Raises PlanError where the policy's program is not sound.
+
+    quick: time the middle pass only and leave out the critical path. dump_after: the pass after which to keep the program's text.
+    """
     compute_tier = cost.hardware.compute_tier
     table = TensorTable(cost.spec, decision, workload, cost.dtype, compute_tier)
     fixed, fixed_slots = _permanent(table, compute_tier)
@@ -84,10 +104,12 @@ def lower(
             continue
         program = Program(cost, table, shape)
         policy(policy_name).build(program)
-        out.phases[shape.name] = _phase(cost, table, shape, program.finish(), fixed, arena, out, program.late, dump_after, quick)
+        out.phases[shape.name] = _phase(
+            cost, table, shape, program.finish(), fixed, arena, out, program.late, dump_after, quick
+        )
     out.slots = arena.slots
     out.groups = -(-workload.num_sequences // decision.sequences)
-    for tier in {slot.tier for slot in arena.slots} | set(out.workspace):
+    for tier in sorted({slot.tier for slot in arena.slots} | set(out.workspace)):
         end = max((s.offset + s.nbytes for s in arena.slots if s.tier == tier), default=0)
         out.peak_bytes[tier] = end + sum(out.workspace.get(tier, {}).values())
     return out
@@ -237,7 +259,8 @@ def _dump(after: str, entries: Sequence[Op | Evict], steps: Sequence[Step], name
             for e in entries
         ]
     kept = [
-        replace(s, waits=s.waits if after in ("waits", "schedule") else (), start_us=s.start_us, end_us=s.end_us) for s in steps
+        replace(s, waits=s.waits if after in ("waits", "schedule") else (), start_us=s.start_us, end_us=s.end_us)
+        for s in steps
     ]
     return [f"{n} {step_text(s, names)}" for n, s in enumerate(kept)]
 
@@ -251,4 +274,3 @@ def phase_record(phase: LoweredPhase, names: list[str]) -> Phase:
         placed=tuple(phase.placed),
         lines=tuple(step_text(s, names) for s in phase.steps),
     )
-

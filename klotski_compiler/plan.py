@@ -46,7 +46,7 @@ class Tensor(NamedTuple):
     id: int
     kind: str
     layer: int
-    index: int
+    index: int  # type: ignore[assignment]  # the field's own word; nobody searches a record
     nbytes: int
     segments: int
     home: str
@@ -443,7 +443,9 @@ def load(path: str | Path) -> Plan:
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise PlanError("schema", f"{path}: {where}: {first['msg']}; compile the plan again") from fault
     if plan.schema_version != SCHEMA_VERSION:
-        raise PlanError("schema", f"{path} has version {plan.schema_version}, this program reads {SCHEMA_VERSION}; compile it again")
+        raise PlanError(
+            "schema", f"{path} has version {plan.schema_version}, this program reads {SCHEMA_VERSION}; compile it again"
+        )
     if plan.digest != plan.computed_digest():
         raise PlanError("digest", f"{path} was changed after it was compiled; compile it again")
     return plan

@@ -97,7 +97,9 @@ def compile_plan(request: Request, progress: Callable[[str, float], None] | None
     return plan
 
 
-def candidates(best: list[Best], timed: list[tuple[float, str, Decision]], refusals: dict[str, Infeasible]) -> list[Candidate]:
+def candidates(
+    best: list[Best], timed: list[tuple[float, str, Decision]], refusals: dict[str, Infeasible]
+) -> list[Candidate]:
     """One line per policy, fastest first: its whole schedule where it was lowered, else its estimate, else why there is none."""
     found = {b.policy: (b.tokens_per_s, b.decision) for b in reversed(best)}
     for rate, name, decision in timed:
@@ -219,7 +221,10 @@ class Search:
         workload, parts = self.request.workload, [1]
         tokens = num_batches * batch_size * workload.prompt_len
         budget = self.request.budgets[self.tier]
-        while parts[-1] < num_batches and state_bytes(self.request.spec, tokens // parts[-1], self.request.dtype) > budget / 6:
+        while (
+            parts[-1] < num_batches
+            and state_bytes(self.request.spec, tokens // parts[-1], self.request.dtype) > budget / 6
+        ):
             parts.append(min(num_batches, parts[-1] * 2))
         return parts
 
@@ -242,9 +247,13 @@ class Search:
             batch_size=batch_size,
             lead=lead,
             unit=unit,
-            head_pages=0 if spec.head.nbytes <= small and not solved else max(1, -(-spec.head.nbytes // (2 * LOAD_BYTES))),
+            head_pages=0
+            if spec.head.nbytes <= small and not solved
+            else max(1, -(-spec.head.nbytes // (2 * LOAD_BYTES))),
             prefill_groups=parts,
-            attention_batch=largest(batch_size, lambda a: prefill_attention_bytes(self.cost, a, workload.prompt_len) <= room),
+            attention_batch=largest(
+                batch_size, lambda a: prefill_attention_bytes(self.cost, a, workload.prompt_len) <= room
+            ),
             decode_batch=largest(batch_size, lambda a: decode_attention_bytes(self.cost, a, context) <= room),
             expert_rows=min(rows, num_batches * batch_size * workload.prompt_len),
             hot=top_k if experts == "picks" else 0,
@@ -282,7 +291,10 @@ class Search:
             slots = self.streaming(name, base.lead, base.unit, base.head_pages, tier)
             states = 0
             if tier == self.tier:
-                states = max(align_up(state_bytes(spec, s.sequences * s.tokens, self.request.dtype)) for s in shapes(base, workload))
+                states = max(
+                    align_up(state_bytes(spec, s.sequences * s.tokens, self.request.dtype))
+                    for s in shapes(base, workload)
+                )
             free[tier] = budget - slots - states - sum(workspace(self.cost, base, workload).get(tier, {}).values())
         free[self.tier] -= fixed
         if free[self.tier] < 0:
@@ -298,13 +310,18 @@ class Search:
         kept = {slot for _, slot in trial.placed}
         states = {slot for phase in trial.phases.values() for _, slot in phase.placed}
         first = max((s.offset + s.nbytes for s in trial.slots if s.id in kept and s.tier == tier), default=0)
-        return max((s.offset + s.nbytes for s in trial.slots if s.tier == tier and s.id not in states), default=first) - first
+        return (
+            max((s.offset + s.nbytes for s in trial.slots if s.tier == tier and s.id not in states), default=first)
+            - first
+        )
 
     def greedy(self, base: Decision, capacity: dict[str, int]) -> Decision:
         """Ours for policies whose paper states no fill: KV, then routers, attention, shared experts, then popular experts."""
         spec, workload, dtype = self.request.spec, self.request.workload, self.request.dtype
         positions, free = workload.prompt_len + workload.gen_len, capacity[self.tier]
-        cache = [base.num_batches * kv_bytes(spec, n, base.batch_size, positions, dtype) for n in range(len(spec.layers))]
+        cache = [
+            base.num_batches * kv_bytes(spec, n, base.batch_size, positions, dtype) for n in range(len(spec.layers))
+        ]
         kv_tier = self.tier
         if sum(cache) > free:
             kv_tier = "host" if self.tier == "gpu" else "disk"
@@ -324,7 +341,9 @@ class Search:
         expert = spec.layers[moe[0]].expert
         assert expert is not None
         total = max(0, free) // (expert.nbytes + 8192 * expert.segments)
-        share = {n: min(spec.layers[n].num_experts, total // len(moe) + (i < total % len(moe))) for i, n in enumerate(moe)}
+        share = {
+            n: min(spec.layers[n].num_experts, total // len(moe) + (i < total % len(moe))) for i, n in enumerate(moe)
+        }
         layers = tuple(
             LayerDecision(
                 resident=tuple(sorted(kinds, key=MODULES.index)),
@@ -372,7 +391,9 @@ class Search:
         few, more = runs
         grown = {
             phase: more.phases[phase].times.total_us
-            + (len(moe) - 2 * SAMPLED) * (more.phases[phase].times.total_us - few.phases[phase].times.total_us) / SAMPLED
+            + (len(moe) - 2 * SAMPLED)
+            * (more.phases[phase].times.total_us - few.phases[phase].times.total_us)
+            / SAMPLED
             for phase in more.phases
         }
         decode = more.phases.get("decode")
@@ -384,7 +405,11 @@ class Search:
         """The whole schedule. Where it needs more slots than the short model showed, residents make room."""
         lowered = lower(self.cost, name, decision, self.request.workload)
         for _ in range(8):
-            over = {t: lowered.peak_bytes[t] - b for t, b in self.request.budgets.items() if lowered.peak_bytes.get(t, 0) > b}
+            over = {
+                t: lowered.peak_bytes[t] - b
+                for t, b in self.request.budgets.items()
+                if lowered.peak_bytes.get(t, 0) > b
+            }
             if not over:
                 break
             decision = self.relieve(decision, over)
@@ -468,7 +493,9 @@ class Search:
         bubble = {c: sum(p.times.bubble_us[c] for p in work.values()) for p in work.values() for c in p.times.bubble_us}
         links = {n: p.link_bytes[n] for p in lowered.phases.values() for n in p.link_bytes}
         for link in links:
-            links[link] = sum(p.link_bytes[link] * (1 if name == "load" else groups) for name, p in lowered.phases.items())
+            links[link] = sum(
+                p.link_bytes[link] * (1 if name == "load" else groups) for name, p in lowered.phases.items()
+            )
         rate = self.rate(lowered)
         bound_us = sum(max(p.critical_us, *p.times.busy_us.values()) for p in work.values())
         ceiling = max(rate, bound_tokens_per_s(self.cost, request.workload, request.budgets))
@@ -494,7 +521,11 @@ class Search:
         share = forecast.busy_us[slowest] / forecast.makespan_us
         yield f"{slowest} binds: it is busy {share:.0%} of the time"
         yield f"routing: {self.request.routing.source}"
-        tried = Search(replace(self.request, budgets={**self.request.budgets, self.tier: self.request.budgets[self.tier] + (1 << 30)}))
+        tried = Search(
+            replace(
+                self.request, budgets={**self.request.budgets, self.tier: self.request.budgets[self.tier] + (1 << 30)}
+            )
+        )
         decision = best.decision
         for what, search, num_batches in (
             (f"one more GiB of {self.tier}", tried, decision.num_batches),
@@ -504,7 +535,9 @@ class Search:
                 yield "one more batch: the workload already fits in one group"
                 continue
             experts = policy(best.policy).EXPERTS
-            base = search.base(experts, num_batches, decision.batch_size, decision.lead, decision.unit, decision.prefill_groups)
+            base = search.base(
+                experts, num_batches, decision.batch_size, decision.lead, decision.unit, decision.prefill_groups
+            )
             try:
                 rate = search.estimate(best.policy, search.fill(best.policy, base)[1])
             except Infeasible as refusal:

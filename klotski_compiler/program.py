@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 
 from klotski_compiler.cost import ALWAYS, Cost, Shape
-from klotski_compiler.plan import ALL, Bind, Compute, Decision, Load, Op, Store
+from klotski_compiler.plan import ALL, Bind, Compute, Load, Op, Store
 from klotski_compiler.tensors import TensorTable
-
 
 HEAD_SLOTS = 2  # pages of a streamed head: one computes while the next arrives
 
@@ -37,6 +37,8 @@ class Program:
         self.late = {number: list(chosen.late) for number, chosen in enumerate(self.decision.layers)}
         self._resident = frozenset(table.resident)
         self._staged: deque[tuple[int, ...]] = deque()
+        self._given_up: set[int] = set()
+        self._postponed: list[tuple[int, ...]] = []
 
     # ------------------------------------------------------------------------------------------- what a policy asks
 
@@ -94,23 +96,42 @@ class Program:
     # --------------------------------------------------------------------------------------------------------- verbs
 
     def load(self, *tensors: int, next_pass: bool = False, sync: bool = False) -> None:
-        """Bring weights to the compute tier, ``unit`` experts per op; ``sync``: as a copy that blocks the compute stream."""
-        moving = [t for t in tensors if t not in self._resident]
-        experts = [t for t in moving if self.table.all[t].kind in ("expert", "pick")]
-        groups = [[t] for t in moving if t not in set(experts)]
-        unit = self.decision.unit
-        groups += [experts[i : i + unit] for i in range(0, len(experts), unit)]
-        for group in groups:
-            hops = self._hops(self.table.all[group[0]].home)
-            for link in hops:
-                self.entries.append(Load(self.processor if sync else link, link, tuple(group), next_pass))
-            if len(hops) > 1:
-                self._stage(tuple(group))
+        """Bring weights to the compute tier, ``unit`` experts of one home per op.
+
+        next_pass: for the next pass; written as soon as this pass has given the tensors up. sync: as a copy that blocks the
+        compute stream.
+        """
+        for group in self._transfers([t for t in tensors if t not in self._resident]):
+            if next_pass and not self._given_up.issuperset(group):
+                self._postponed.append(group)
+            else:
+                self._transfer(group, next_pass, sync)
 
     def evict(self, *tensors: int) -> None:
         """Give up the slots of weights."""
         if moving := tuple(t for t in tensors if t not in self._resident):
             self.entries.append(Evict(self.compute_tier, moving))
+            self._given_up.update(moving)
+            for group in [g for g in self._postponed if self._given_up.issuperset(g)]:
+                self._postponed.remove(group)
+                self._transfer(group, True, False)
+
+    def _transfers(self, moving: list[int]) -> Iterator[tuple[int, ...]]:
+        """What goes together: each module alone, ``unit`` experts that come from the same tier."""
+        for expert, run in groupby(moving, key=lambda t: self.table.all[t].kind in ("expert", "pick")):
+            homes: dict[str, list[int]] = {}
+            for tensor in run:
+                homes.setdefault(self.table.all[tensor].home, []).append(tensor)
+            for alike in homes.values():
+                size = self.decision.unit if expert else 1
+                yield from (tuple(alike[i : i + size]) for i in range(0, len(alike), size))
+
+    def _transfer(self, group: tuple[int, ...], next_pass: bool, sync: bool) -> None:
+        hops = self._hops(self.table.all[group[0]].home)
+        for link in hops:
+            self.entries.append(Load(self.processor if sync else link, link, group, next_pass))
+        if len(hops) > 1:
+            self._stage(group)
 
     def embed(self) -> None:
         """Hidden states of all batches from their token ids."""
@@ -124,7 +145,11 @@ class Program:
         """
         ahead = 0 if sync else 1
         for batch in self.batches:
-            for coming in self.batches[batch : batch + 1 + ahead] if batch == 0 else self.batches[batch + ahead : batch + ahead + 1]:
+            for coming in (
+                self.batches[batch : batch + 1 + ahead]
+                if batch == 0
+                else self.batches[batch + ahead : batch + ahead + 1]
+            ):
                 self._load_kv(layer, coming, sync)
             self.compute("attention", layer, batch, *self.attention_weights(layer), *self._kv(layer, batch))
             self._store_kv(layer, batch, sync)
@@ -207,4 +232,4 @@ class Program:
         """Links from a tensor's home to the compute tier."""
         path = ["disk", "host", "gpu"]
         stops = path[path.index(home) : path.index(self.compute_tier) + 1]
-        return [f"{a}>{b}" for a, b in zip(stops, stops[1:], strict=False)]
+        return [f"{a}>{b}" for a, b in pairwise(stops)]

@@ -34,7 +34,9 @@ class Routing(BaseModel):
 
 def uniform(spec: ModelSpec) -> Routing:
     """Every expert equally popular: what is assumed where nothing was measured."""
-    popularity = tuple((1.0 / layer.num_experts,) * layer.num_experts if layer.num_experts else () for layer in spec.layers)
+    popularity = tuple(
+        (1.0 / layer.num_experts,) * layer.num_experts if layer.num_experts else () for layer in spec.layers
+    )
     return Routing(model=spec.name, source="uniform popularity, assumed", tokens=0, popularity=popularity)
 
 
@@ -44,7 +46,9 @@ def read_routing(source: str | Path, spec: ModelSpec) -> Routing:
     try:
         routing = Routing.model_validate(json.loads(path.read_text()))
     except OSError as fault:
-        raise ConfigError(source, "", f"cannot be read ({fault.strerror}); write one with klotski-profile routing") from fault
+        raise ConfigError(
+            source, "", f"cannot be read ({fault.strerror}); write one with klotski-profile routing"
+        ) from fault
     except ValidationError as fault:
         first = fault.errors()[0]
         raise ConfigError(source, ".".join(map(str, first["loc"])), first["msg"]) from fault
@@ -52,8 +56,12 @@ def read_routing(source: str | Path, spec: ModelSpec) -> Routing:
         raise ConfigError(source, "", f"is not JSON: {fault}") from fault
     shape = [layer.num_experts for layer in spec.layers]
     if [len(layer) for layer in routing.popularity] != shape:
-        raise ConfigError(source, "popularity", f"was measured on another model than {spec.name} (layers and experts differ)")
+        raise ConfigError(
+            source, "popularity", f"was measured on another model than {spec.name} (layers and experts differ)"
+        )
     for number, layer in enumerate(routing.popularity):
         if layer and (min(layer) < 0 or abs(sum(layer) - 1) > 1e-3):
-            raise ConfigError(source, f"popularity[{number}]", f"must be shares that sum to 1, sums to {sum(layer):.4f}")
+            raise ConfigError(
+                source, f"popularity[{number}]", f"must be shares that sum to 1, sums to {sum(layer):.4f}"
+            )
     return routing

@@ -141,4 +141,3 @@ def cause_of(step: Step) -> str:
         if op.layer < 0:
             return "end_of_pass"
     return "inter_layer"
-

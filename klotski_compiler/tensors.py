@@ -62,7 +62,9 @@ class TensorTable:
     def _module(self, kind: str, layer: int, index: int, module: Module, resident: bool, home: str = "") -> None:
         self._add(kind, layer, index, module.nbytes, module.segments, resident, home)
 
-    def _add(self, kind: str, layer: int, index: int, nbytes: int, segments: int, resident: bool, home: str = "") -> None:
+    def _add(
+        self, kind: str, layer: int, index: int, nbytes: int, segments: int, resident: bool, home: str = ""
+    ) -> None:
         weights_home = home or ("disk" if self.compute_tier == "host" else "host")
         tensor = Tensor(len(self.all), kind, layer, index, nbytes, segments, weights_home)
         self._ids[kind, layer, index] = tensor.id
@@ -85,4 +87,3 @@ class TensorTable:
 def page_rows(vocab_size: int, pages: int, page: int) -> tuple[int, int]:
     """Rows [first, end) of the head that page ``page`` of ``pages`` holds."""
     return vocab_size * page // pages, vocab_size * (page + 1) // pages
-

@@ -165,7 +165,8 @@ def test_same_tokens_from_fused_experts(tmp_path: Path) -> None:
 def test_same_tokens_where_a_family_has_its_own_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def apply_gate(experts: Any, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        return experts.act_fn(gate) * up
+        out: torch.Tensor = experts.act_fn(gate) * up
+        return out
 
     monkeypatch.setattr(MixtralExperts, "_apply_gate", apply_gate)
     folder = make_checkpoint("mixtral", tmp_path)

@@ -71,9 +71,7 @@ def small_config(family: str) -> dict[str, Any]:
 
 def build(config: dict[str, Any], device: str) -> PreTrainedModel:
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            AutoConfig.for_model(**config), dtype=torch.bfloat16
-        ).eval()
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.bfloat16).eval()
     assert isinstance(model, PreTrainedModel)
     return model
 

@@ -37,9 +37,6 @@ def test_prefill_in_sub_groups_is_legal(policy: str) -> None:
     verify(tiny_plan(policy, gpu=True, kv="host", prefill_groups=3))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the last pass opens nothing, and loses the waits of the loads that it leaves out"
-)
 def test_the_last_pass_is_as_ordered_as_the_others() -> None:
     """Two layers: the only waits before the head's load on the link are those of the loads that wrap."""
     for gpu in (False, True):

@@ -198,7 +198,7 @@ def _classes(cost: Cost, layer: int) -> list[list[int]]:
 
 def class_members(cost: Cost, layer: int, sizes: tuple[int, ...]) -> list[list[int]]:
     """The experts of each class in a layer of the group, most popular first."""
-    popular, first, out = cost.popular(layer), 0, []
+    popular, first, out = list(cost.popular(layer)), 0, list[list[int]]()
     for size in sizes:
         out.append(popular[first : first + size])
         first += size

@@ -40,7 +40,11 @@ class Pool:
 
 
 def slots(
-    entries: Sequence[Op | Evict], tensors: Sequence[Tensor], fixed: dict[tuple[str, int], int], compute_tier: str, first: int
+    entries: Sequence[Op | Evict],
+    tensors: Sequence[Tensor],
+    fixed: dict[tuple[str, int], int],
+    compute_tier: str,
+    first: int,
 ) -> tuple[list[Placed], list[Pool]]:
     """Place the ops of one phase. ``fixed``: (tier, tensor) -> permanent slot. New slots are numbered from ``first``.
 
@@ -79,7 +83,14 @@ def slots(
         if isinstance(entry, Load) and entry.wraps:
             tier = entry.link.split(">")[1]
             for tensor in entry.tensors:
-                slot = take(pool_of(tier, tensors[tensor]), -1, ends[tier, tensor, -1])
+                if (tier, tensor, start) in ends:  # passes through: staged on its way, and gone within this pass
+                    continue
+                end = ends.get((tier, tensor, -1), FOREVER)
+                if end > start:
+                    raise PlanError(
+                        "slots", f"{tensors[tensor].name} is loaded for the next pass before this one has evicted it"
+                    )
+                slot = take(pool_of(tier, tensors[tensor]), -1, end)
                 reserved[slot] = start
                 where[tier, tensor] = tail[tier, tensor, start] = slot
 
@@ -96,7 +107,7 @@ def slots(
             source, target = entry.link.split(">")
             sources = tuple(where[source, t] for t in entry.tensors if (source, t) in where)
             for tensor in entry.tensors:
-                if entry.wraps:
+                if (target, tensor, start) in tail:
                     where[target, tensor] = tail[target, tensor, start]
                     continue
                 if (target, tensor) in fixed:

@@ -55,11 +55,16 @@ class Queue:
         self.p, self.bound, self.layer = p, -1, 0
         self.waiting: deque[Unit] = deque()  # late experts that were passed by, because their router has not spoken yet
         self.pending = deque(unit for layer in p.layers for unit in self._units(layer))
-        self.heads = deque(p.head_pages())
+        self.heads, self.free_pages = deque(p.head_pages()), HEAD_SLOTS
         # The next pass opens with what fits before its first release.
-        self.opening: list[Unit] = []
+        self.opening: deque[Unit] = deque()
         self.free = p.decision.lead
-        while self.pending and self.pending[0].layer == 0 and not self.pending[0].late and self.pending[0].slots <= self.free:
+        while (
+            self.pending
+            and self.pending[0].layer == 0
+            and not self.pending[0].late
+            and self.pending[0].slots <= self.free
+        ):
             self.opening.append(self.pending.popleft())
             self.free -= self.opening[-1].slots
 
@@ -79,7 +84,7 @@ class Queue:
         While late experts wait for their router, slots for one unit are kept for them: with every slot full of the next layer
         they would have none.
         """
-        self.layer = layer
+        p, self.layer = self.p, layer
         while self.waiting and self.waiting[0].layer <= self.bound and self.waiting[0].slots <= self.free:
             self._write(self.waiting.popleft())
         while self.pending and self.pending[0].layer <= layer + 1:
@@ -91,12 +96,16 @@ class Queue:
             if unit.slots and unit.slots + kept > self.free:
                 break
             self._write(self.pending.popleft())
-        if not self.pending and not self.waiting and len(self.heads) == len(self.p.head_pages()):
-            for _ in range(HEAD_SLOTS):
-                self.next_page()
+        if self.pending or self.waiting:
+            return
+        while self.heads and self.free_pages:
+            p.load(self.heads.popleft())
+            self.free_pages -= 1
+        while self.opening and not self.heads and self.opening[0].slots <= self.free:
+            self._write(self.opening.popleft(), next_pass=True)
 
-    def _write(self, unit: Unit) -> None:
-        self.p.load(*unit.tensors)
+    def _write(self, unit: Unit, next_pass: bool = False) -> None:
+        self.p.load(*unit.tensors, next_pass=next_pass)
         self.free -= unit.slots
 
     def release(self, *tensors: int, slots: int = 0) -> None:
@@ -106,13 +115,9 @@ class Queue:
         self.advance(self.layer)
 
     def next_page(self) -> None:
-        """One more page of the head; after the last, the opening of the next pass."""
-        if self.heads:
-            self.p.load(self.heads.popleft())
-            return
-        for unit in self.opening:
-            self.p.load(*unit.tensors, next_pass=True)
-        self.opening = []
+        """A page of the head has been computed: its slot is free."""
+        self.free_pages += 1
+        self.advance(self.layer)
 
 
 class Unit(NamedTuple):

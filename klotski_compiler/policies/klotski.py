@@ -53,7 +53,9 @@ def on_demand(p: Program, layer: int, cold: list[int]) -> list[int]:
     for batch in p.batches:
         p.route(layer, batch)
         last = batch == p.batches[-1]
-        asked = len(cold) if last else max(bound, min(p.expected_arrivals(layer, batch + 1) - p.decision.hot, len(cold)))
+        asked = (
+            len(cold) if last else max(bound, min(p.expected_arrivals(layer, batch + 1) - p.decision.hot, len(cold)))
+        )
         if not p.is_moe(layer) or asked <= bound:
             continue
         p.bind(layer, "arrival", p.decision.hot + bound, asked - bound, ALL if last else batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from math import prod
 
 import torch
@@ -18,10 +19,10 @@ class Arena:
         self.nbytes = nbytes
         self._map = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
+            with suppress(
+                OSError
+            ):  # a kernel built without huge pages: the arena works the same, with more page faults
                 self._map.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:  # a kernel built without huge pages: the arena works the same, with more page faults
-                pass
         self._view = memoryview(self._map)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,13 +49,13 @@ class Row:
 
 @dataclass(slots=True)
 class Measured:
-    """What a run took. log: per phase run (group, phase name, seconds at which it began, finished ops)."""
+    """What a run took. busy_s: per stream, loading apart. log: per phase run (group, phase, finished ops), where kept."""
 
     load_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     passes_us: dict[str, list[float]] = field(default_factory=dict)
-    busy_s: Counter[str] = field(default_factory=Counter)
+    busy_s: dict[str, float] = field(default_factory=dict)
     bubble_s: float = 0.0
     log: list[tuple[int, str, list[Ran]]] = field(default_factory=list)
 
@@ -69,13 +68,22 @@ class Engine:
     """A plan, its model and its memory. ``load`` once, then ``run`` any number of groups; ``close`` gives everything back."""
 
     def __init__(
-        self, plan: Plan, folder: str | os.PathLike[str], config: PreTrainedConfig, scratch: Path, readers: int = 2
+        self,
+        plan: Plan,
+        folder: str | os.PathLike[str],
+        config: PreTrainedConfig,
+        scratch: Path,
+        readers: int = 2,
+        keep_log: bool = False,
     ) -> None:
-        """config: from ``skeleton.import_model``. Raises ConfigError or PlanError where plan, model and machine do not fit."""
+        """config: from ``skeleton.import_model``. keep_log: of every op, for a trace.
+
+        Raises ConfigError or PlanError where plan, model and machine do not fit.
+        """
         verify(plan)
         if plan.compute_tier != "host":
             raise ConfigError("plan", "compute_tier", f"{plan.compute_tier}: this runtime computes in host memory only")
-        self.plan, self._config = plan, config
+        self.plan, self._config, self._keep_log = plan, config, keep_log
         self.skeleton = Skeleton(config, DTYPES[plan.dtype])
         self.checkpoint = Checkpoint.open(folder, self.skeleton.model)
         self._check_model()
@@ -110,7 +118,8 @@ class Engine:
     ) -> None:
         """Generate for one batch group, in batches in the given order; fills in ``tokens``.
 
-        end_tokens: ids that end a sequence. number: of the group, for the trace. progress: called after every pass with the tokens generated in it. Raises ExecError.
+        end_tokens: ids that end a sequence. number: of the group, for the trace. progress: called after every pass with the
+        tokens generated in it. Raises ExecError.
         """
         size = self.plan.decision.batch_size
         batches = [list(sequences[i : i + size]) for i in range(0, len(sequences), size)]
@@ -151,7 +160,9 @@ class Engine:
         with ThreadBackend(compute, runner.perform) as backend:
             runner.backend = backend
             execute(steps, phase.passes, backend)
-            backend.stream(compute).record().wait()  # in here, so that an interrupt stops the streams before they are joined
+            backend.stream(
+                compute
+            ).record().wait()  # in here, so that an interrupt stops the streams before they are joined
         if backend.failure:
             index, cause = backend.failure
             if isinstance(cause, KlotskiError) and not isinstance(cause, ExecError):
@@ -160,17 +171,21 @@ class Engine:
         self._note(phase.name, steps, backend.log, compute, number)
 
     def _note(self, name: str, steps: Sequence[Step], log: list[Ran], compute: str, number: int) -> None:
-        self.measured.log.append((number, name, log))
+        if self._keep_log:  # a night of ops would outgrow the memory budget
+            self.measured.log.append((number, name, log))
         ends = [ran.end for ran in log if isinstance(op := steps[ran.number].op, Compute) and op.fn == "sample"]
         if ends:
             starts = [log[0].start, *ends[:-1]]
             spans = [1e6 * (end - start) for start, end in zip(starts, ends, strict=True)]
             self.measured.passes_us.setdefault(name, []).extend(spans)
+        if name == "load" or not log:
+            return
         for ran in log:
-            self.measured.busy_s[ran.stream] += ran.end - ran.start
-        computed = sum(r.end - r.start for r in log if r.stream == compute and isinstance(steps[r.number].op, Compute | Bind))
-        if name != "load" and log:
-            self.measured.bubble_s += max(r.end for r in log) - log[0].start - computed
+            self.measured.busy_s[ran.stream] = self.measured.busy_s.get(ran.stream, 0.0) + ran.end - ran.start
+        computed = sum(
+            r.end - r.start for r in log if r.stream == compute and isinstance(steps[r.number].op, Compute | Bind)
+        )
+        self.measured.bubble_s += max(r.end for r in log) - log[0].start - computed
 
     # ------------------------------------------------------------------------------------------------------- placing
 
@@ -184,7 +199,9 @@ class Engine:
         segments, plan = self._layout(tensor, key)
         at = self.slot(slot)
         if plan.slot_bytes > at.nbytes:
-            raise PlanError("model", f"{tensor.name} needs {plan.slot_bytes:,} bytes, its slot has {at.nbytes:,}; compile again")
+            raise PlanError(
+                "model", f"{tensor.name} needs {plan.slot_bytes:,} bytes, its slot has {at.nbytes:,}; compile again"
+            )
         if old := self._occupant.pop(slot, None):
             self.skeleton.unbind(old)
         self.reader.read(plan.extents, self.arena.view(at.offset, at.nbytes))
@@ -259,22 +276,32 @@ class Engine:
             return None
         decision = self.plan.decision
         regions = len(decision.layers) * decision.num_batches
-        row = max(shape.elements for shape in self._kv_shapes) * decision.batch_size * self.skeleton.compute_dtype.itemsize
+        row = (
+            max(shape.elements for shape in self._kv_shapes)
+            * decision.batch_size
+            * self.skeleton.compute_dtype.itemsize
+        )
         return SpillFile(scratch, regions, self._capacity, row)
 
     def _check_model(self) -> None:
         """The plan's modules must be the checkpoint's."""
         planned = {module_key(t, t.index) for t in self.plan.tensors if t.kind not in ("kv", "state", "pick", "head")}
-        found = {key for key in self.checkpoint.modules if key.kind != "head" and (key != EMBEDDING or EMBEDDING in planned)}
+        found = {
+            key for key in self.checkpoint.modules if key.kind != "head" and (key != EMBEDDING or EMBEDDING in planned)
+        }
         if planned != found or len(self.plan.decision.layers) != self.skeleton.layers:
             odd = sorted(planned ^ found)[:3]
-            raise PlanError("model", f"the plan is for {self.plan.model}, another model than this checkpoint ({odd} differ)")
+            raise PlanError(
+                "model", f"the plan is for {self.plan.model}, another model than this checkpoint ({odd} differ)"
+            )
         for tensor in self.plan.tensors:
             segments = self.checkpoint.modules.get(module_key(tensor, tensor.index), ())
             whole = tensor.kind != "head"  # which is cut into pages
             if whole and segments and sum(segment.nbytes for segment in segments) != tensor.nbytes:
                 why = f"{tensor.name} has {tensor.nbytes:,} bytes there"
-                raise PlanError("model", f"the plan is for {self.plan.model}, another model than this checkpoint ({why})")
+                raise PlanError(
+                    "model", f"the plan is for {self.plan.model}, another model than this checkpoint ({why})"
+                )
 
 
 class ActiveGroup:

@@ -27,6 +27,9 @@ from klotski_runtime.kv import KvBlock
 from klotski_runtime.reader import RowGather
 from klotski_runtime.skeleton import Skeleton
 
+FEW_ROWS, ROW_STEP = 16, 32
+"""An expert's tokens beyond the first number are computed in multiples of the second."""
+
 Parts = Mapping[str, torch.Tensor]
 """One expert's weights: gate, up, down; or gate_up, down and, where the model has them, gate_up_bias and down_bias."""
 
@@ -134,7 +137,7 @@ class ExpertKernel:
 
     def __init__(self, rows: int, hidden: int, intermediate: int, compute: torch.dtype, wide: torch.dtype) -> None:
         self.rows = rows
-        self._x = torch.empty(rows, hidden, dtype=compute)
+        self._x = torch.zeros(rows, hidden, dtype=compute)
         self._inner = torch.empty(2 * rows * intermediate, dtype=compute)
         self._out = torch.empty(rows, hidden, dtype=wide)
 
@@ -143,14 +146,21 @@ class ExpertKernel:
     ) -> torch.Tensor:
         """``weights`` [r] x expert(``x``[``rows``]) as [r, hidden] in the wide type; valid until the next call."""
         count = rows.shape[0]
-        source, out = self._x[:count], self._out[:count]
-        torch.index_select(x, 0, rows, out=source)
+        source, out = self._x[: self._rounded(count)], self._out[:count]
+        torch.index_select(x, 0, rows, out=source[:count])
         down = parts["down"] if experts.is_transposed else parts["down"].t()
         # The experts' input is not needed once the inner values are there: its buffer takes the output.
         torch.mm(self._gated(experts, parts, source), down, out=source)
         if "down_bias" in parts:
             source.add_(parts["down_bias"])
-        return out.copy_(source).mul_(weights[:, None])
+        return out.copy_(source[:count]).mul_(weights[:, None])
+
+    def _rounded(self, count: int) -> int:
+        """Rows that are computed for ``count`` tokens; what stands in the surplus ones does not matter.
+
+        oneDNN compiles and keeps code for every number of rows that it meets, and routing makes nearly all of them.
+        """
+        return count if count <= FEW_ROWS else min(-(-count // ROW_STEP) * ROW_STEP, self.rows)
 
     def _gated(self, experts: Any, parts: Parts, x: torch.Tensor) -> torch.Tensor:
         """act(gate(x)) * up(x), or what the family has in its place, as [r, intermediate]."""

@@ -75,7 +75,7 @@ class KvBlock:
         return pairs
 
 
-class _Filled(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class _Filled(CacheLayerMixin):
     """The one layer of a KvCache: preallocated keys and values, of which ``length`` positions are filled."""
 
     is_sliding = False

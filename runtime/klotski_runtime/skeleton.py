@@ -98,7 +98,7 @@ class Skeleton:
         self.config, self.compute_dtype, self.wide_dtype = config, compute_dtype, WIDE[compute_dtype]
         try:
             with torch.device("meta"):
-                self.model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                self.model: Any = AutoModelForCausalLM.from_config(
                     config, dtype=compute_dtype, experts_implementation="klotski"
                 ).eval()
         except ValueError as error:

@@ -22,11 +22,13 @@ class SpillFile:
     def __init__(self, scratch: Path, regions: int, capacity: int, row_bytes: int) -> None:
         self._region_bytes = capacity * row_bytes
         try:
-            self._file = tempfile.TemporaryFile(dir=scratch, prefix="klotski-kv-", buffering=0)
+            self._file = tempfile.TemporaryFile(dir=scratch, prefix="klotski-kv-", buffering=0)  # noqa: SIM115 - closed by close
             os.posix_fallocate(self._file.fileno(), 0, max(1, regions * self._region_bytes))
         except OSError as error:
             need = regions * self._region_bytes
-            raise ExecError(f"{scratch}: no room for {need:,} bytes of spilled KV ({error.strerror}); choose --scratch") from error
+            raise ExecError(
+                f"{scratch}: no room for {need:,} bytes of spilled KV ({error.strerror}); choose --scratch"
+            ) from error
         self._buffer = torch.empty(self._region_bytes, dtype=torch.uint8)
         self.bytes_read = self.bytes_written = 0
 
@@ -35,7 +37,7 @@ class SpillFile:
         packed = self._packed(block, last - first)
         block.pack(first, last, packed)
         row = packed.nbytes // (last - first)
-        data = memoryview(packed.view(torch.uint8).numpy())
+        data = _bytes(packed)
         done, offset = 0, region * self._region_bytes + first * row
         while done < len(data):
             done += os.pwrite(self._file.fileno(), data[done:], offset + done)
@@ -46,7 +48,7 @@ class SpillFile:
     def load(self, region: int, block: KvBlock, last: int) -> None:
         """Read the first ``last`` positions of a block."""
         packed = self._packed(block, last)
-        data = memoryview(packed.view(torch.uint8).numpy())
+        data = _bytes(packed)
         done, offset = 0, region * self._region_bytes
         while done < len(data):
             done += os.preadv(self._file.fileno(), [data[done:]], offset + done)
@@ -61,3 +63,8 @@ class SpillFile:
     def _packed(self, block: KvBlock, positions: int) -> torch.Tensor:
         row = sum(part[:, :, 0].numel() for part in (block.keys, block.values))
         return self._buffer[: positions * row * block.keys.dtype.itemsize].view(block.keys.dtype)
+
+
+def _bytes(packed: torch.Tensor) -> memoryview:
+    """The tensor's own bytes."""
+    return memoryview(packed.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stub knows no buffer before 3.12

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from klotski_compiler.errors import ConfigError, ExecError, KlotskiError
 from klotski_compiler.hardware import Hardware, numbers, to_json
+from klotski_runtime.memory import restrain_libraries
 
 EPILOG = """\
 examples:
@@ -95,6 +96,7 @@ def _hardware(arguments: argparse.Namespace) -> None:
     output: Path | None = arguments.output
     if output is not None:
         _check_output(output)
+    restrain_libraries()
     # torch takes seconds to import, and --help and usage errors need none of it
     from klotski_runtime.profile import measure, processor_seconds
 

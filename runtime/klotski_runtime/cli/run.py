@@ -130,9 +130,9 @@ def _run(arguments: argparse.Namespace) -> None:
     idle, read = rss_bytes(), storage_read_bytes()
     try:
         with PeakRss() as peak:
-            engine = Engine(plan, folder, config, arguments.scratch)
+            engine = Engine(plan, folder, config, arguments.scratch, keep_log=arguments.trace is not None)
             try:
-                wall_s = _generate(engine, job, keep_log=arguments.trace is not None)
+                wall_s = _generate(engine, job)
             finally:
                 engine.close()
     except BaseException as error:
@@ -169,13 +169,12 @@ def _check_usage(arguments: argparse.Namespace) -> None:
         raise ConfigError("--scratch", "", f"{arguments.scratch} is not a folder; name one with room for the KV cache")
 
 
-def _generate(engine: Engine, job: Job, keep_log: bool) -> float:
+def _generate(engine: Engine, job: Job) -> float:
     """Run all groups; returns the seconds from the first weight byte to the last token."""
     size = engine.plan.envelope.sequences
     began = time.perf_counter()
     with _progress(sum(row.max_new_tokens for row in job.rows)) as bar:
         engine.load()
-        engine.measured.busy_s.clear()  # as in the forecast, whose busy times are those of the passes
         for number, first in enumerate(range(0, len(job.rows), size)):
             group = job.rows[first : first + size]
             bar.begin(number + 1, -(-len(job.rows) // size))
@@ -183,8 +182,6 @@ def _generate(engine: Engine, job: Job, keep_log: bool) -> float:
                 engine.run(group, job.end_tokens, number, bar.advance)
             finally:
                 job.save(first, group)
-            if not keep_log:
-                engine.measured.log.clear()  # a night of ops would outgrow the memory budget
     return time.perf_counter() - began
 
 
