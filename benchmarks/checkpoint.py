@@ -43,12 +43,12 @@ Bits = NDArray[np.uint16]
 class Shape:
     """Sizes of a model. ``skew``: deviation of an expert's popularity over that of a token's own taste; 0 is uniform."""
 
-    layers: int = 9
+    layers: int = 18
     hidden: int = 2048
     experts: int = 16
     top_k: int = 2
-    moe_intermediate: int = 768
-    heads: int = 16
+    moe_intermediate: int = 384
+    heads: int = 8
     kv_heads: int = 2
     head_dim: int = 64
     vocab: int = 8192

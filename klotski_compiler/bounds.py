@@ -225,10 +225,10 @@ class Relaxation:
     def _layer_us(self, layer: Layer, tokens: int) -> float:
         """Projections of attention, then router and shared expert, or the dense MLP."""
         op_us, processor = self.cost.processor.op_us, self.cost.processor
-        time_us = processor.attention_op_us + self.cost.module_us(layer.attention, tokens)
-        if layer.expert:
-            return time_us + self.cost.router_us(layer, tokens) + op_us
-        return time_us + op_us + (self.cost.module_us(layer.dense, tokens) if layer.dense else 0.0)
+        time_us = processor.attention_op_us + self.cost.projections_us(layer, tokens)
+        return time_us + (
+            self.cost.router_us(layer, tokens) + op_us if layer.expert else self.cost.dense_us(layer, tokens)
+        )
 
     def _attention_us(self, layer: Layer, high: int) -> tuple[float, float]:
         """Keys and values of all sequences: linear in sequences, but for the expansion of latent ones."""

@@ -16,6 +16,7 @@ from klotski_compiler.plan import ALL, Bind, Compute, Load, Op, Store, Tensor
 from klotski_compiler.routing import Routing
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+ROW_READERS = 16  # threads that gather embedding rows: single pages, each of which waits behind large reads
 ALWAYS = 0.98  # an expert touched with a higher probability is loaded without waiting for the router (design 5.3)
 
 
@@ -24,7 +25,7 @@ class Shape:
     """One phase of the workload: ``passes`` sweeps, each over ``batches`` batches of ``batch_size`` sequences.
 
     tokens: new tokens per sequence and pass. first_context, last_context: positions that attention sees in the first and the
-    last pass.
+    last pass. attention_batch: sequences of one attention call.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Shape:
     tokens: int
     first_context: int
     last_context: int
+    attention_batch: int
 
     @property
     def sequences(self) -> int:
@@ -100,18 +102,31 @@ class Cost:
         params = module.flops_per_token // 2
         return matmul_us(self.processor, self.dtype, tokens, params, params * self.compute_bytes)
 
-    def attention_us(self, layer: Layer, shape: Shape, context: float, chunks: int = 1) -> float:
+    def elementwise_us(self, elements: float) -> float:
+        """Norm, residual and copies of one block over its input's ``elements``."""
+        return 1e6 * elements * self.compute_bytes / self.processor.hidden_bytes_per_s
+
+    def projections_us(self, layer: Layer, tokens: float) -> float:
+        """What attention does for ``tokens`` tokens but for the fixed cost, the keys and the values of others."""
+        heads_width = layer.attention_flops // 4
+        return self.module_us(layer.attention, tokens) + self.elementwise_us(
+            tokens * (self.spec.hidden_size + heads_width)
+        )
+
+    def attention_us(self, layer: Layer, shape: Shape, context: float) -> float:
         """One batch through attention: projections, then keys and values of ``context`` positions (decode) or all pairs."""
-        tokens = shape.batch_size * shape.tokens
+        calls = -(-shape.batch_size // shape.attention_batch)
+        sequences = shape.batch_size / calls
+        tokens = sequences * shape.tokens
         seen = min(context, layer.sliding_window) if layer.sliding_window and shape.tokens == 1 else context
         if shape.tokens == 1:
-            kv_bytes = shape.batch_size * seen * layer.kv_elements * self.compute_bytes
+            kv_bytes = sequences * seen * layer.kv_elements * self.compute_bytes
             core = 1e6 * kv_bytes / self.processor.kv_bytes_per_s
-            core += self._flops_us(shape.batch_size * seen * layer.expand_flops, shape.batch_size * seen)
+            core += self._flops_us(sequences * seen * layer.expand_flops, sequences * seen)
         else:
             flops = tokens * seen * layer.attention_flops
             core = 1e6 * flops / self.processor.prefill_attention_flops_per_s
-        return chunks * self.processor.attention_op_us + self.module_us(layer.attention, tokens) + core
+        return calls * (self.processor.attention_op_us + self.projections_us(layer, tokens) + core)
 
     def _flops_us(self, flops: float, rows: float) -> float:
         return matmul_us(self.processor, self.dtype, rows, int(flops / rows / 2), 0) if flops else 0.0
@@ -169,8 +184,7 @@ class Cost:
             case "router":
                 return self.router_us(self.spec.layers[op.layer], tokens)
             case "dense":
-                dense = self.spec.layers[op.layer].dense
-                return fixed + (self.module_us(dense, tokens) if dense else 0.0)
+                return self.dense_us(self.spec.layers[op.layer], tokens)
             case "experts":
                 chosen = [
                     late[op.layer][t.index] if t.kind == "pick" else t.index for t in (tensors[i] for i in op.tensors)
@@ -186,11 +200,18 @@ class Cost:
     def router_us(self, layer: Layer, tokens: int) -> float:
         """Gate, then the shared expert (part of the same op)."""
         parts = [m for m in (layer.router, layer.shared) if m]
-        return self.processor.op_us * (1 + len(parts)) + sum(self.module_us(m, tokens) for m in parts)
+        fixed = self.processor.router_op_us + self.processor.op_us * (len(parts) - 1)
+        elementwise = self.elementwise_us(tokens * self.spec.hidden_size)
+        return fixed + elementwise + sum(self.module_us(m, tokens) for m in parts)
+
+    def dense_us(self, layer: Layer, tokens: int) -> float:
+        """The MLP of a dense layer."""
+        matmuls = self.module_us(layer.dense, tokens) if layer.dense else 0.0
+        return self.processor.op_us + self.elementwise_us(tokens * self.spec.hidden_size) + matmuls
 
     def embed_us(self, tokens: int, resident: bool) -> float:
         """Rows of the embedding: from the compute tier, or row by row from where the weights live."""
         row_bytes = self.spec.hidden_size * self.compute_bytes
         if resident or "disk>host" not in self.hardware.links or self.hardware.compute_tier != "host":
             return 1e6 * tokens * row_bytes / self.processor.memory_bytes_per_s
-        return min(tokens, self.spec.vocab_size) * self.transfer_us("disk>host", row_bytes) / 4
+        return min(tokens, self.spec.vocab_size) * self.transfer_us("disk>host", row_bytes) / ROW_READERS

@@ -48,7 +48,9 @@ class Processor(_Fact):
     kv_bytes_per_s: rate at which decode attention reads the KV cache. prefill_attention_flops_per_s: rate of attention
     over whole prompts, counting all pairs of positions although a causal kernel skips half of them. op_us: fixed cost
     of one small op (launch, framework). Several expert matmuls make one op. attention_op_us: fixed cost of one
-    attention op (a whole attention block of a layer). expert_op_us: of one expert.
+    attention op (a whole attention block of a layer). router_op_us: of one router op. expert_op_us: of one expert.
+    hidden_bytes_per_s: rate at which hidden states pass the elementwise work of such a block (norm, residual, copies),
+    each element counted once.
     """
 
     tier: str
@@ -60,7 +62,9 @@ class Processor(_Fact):
     kv_bytes_per_s: Rate
     prefill_attention_flops_per_s: Rate
     op_us: Microseconds
+    hidden_bytes_per_s: Rate
     attention_op_us: Microseconds
+    router_op_us: Microseconds
     expert_op_us: Microseconds
 
 

@@ -6,6 +6,7 @@ compiled where the model is not. Counts follow the layers that transformers buil
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -95,6 +96,23 @@ class ModelSpec:
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the layers that have routed experts."""
         return tuple(index for index, layer in enumerate(self.layers) if layer.expert is not None)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the architecture that a plan is made for, whatever the model is called and in which precision it is stored.
+
+        The most positions are left out too: a model that was taught longer texts takes the same plan.
+        """
+        parts = ("attention", "dense", "router", "shared", "expert")
+        layers = [
+            [
+                *(layer.heads, layer.kv_elements, layer.sliding_window, layer.num_experts, layer.top_k),
+                *(module.params if (module := getattr(layer, part)) else 0 for part in parts),
+            ]
+            for layer in self.layers
+        ]
+        facts = [self.model_type, self.hidden_size, self.vocab_size, self.head.params, self.tied, layers]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def _modules(self) -> list[tuple[Module, int]]:
         once = [self.embedding, self.norm, self.head]

@@ -75,10 +75,13 @@ class Lowered:
 def shapes(decision: Decision, workload: Workload) -> tuple[Shape, Shape]:
     """Prefill (one pass per sub-group) and decode (one pass per further token; prefill yields the first)."""
     prompt, batch = workload.prompt_len, decision.batch_size
+    last = prompt + workload.gen_len - 1
     parts = decision.prefill_groups
-    prefill = Shape("prefill", parts, -(-decision.num_batches // parts), batch, prompt, prompt, prompt)
+    prefill = Shape(
+        "prefill", parts, -(-decision.num_batches // parts), batch, prompt, prompt, prompt, decision.attention_batch
+    )
     decode = Shape(
-        "decode", workload.gen_len - 1, decision.num_batches, batch, 1, prompt + 1, prompt + workload.gen_len - 1
+        "decode", workload.gen_len - 1, decision.num_batches, batch, 1, prompt + 1, last, decision.decode_batch
     )
     return prefill, decode
 
@@ -97,7 +100,7 @@ def lower(
     out = Lowered(table.all, [], placed, {}, workspace(cost, decision, workload), {}, 0)
     arena = Arena(fixed_slots)
 
-    load_shape = Shape("load", 1, 0, 0, 0, 0, 0)
+    load_shape = Shape("load", 1, 0, 0, 0, 0, 0, 1)
     out.phases["load"] = _phase(cost, table, load_shape, _residents(table, fixed, compute_tier), fixed, arena, out)
     for shape in shapes(decision, workload):
         if shape.passes == 0:

@@ -135,8 +135,7 @@ class Program:
 
     def embed(self) -> None:
         """Hidden states of all batches from their token ids."""
-        for batch in self.batches:
-            self.compute("embed", -1, batch, *self._present(("embedding", -1, 0)))
+        self.compute("embed", -1, ALL, *self._present(("embedding", -1, 0)))
 
     def attend(self, layer: int, sync: bool = False) -> Iterator[int]:
         """Attention batch by batch, the KV of the next batch in flight, new KV written back; yields after each batch.

@@ -42,6 +42,9 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
         "routing": tokens * top_k * (44 + 2 * width),
         "embedding rows": gather,
     }
+    if any(layer.kv == "disk" for layer in decision.layers):
+        position = decision.batch_size * max(layer.kv_elements for layer in spec.layers) * width
+        kept["spilled KV"] = 2 * (workload.prompt_len + workload.gen_len) * position  # packed: one batch in, one out
     experts = sum(layer.num_experts for layer in spec.layers)
     kept["plan"] = STEP_BYTES * 4 * (experts // decision.unit + len(spec.layers) * (2 * decision.num_batches + 4))
     largest = max(transient, key=lambda op: transient[op])

@@ -1,9 +1,11 @@
-"""Small plans of every policy, lowered by the real passes from a hand-made model and machine: what other tests read, run and break."""
+"""Small plans of every policy, lowered by the real passes from a hand-made model and machine, and random programs that no policy
+writes: what other tests read, run and break."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from klotski_compiler.cost import Cost
@@ -11,20 +13,29 @@ from klotski_compiler.hardware import Hardware, Link, Processor, Tier
 from klotski_compiler.model import Layer, ModelSpec, Module
 from klotski_compiler.pipeline import lower, phase_record
 from klotski_compiler.plan import (
+    ALL,
     SCHEMA_VERSION,
+    Bind,
     Candidate,
+    Compute,
     Decision,
     Envelope,
     Forecast,
     LayerDecision,
+    Load,
+    Op,
     Plan,
     Step,
+    Store,
+    Tensor,
     Wait,
     Workload,
+    op_text,
     parse_step,
     step_text,
 )
 from klotski_compiler.policies import policy
+from klotski_compiler.program import Evict
 from klotski_compiler.routing import uniform
 
 WORKLOAD = Workload(prompt_len=16, gen_len=8, num_sequences=12)
@@ -82,7 +93,9 @@ def tiny_hardware(gpu: bool = False) -> Hardware:
             kv_bytes_per_s=speed,
             prefill_attention_flops_per_s=8 * speed,
             op_us=5.0,
+            hidden_bytes_per_s=1e12,
             attention_op_us=10.0,
+            router_op_us=10.0,
             expert_op_us=5.0,
         )
 
@@ -249,3 +262,181 @@ def with_step(plan: Plan, phase: str, number: int, step: Step | None) -> Plan:
         lines[number] = step_text(step, plan.names)
     phases = tuple(p.model_copy(update={"lines": tuple(lines)}) if p.name == phase else p for p in plan.phases)
     return edited(plan, phases=phases)
+
+
+# ------------------------------------------------------------------------------------------------------ random programs
+
+
+@dataclass
+class RandomProgram:
+    """A legal sequence of ops and evictions over a few tensors. fixed: (tier, tensor) -> permanent slot."""
+
+    tier: str
+    tensors: list[Tensor] = field(default_factory=list)
+    fixed: dict[tuple[str, int], int] = field(default_factory=dict)
+    entries: list[Op | Evict] = field(default_factory=list)
+    batches: int = 2
+
+    @property
+    def processor(self) -> str:
+        """The compute stream."""
+        return "gpu" if self.tier == "gpu" else "cpu"
+
+    def __repr__(self) -> str:
+        names = [t.name for t in self.tensors]
+        lines = (
+            f"evict {e.tier} {' '.join(names[t] for t in e.tensors)}" if isinstance(e, Evict) else op_text(e, names)
+            for e in self.entries
+        )
+        return "\n".join(lines)
+
+
+def random_program(tape: Iterable[int], gpu: bool = False, wraps: bool = True) -> RandomProgram:
+    """What ``tape`` says: each number is one choice among what is legal then. ``wraps``: with loads for the next pass.
+
+    Two layers of three streamed experts and two picks, attention, KV of two batches, two pages of a head; resident are the
+    routers and one expert. On a GPU some weights come from the disk through host memory.
+    """
+    return _Writer(tape, gpu, wraps).write()
+
+
+class _Writer:
+    """Keeps what is in the compute tier, so that every entry that it writes is legal."""
+
+    def __init__(self, tape: Iterable[int], gpu: bool, wraps: bool) -> None:
+        self.tape, self.left, self.gpu = iter(tape), True, gpu
+        self.out = RandomProgram("gpu" if gpu else "host")
+        self.resident: list[int] = []
+        home = "host" if gpu else "disk"
+        for layer in range(2):
+            self._add("router", layer, 0, 1, home, resident=True)
+            self._add("attention", layer, 0, 3, home)
+            for expert in range(4):
+                self._add("expert", layer, expert, 2, "disk" if expert == 3 else home, resident=expert == 0)
+            for pick in range(2):
+                self._add("pick", layer, pick, 2, home)
+            for batch in range(2):
+                self._add("kv", layer, batch, 1, home)
+        for page in range(2):
+            self._add("head", -1, page, 4, home)
+        streamed = [t.id for t in self.out.tensors if t.id not in self.resident]
+        weights = [t for t in streamed if self._kind(t) not in ("pick", "kv")]
+        self.carried = [t for t in weights if self._below(3) == 0] if wraps else []
+        self.here = set(self.carried)
+        self.fresh = set(streamed) - self.here  # not loaded in this pass yet
+        self.done: set[int] = set()  # loaded for the next pass
+        self.bound: set[int] = set()
+        self.staged: list[tuple[int, ...]] = []
+
+    def _add(self, kind: str, layer: int, index: int, pages: int, home: str, resident: bool = False) -> None:
+        out = self.out
+        tensor = Tensor(len(out.tensors), kind, layer, index, 4096 * pages, 0 if kind == "kv" else 1, home)
+        out.tensors.append(tensor)
+        if resident:
+            self.resident.append(tensor.id)
+            out.fixed[out.tier, tensor.id] = len(out.fixed)
+        if self.gpu and home == "host" and kind != "pick":
+            out.fixed["host", tensor.id] = len(out.fixed)
+
+    def _kind(self, tensor: int) -> str:
+        return self.out.tensors[tensor].kind
+
+    def _below(self, limit: int) -> int:
+        """The next choice."""
+        number = next(self.tape, None)
+        self.left = self.left and number is not None
+        return (number or 0) % limit
+
+    def _some(self, tensors: Iterable[int], most: int) -> tuple[int, ...]:
+        """One or more of them; none if there are none."""
+        rest, chosen = sorted(tensors), list[int]()
+        for _ in range(min(len(rest), 1 + self._below(most))):
+            chosen.append(rest.pop(self._below(len(rest))))
+        return tuple(chosen)
+
+    def write(self) -> RandomProgram:
+        """Random entries until the tape ends, then what makes the pass repeatable."""
+        verbs: tuple[Callable[[], None], ...] = (
+            self._load, self._compute, self._load, self._compute, self._evict, self._bind, self._store, self._wrap,
+            self._unstage,
+        )  # fmt: skip
+        while self.left:
+            verbs[self._below(len(verbs))]()
+        for tensor in sorted(self.here):
+            self._give_up((tensor,))
+        while self.staged:
+            self._unstage()
+        for tensor in self.carried:
+            if tensor not in self.done:
+                self._transfer((tensor,), wraps=True)
+        while self.staged:
+            self._unstage()
+        return self.out
+
+    def _transfer(self, tensors: tuple[int, ...], wraps: bool = False, sync: bool = False) -> None:
+        out, home = self.out, self.out.tensors[tensors[0]].home
+        hops = ["disk>host", "host>gpu"] if self.gpu else ["disk>host"]
+        hops = hops[1:] if home == "host" else hops
+        for link in hops:
+            out.entries.append(Load(out.processor if sync else link, link, tensors, wraps))
+        if len(hops) > 1:
+            self.staged.append(tensors)
+            while len(self.staged) > 2:
+                self._unstage()
+
+    def _unstage(self) -> None:
+        if self.staged:
+            self.out.entries.append(Evict("host", self.staged.pop(0)))
+
+    def _load(self) -> None:
+        free = [
+            t
+            for t in set(self.carried) | self.fresh
+            if t not in self.here | self.done and (self._kind(t) != "pick" or t in self.bound)
+        ]
+        if chosen := self._some(free, 2):
+            first = self.out.tensors[chosen[0]]
+            alike = tuple(
+                t for t in chosen if (self.out.tensors[t].home, self._kind(t)) == (first.home, first.kind)
+            )  # one op brings what is alike
+            if any(set(alike) & set(s) for s in self.staged):
+                return  # on its way already
+            self._transfer(alike, sync=self._below(4) == 0)
+            self.here.update(alike)
+            self.fresh -= {t for t in alike if self._kind(t) == "kv"}  # a cache comes once in a pass
+
+    def _compute(self) -> None:
+        tensors = self._some(self.here | set(self.resident), 3)
+        fn = ("attention", "router", "experts", "dense", "norm", "sample", "embed")[self._below(7)]
+        self.out.entries.append(Compute(self.out.processor, fn, self._below(2), self._below(3) - 1, tensors))
+
+    def _evict(self) -> None:
+        self._give_up(self._some(self.here, 2))
+
+    def _give_up(self, tensors: tuple[int, ...]) -> None:
+        if tensors:
+            self.out.entries.append(Evict(self.out.tier, tensors))
+            self.here -= set(tensors)
+
+    def _bind(self) -> None:
+        layer = self._below(2)
+        picks = [t.id for t in self.out.tensors if t.kind == "pick" and t.layer == layer]
+        first = sum(t in self.bound for t in picks)
+        if first < len(picks):
+            count = 1 + self._below(len(picks) - first)
+            rule, batch = ("rank", "arrival", "predicted")[self._below(3)], self._below(2)
+            batch = ALL if rule == "rank" else batch
+            self.out.entries.append(Bind(self.out.processor, layer, batch, rule, first, count))
+            self.bound.update(picks[first : first + count])
+
+    def _store(self) -> None:
+        link = "gpu>host" if self.gpu else "host>disk"
+        if caches := self._some((t for t in self.here if self._kind(t) == "kv"), 1):
+            self.out.entries.append(Store(link, link, caches))
+
+    def _wrap(self) -> None:
+        staged = {t for tensors in self.staged for t in tensors}
+        ready = [t for t in self.carried if t not in self.here | self.done | staged]
+        if chosen := self._some(ready, 1):
+            self._transfer(chosen, wraps=True)
+            self.done.update(chosen)

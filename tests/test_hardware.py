@@ -29,7 +29,9 @@ def contents() -> dict[str, Any]:
         "kv_bytes_per_s": 1e10,
         "prefill_attention_flops_per_s": 1e11,
         "op_us": 10,
+        "hidden_bytes_per_s": 1e9,
         "attention_op_us": 0,
+        "router_op_us": 0,
         "expert_op_us": 50.5,
     }
     return {

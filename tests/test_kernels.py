@@ -74,8 +74,7 @@ class Sequential:
         group = self.group
         group.begin(self.wide, self.x)
         batches = range(len(group.batches))
-        for i in batches:
-            group.embed(i)
+        group.embed()
         for layer in range(self.skeleton.layers):
             with self.bound(ModuleKey("attention", layer)):
                 for i in batches:
@@ -180,8 +179,7 @@ def routed(tmp_path: Path) -> Sequential:
         make_checkpoint("mixtral", tmp_path), ragged(128, (12, 5), (9,)), 1, Chunks(2, 2, 10, 4), whole_group=True
     )
     run.group.begin(run.wide, run.x)
-    for i in range(2):
-        run.group.embed(i)
+    run.group.embed()
     with run.bound(ModuleKey("attention", 0), ModuleKey("router", 0)):
         for i in range(2):
             run.group.attention(0, i, run.kv[0, i])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import re
@@ -16,9 +15,11 @@ from typing import Any
 
 from klotski_compiler import report
 from klotski_compiler.cost import DTYPE_BYTES, Cost
-from klotski_compiler.errors import ConfigError, KlotskiError
+from klotski_compiler.errors import ConfigError
 from klotski_compiler.hardware import Hardware, read_hardware
 from klotski_compiler.model import ModelSpec, read_model
+from klotski_compiler.outcome import outcome
+from klotski_compiler.output import write_whole
 from klotski_compiler.pipeline import PASSES, lower
 from klotski_compiler.plan import Plan, Workload
 from klotski_compiler.policies import POLICIES
@@ -40,29 +41,14 @@ Exit codes: 0 done, 2 bad usage or input, 3 nothing fits (which budgets, by how 
 PROMPT_LEN, GEN_LEN, NUM_SEQUENCES = 512, 32, 64
 CHARACTERS_PER_TOKEN = 4  # of English text, roughly; used where there is no tokenizer to ask
 
+Prompt = str | list[int]
 Report = Callable[[str, float], None]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code; errors are lines on standard error."""
     arguments = _parser().parse_args(argv)
-    try:
-        sys.stdout.write(_run(arguments))
-    except KlotskiError as error:
-        print(f"klotski-compile: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("klotski-compile: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    except Exception as fault:  # a fault of ours: say so in a line, whatever it is
-        where = fault.__traceback__
-        while where and where.tb_next:
-            where = where.tb_next
-        place = f"{Path(where.tb_frame.f_code.co_filename).name}:{where.tb_lineno}" if where else "?"
-        what = f"{type(fault).__name__} at {place}: {fault}"
-        print(f"klotski-compile: internal fault, please report it: {what}", file=sys.stderr)
-        return KlotskiError.exit_code
-    return 0
+    return outcome("klotski-compile", lambda: _run(arguments), "interrupted; nothing was written")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -197,7 +183,7 @@ def _run(arguments: argparse.Namespace) -> str:
     plan = _compiled(arguments, spec, hardware, routing, asked)
     if output is not None:
         try:
-            plan.save(output)
+            write_whole(output, plan.dumps())
         except OSError as error:
             raise ConfigError(
                 "--output", "", f"{output} cannot be written ({error.strerror}); name another file"
@@ -226,7 +212,7 @@ def _compiled(
         num_batches=arguments.num_batches,
         max_latency_s=arguments.max_latency,
         time_limit_s=arguments.time_limit,
-        model_digest=hashlib.sha256(repr(spec).encode()).hexdigest(),
+        model_digest=spec.digest,
     )
     with _progress() as progress:
         plan = compile_plan(request, progress)
@@ -292,48 +278,60 @@ def workload(arguments: argparse.Namespace, spec: ModelSpec) -> Asked:
     return Asked(Workload(prompt_len=prompt_len, gen_len=arguments.gen_len, num_sequences=count), notes)
 
 
-def read_prompts(path: Path) -> list[str]:
+def read_prompts(path: Path) -> list[Prompt]:
     """One prompt per line of text, or the "prompt" of every JSON line. Raises ConfigError."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            path, "", f"cannot be read ({error}); give UTF-8 text, one prompt per line, or JSON lines"
-        ) from None
+        raw = path.read_bytes()
+    except OSError as error:
+        why = f"cannot be read ({error.strerror}); give UTF-8 text, one prompt per line, or JSON lines"
+        raise ConfigError(path, "", why) from None
+    lines = {n: line for n, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").splitlines(), 1) if line.strip()}
     if not lines:
         raise ConfigError(path, "", "holds no prompt; give one per line")
-    if not lines[0].lstrip().startswith("{"):
-        return lines
-    return [_prompt(path, number, line) for number, line in enumerate(lines, 1)]
+    objects = path.suffix in (".jsonl", ".json") or next(iter(lines.values())).lstrip().startswith(b"{")
+    return [_prompt(path, number, line, objects) for number, line in lines.items()]
 
 
-def _prompt(path: Path, number: int, line: str) -> str:
+def _prompt(path: Path, number: int, line: bytes, objects: bool) -> Prompt:
+    where = f"line {number}"
     try:
-        row: Any = json.loads(line)
+        text = line.decode()
+        row: Any = json.loads(text) if objects else {"prompt": text}
+    except UnicodeDecodeError as error:
+        why = f"is not UTF-8 text (byte {error.start + 1}); write the file in UTF-8"
+        raise ConfigError(path, where, why) from None
     except ValueError as error:
-        raise ConfigError(
-            path, f"line {number}", f"is not JSON: {error}; every line must be an object, as the first is"
-        ) from None
-    body = row.get("body", row) if isinstance(row, dict) else {}
-    if isinstance(body, dict) and isinstance(body.get("prompt"), str):
-        return str(body["prompt"])
+        why = f"is not JSON: {error}; every line must be an object, as the first is"
+        raise ConfigError(path, where, why) from None
+    body = row.get("body", row) if isinstance(row, dict) else None
+    prompt = body.get("prompt") if isinstance(body, dict) else None
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, list) and all(type(token) is int for token in prompt):
+        return prompt
     if isinstance(body, dict) and isinstance(body.get("messages"), list):
         return "\n".join(str(message.get("content", "")) for message in body["messages"] if isinstance(message, dict))
-    raise ConfigError(path, f"line {number}", 'has no "prompt"; write {"prompt": "..."} or an OpenAI batch line')
+    raise ConfigError(path, where, 'has no "prompt"; write {"prompt": "..."} or an OpenAI batch line')
 
 
-def _longest(prompts: Sequence[str], model: Path) -> tuple[int, str]:
+def _longest(prompts: Sequence[Prompt], model: Path) -> tuple[int, str]:
     """Tokens of the longest prompt, and how they were counted."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    longest = max([1, *(len(prompt) for prompt in prompts if not isinstance(prompt, str))])
+    if not texts:
+        return longest, "given as token ids"
     file = (model if model.is_dir() else model.parent) / "tokenizer.json"
     if model.exists() and file.is_file():
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(file))
-        return max(1, *(len(tokenizer.encode(prompt).ids) for prompt in prompts)), "counted by the model's tokenizer"
-    longest = max(len(prompt) for prompt in prompts)
-    return -(
-        -longest // CHARACTERS_PER_TOKEN
-    ), f"estimated as 1 per {CHARACTERS_PER_TOKEN} characters: no tokenizer.json beside the model"
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises a bare Exception for a damaged file
+            raise ConfigError(file, "", f"cannot be loaded ({error}); download it again") from None
+        return max(longest, *(len(tokenizer.encode(text).ids) for text in texts)), "counted by the model's tokenizer"
+    estimate = -(-max(map(len, texts)) // CHARACTERS_PER_TOKEN)
+    how = f"estimated as 1 per {CHARACTERS_PER_TOKEN} characters: no tokenizer.json beside the model"
+    return max(longest, estimate), how
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from klotski_compiler import report
-from klotski_compiler.errors import ConfigError, KlotskiError
+from klotski_compiler.errors import ConfigError
+from klotski_compiler.outcome import outcome
+from klotski_compiler.output import write_whole
 from klotski_compiler.plan import Plan, load
 from klotski_compiler.trace import chrome_trace, predicted
 
@@ -32,20 +32,7 @@ PHASES = ("decode", "prefill", "load")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; errors are lines on standard error."""
     arguments = _parser().parse_args(argv)
-    try:
-        sys.stdout.write(_run(arguments))
-        sys.stdout.flush()
-    except KlotskiError as error:
-        print(f"klotski-inspect: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:
-        # The reader (head, less) has seen enough. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print("klotski-inspect: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return outcome("klotski-inspect", lambda: _run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,7 +89,7 @@ def _phase(plan: Plan, asked: str | None) -> str:
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text)
+        write_whole(path, text)
     except OSError as error:
         raise ConfigError("--trace", "", f"{path} cannot be written ({error.strerror}); name another file") from None
 

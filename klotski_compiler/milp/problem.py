@@ -218,8 +218,7 @@ def _work(
     if layer.expert:
         router = shape.batches * cost.router_us(layer, batch_tokens) + processor.op_us  # and one bind
     else:
-        dense = cost.module_us(layer.dense, batch_tokens) if layer.dense else 0.0
-        router = shape.batches * (processor.op_us + dense)
+        router = shape.batches * cost.dense_us(layer, batch_tokens)
     work = []
     for members in classes:
         compute = sum(cost.expert_us(number, e, tokens) for e in members) / len(members) + processor.op_us / unit
@@ -239,8 +238,8 @@ def _work(
 
 
 def _end(cost: Cost, shape: Shape, pages: int) -> EndWork:
-    op_us, tokens = cost.processor.op_us, shape.scope_tokens(0)
+    op_us, tokens = cost.processor.op_us, shape.scope_tokens(ALL)
     head = cost.module_us(cost.spec.head, shape.sequences)
-    embed = shape.batches * cost.embed_us(tokens, True)
-    gather = shape.batches * cost.embed_us(tokens, False) - embed
-    return EndWork((shape.batches + 2 + pages) * op_us + embed + head, gather, op_us + head / pages)
+    embed = cost.embed_us(tokens, True)
+    gather = cost.embed_us(tokens, False) - embed
+    return EndWork((3 + pages) * op_us + embed + head, gather, op_us + head / pages)

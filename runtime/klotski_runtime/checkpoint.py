@@ -163,7 +163,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 class Checkpoint:
     """An opened checkpoint: ``config`` is the raw config.json, ``modules`` has each part's segments in file order.
 
-    A tied head (or one that the files lack) has the embedding's segment under the head's own name.
+    A tied head has the embedding's segment under the head's own name.
     """
 
     folder: Path
@@ -191,7 +191,7 @@ def _json(path: Path, absent: str) -> Any:
         raise ConfigError(path, "", absent) from None
     except OSError as error:
         raise ConfigError(path, "", f"cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(path, "", f"is not JSON ({error}); {AGAIN}") from None
 
 
@@ -225,17 +225,20 @@ def _tensors(folder: Path) -> dict[str, Segment]:
 
 def read_header(path: Path) -> dict[str, Segment]:
     """The tensors of one safetensors file, by name. Raises ConfigError unless every byte range is plausible."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise ConfigError(path, "header", f"of {length:,} bytes does not fit the file of {size:,} bytes; {AGAIN}")
-        raw = file.read(length)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            raw = file.read(length) if size >= 8 and length <= min(size - 8, MAX_HEADER) else None
+    except OSError as error:
+        raise ConfigError(path, "", f"cannot be read: {error.strerror}") from None
+    if raw is None:
+        raise ConfigError(path, "header", f"of {length:,} bytes does not fit the file of {size:,} bytes; {AGAIN}")
     try:
         header = json.loads(raw)
         if not isinstance(header, dict):
             raise ValueError("not an object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(path, "header", f"is corrupt ({error}); {AGAIN}") from None
     start = 8 + length
     found = {name: _segment(path, name, entry, start) for name, entry in header.items() if name != "__metadata__"}
@@ -256,7 +259,7 @@ def _segment(path: Path, name: str, entry: Any, start: int) -> Segment:
         begin, end = (int(offset) for offset in entry["data_offsets"])
         shape = tuple(int(length) for length in entry["shape"])
         stored = str(entry["dtype"])
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         raise ConfigError(path, name, f"has a corrupt header entry; {AGAIN}") from None
     if stored not in DTYPES:
         raise ConfigError(
@@ -354,8 +357,8 @@ def _modules(folder: Path, tensors: dict[str, Segment], model: Any) -> dict[Modu
             )
         for owner, segment in segments:
             found[owner].append(segment)
-    if HEAD not in found and EMBEDDING in found:
-        found[HEAD] = [replace(found[EMBEDDING][0], name="lm_head.weight")]
+    if tied and EMBEDDING in found:
+        found[HEAD].append(replace(found[EMBEDDING][0], name="lm_head.weight"))  # there may be a bias already
         whole.add("lm_head.weight")
     _check_complete(folder, names.live, whole, found, model)
     return {key: tuple(sorted(segments, key=lambda s: (s.file, s.offset))) for key, segments in sorted(found.items())}

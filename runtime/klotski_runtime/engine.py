@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from klotski_compiler.cost import ROW_READERS
 from klotski_compiler.errors import ConfigError, ExecError, KlotskiError, PlanError, window
 from klotski_compiler.execute import execute
+from klotski_compiler.model import spec_from_config
 from klotski_compiler.plan import ALL, Bind, Compute, Load, Phase, Plan, Slot, Step, Store, Tensor
 from klotski_compiler.tensors import page_rows
 from klotski_compiler.verify import verify
 from klotski_runtime import binding
 from klotski_runtime.arena import Arena
 from klotski_runtime.checkpoint import EMBEDDING, HEAD, Checkpoint, Layout, ModuleKey, Segment, layout
-from klotski_runtime.kernels import Chunks, Group
+from klotski_runtime.kernels import Chunks, Group, kernel_threads
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.reader import DiskReader, RowGather
 from klotski_runtime.skeleton import Skeleton
@@ -74,9 +76,10 @@ class Engine:
         config: PreTrainedConfig,
         scratch: Path,
         readers: int = 2,
+        threads: int = 0,
         keep_log: bool = False,
     ) -> None:
-        """config: from ``skeleton.import_model``. keep_log: of every op, for a trace.
+        """config: from ``skeleton.import_model``. threads: of a kernel (0: one per core). keep_log: of every op, for a trace.
 
         Raises ConfigError or PlanError where plan, model and machine do not fit.
         """
@@ -84,6 +87,8 @@ class Engine:
         if plan.compute_tier != "host":
             raise ConfigError("plan", "compute_tier", f"{plan.compute_tier}: this runtime computes in host memory only")
         self.plan, self._config, self._keep_log = plan, config, keep_log
+        self.threads = threads or len(os.sched_getaffinity(0))
+        kernel_threads(1)
         self.skeleton = Skeleton(config, DTYPES[plan.dtype])
         self.checkpoint = Checkpoint.open(folder, self.skeleton.model)
         self._check_model()
@@ -96,7 +101,7 @@ class Engine:
         self._kv_shapes = [self.skeleton.kv_shape(layer) for layer in range(self.skeleton.layers)]
         self._capacity = plan.envelope.prompt_len + plan.envelope.gen_len
         self._spill = self._open_spill(scratch)
-        self._row_reader = DiskReader(1)  # its own: gathers must not queue behind a large load
+        self._row_reader = DiskReader(ROW_READERS)  # its own: gathers must not queue behind a large load
         self._rows = self._gather()
         self.measured = Measured()
         self.observe: Callable[[int, Group], None] | None = None
@@ -157,7 +162,9 @@ class Engine:
             return
         runner = PhaseRunner(self, phase, steps, active)
         compute = next((s.op.stream for s in steps if isinstance(s.op, Compute)), "disk>host")
-        with ThreadBackend(compute, runner.perform) as backend:
+        with ThreadBackend(
+            compute, runner.perform, lambda name: kernel_threads(self.threads if name == compute else 1)
+        ) as backend:
             runner.backend = backend
             execute(steps, phase.passes, backend)
             backend.stream(
@@ -284,24 +291,48 @@ class Engine:
         return SpillFile(scratch, regions, self._capacity, row)
 
     def _check_model(self) -> None:
-        """The plan's modules must be the checkpoint's."""
-        planned = {module_key(t, t.index) for t in self.plan.tensors if t.kind not in ("kv", "state", "pick", "head")}
-        found = {
-            key for key in self.checkpoint.modules if key.kind != "head" and (key != EMBEDDING or EMBEDDING in planned)
-        }
-        if planned != found or len(self.plan.decision.layers) != self.skeleton.layers:
-            odd = sorted(planned ^ found)[:3]
-            raise PlanError(
-                "model", f"the plan is for {self.plan.model}, another model than this checkpoint ({odd} differ)"
-            )
+        """The plan must be for this checkpoint: for its architecture by config.json, for its modules and bytes by its files."""
+        plan, folder = self.plan, self.checkpoint.folder
+        other = f"the plan is for {plan.model}, another model than this checkpoint"
+        mend = f"name that model with --model, or compile a plan for this one with klotski-compile {folder}"
+        try:
+            spec = spec_from_config(self.checkpoint.config, plan.model, folder / "config.json")
+        except ConfigError as fault:
+            if fault.field != "model_type":
+                raise
+            raise PlanError("model", f"{other} ({fault.field} {fault.why.partition(';')[0]}); {mend}") from None
+        same = plan.model_digest == spec.digest
+        if why := self._difference():
+            if same:
+                other = f"the plan is for {plan.model} in another precision than this checkpoint's {spec.store_dtype}"
+                mend = f"compile it again with klotski-compile {folder}"
+            raise PlanError("model", f"{other} ({why}); {mend}")
+        if plan.model_digest and not same:
+            why = "config.json differs in what no weight shows: heads, experts per token, sliding window or tied head"
+            raise PlanError("model", f"{other} ({why}); {mend}")
+        if (positions := plan.envelope.prompt_len + plan.envelope.gen_len) > spec.max_positions:
+            why = f"the plan takes {positions:,} positions, the model in {folder} has {spec.max_positions:,}"
+            raise PlanError("model", f"{why}; compile it again")
+
+    def _difference(self) -> str:
+        """The first module that only one of plan and checkpoint has, or that differs in bytes; empty where there is none."""
+        planned: dict[ModuleKey, int] = {}
         for tensor in self.plan.tensors:
-            segments = self.checkpoint.modules.get(module_key(tensor, tensor.index), ())
-            whole = tensor.kind != "head"  # which is cut into pages
-            if whole and segments and sum(segment.nbytes for segment in segments) != tensor.nbytes:
-                why = f"{tensor.name} has {tensor.nbytes:,} bytes there"
-                raise PlanError(
-                    "model", f"the plan is for {self.plan.model}, another model than this checkpoint ({why})"
-                )
+            if tensor.kind not in ("kv", "state", "pick"):
+                key = HEAD if tensor.kind == "head" else module_key(tensor, tensor.index)  # pages of the head add up
+                planned[key] = planned.get(key, 0) + tensor.nbytes
+        modules = self.checkpoint.modules
+        found = {key: sum(segment.nbytes for segment in segments) for key, segments in modules.items()}
+        if EMBEDDING not in planned:
+            del found[EMBEDDING]  # its rows are gathered
+        for key in sorted(planned.keys() | found.keys()):
+            part = f"expert {key.index}" if key.kind == "expert" else key.kind
+            name = part if key.layer < 0 else f"{part} of layer {key.layer}"
+            if key not in found or key not in planned:
+                return f"only {'the checkpoint' if key in found else 'the plan'} has {name}"
+            if planned[key] != found[key]:
+                return f"{name} has {found[key]:,} bytes there, {planned[key]:,} in the plan"
+        return ""
 
 
 class ActiveGroup:
@@ -396,14 +427,14 @@ class PhaseRunner:
     def _compute(self, op: Compute, step: Step, at: int) -> None:
         if op.batch != ALL and self._batch(op.batch, at) is None:
             return
-        if op.fn == "embed" and op.batch == 0:
+        if op.fn == "embed":
             self._begin(at)
         group = self.part
         if group is None or not group.batches:
             return
         match op.fn:
             case "embed":
-                group.embed(op.batch)
+                group.embed()
             case "attention":
                 self._attention(op, step, at, group)
             case "router":

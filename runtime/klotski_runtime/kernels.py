@@ -200,7 +200,7 @@ def _activation(function: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 class Group:
     """n batches that share each weight load, and the ops over them. Its methods belong to one thread.
 
-    A pass: ``begin``, ``embed`` for each batch; per layer ``attention``, then ``dense`` or ``router``, ``experts``;
+    A pass: ``begin``, ``embed``; per layer ``attention``, then ``dense`` or ``router``, ``experts``;
     ``final``, ``head`` for every page of the vocabulary, ``sample``. The first pass is the prefill.
     Rows of padding are computed by attention and router, but not routed to experts nor counted.
     """
@@ -245,17 +245,15 @@ class Group:
         self._assignments.clear()
 
     @torch.inference_mode()
-    def embed(self, batch: int) -> None:
-        """wide <- the embeddings of the batch's tokens, gathered from disk where the embedding is not bound."""
-        own = self.batches[batch]
-        ids, resident = own.ids.flatten(), self._skeleton.is_bound(EMBEDDING)
+    def embed(self) -> None:
+        """wide <- the embeddings of all batches' tokens, gathered from disk where the embedding is not bound."""
+        ids, resident = torch.cat([batch.ids.flatten() for batch in self.batches]), self._skeleton.is_bound(EMBEDDING)
         limit = self._chunks.token_rows if resident else min(self._chunks.token_rows, self._gather.max_rows)
-        for rows in _split(own.rows, limit):
-            wanted = ids[rows.start - own.first : rows.stop - own.first]
+        for rows in _split(slice(0, len(ids)), limit):
             if resident:
-                embedded = self._skeleton.embed(wanted)
+                embedded = self._skeleton.embed(ids[rows])
             else:
-                distinct, inverse = torch.unique(wanted, return_inverse=True)
+                distinct, inverse = torch.unique(ids[rows], return_inverse=True)
                 embedded = self._skeleton.embed(inverse, self._gather.gather(distinct.tolist()))
             self._wide[rows] = embedded
 
@@ -404,6 +402,16 @@ class Group:
                 self._skeleton.num_experts(layer),
             )
         return self._assignments[batch]
+
+
+def kernel_threads(count: int) -> None:
+    """Let the calling thread's kernels use ``count`` threads.
+
+    OpenMP keeps a team for every thread that asks for one. With more team members than cores it puts them to sleep after each
+    operation, and to wake them takes ten times as long as a small kernel; therefore one stream has a team and no other.
+    """
+    torch.get_num_threads()  # a thread's first question sets it to what another thread asked for last
+    torch.set_num_threads(count)
 
 
 def _split(rows: slice, limit: int) -> Iterator[slice]:

@@ -79,8 +79,8 @@ FULL = Sizes(
     inter=768,
     tokens=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048),
     cold_bytes=320 * MIB,
-    sample_s=0.5,
-    rounds=2,
+    sample_s=0.3,
+    rounds=3,
     scratch_bytes=1024 * MIB,
     disk_passes=5,
     decode=((1, 256), (1, 1024), (4, 512), (8, 512), (8, 2048), (16, 1024), (32, 512), (32, 1024)),
@@ -372,16 +372,16 @@ def _one_page(file: _File, offset: int, data: bytes | None = None) -> float:
 
 def _processor(device: torch.device, sizes: Sizes, step: Callable[[str], None]) -> Found:
     rounds = [_processor_round(device, sizes, step) for _ in range(sizes.rounds)]
-    return {field: _best(field, [found[field] for found in rounds]) for field in rounds[0]}
+    return {field: _typical(field, [found[field] for found in rounds]) for field in rounds[0]}
 
 
-def _best(field: str, found: list[tuple[Any, str]]) -> tuple[Any, str]:
-    """The least time, the highest rate or, of matmul tables, the highest rate at each point."""
-    if field.endswith("_us"):
-        return min(found)
-    if not field.startswith("matmul."):
-        return max(found)
-    return tuple(max(points) for points in zip(*(table for table, _ in found), strict=True)), found[0][1]
+def _typical(field: str, found: list[tuple[Any, str]]) -> tuple[Any, str]:
+    """What is typical: the median, of matmul tables at each point."""
+    if field.startswith("matmul."):
+        return tuple(
+            statistics.median_low(points) for points in zip(*(table for table, _ in found), strict=True)
+        ), found[0][1]
+    return statistics.median_low(found)
 
 
 def _processor_round(device: torch.device, sizes: Sizes, step: Callable[[str], None]) -> Found:
@@ -501,6 +501,11 @@ def _fixed_costs(device: torch.device, sizes: Sizes) -> Found:
     small = _seconds(lambda: F.linear(rows, weight), device, sizes)
     return {
         "op_us": (_rounded(1e6 * small), f"F.linear of 8 rows, {hidden} x {hidden}"),
+        "hidden_bytes_per_s": _hidden_rate(device, sizes),
+        "router_op_us": (
+            _rounded(1e6 * _seconds(_moe_block(1, hidden, kind), device, sizes)),
+            "mixture-of-experts block of transformers' Qwen3-MoE without its experts (norm, router, copies), 1 token",
+        ),
         "attention_op_us": (
             _rounded(1e6 * max(whole - matmuls, small)),
             "attention block of transformers' Qwen3-MoE (norms, rotary, cache, SDPA, residual), 1 token, less matmuls",
@@ -510,6 +515,38 @@ def _fixed_costs(device: torch.device, sizes: Sizes) -> Found:
             f"gather of 8 rows, three F.linear of {hidden} x {hidden}, activation, weighting, index_add",
         ),
     }
+
+
+def _hidden_rate(device: torch.device, sizes: Sizes) -> tuple[float, str]:
+    """Bytes of hidden states per second through the elementwise work of a block: the slope over tokens, without the gate."""
+    kind: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+    few, many = sizes.tokens[0], sizes.prompt
+    gate = torch.randn(16, sizes.hidden, **kind)
+    rows = torch.randn(many, sizes.hidden, **kind)
+    seconds = _seconds(_moe_block(many, sizes.hidden, kind), device, sizes)
+    seconds -= _seconds(_moe_block(few, sizes.hidden, kind), device, sizes) + _seconds(
+        lambda: F.linear(rows, gate), device, sizes
+    )
+    nbytes = (many - few) * sizes.hidden * torch.bfloat16.itemsize
+    how = f"mixture-of-experts block of transformers' Qwen3-MoE without its experts, {few} to {many} tokens, less the gate"
+    return _rounded(nbytes / max(seconds, 1e-7)), how
+
+
+def _moe_block(tokens: int, hidden: int, kind: dict[str, Any]) -> Callable[[], Tensor]:
+    """What the runtime's router op does: norm, router, and the hidden states' way between two types."""
+    config = Qwen3MoeConfig(hidden_size=hidden, num_experts=16, num_experts_per_tok=2, moe_intermediate_size=8)
+    layer = Qwen3MoeDecoderLayer(config, 0).to(**kind)
+    layer.mlp.experts.forward = lambda states, *_: torch.zeros_like(states)
+    state = torch.randn(tokens, hidden, **kind)
+    wide = torch.empty(tokens, hidden, device=kind["device"], dtype=torch.float32)
+
+    def block() -> Tensor:
+        normed = layer.post_attention_layernorm(state)
+        out = layer.mlp(normed[None])
+        wide.copy_(state).add_((out[0] if isinstance(out, tuple) else out)[0])
+        return state.copy_(normed)
+
+    return block
 
 
 def _attention_block(hidden: int, kind: dict[str, Any]) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:

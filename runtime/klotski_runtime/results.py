@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from klotski_compiler.errors import ConfigError, ExecError
+from klotski_compiler.output import is_device, write_stdout
 from klotski_runtime.prompts import Request, Tokenizer
 
 
@@ -23,13 +23,15 @@ class Results:
         """expected: how many rows there will be. Raises ConfigError where the output cannot be a file."""
         self._output, self._expected = output, expected
         self._lines: dict[int, bytes] = {}
-        self._partial = None if output is None or _is_device(output) else output.with_name(output.name + ".partial")
+        self._finished = 0  # of these, without the refused ones
+        self._partial = None if output is None or is_device(output) else output.with_name(output.name + ".partial")
         if self._partial is not None:
             self._file = self._open(self._partial)
 
     def add(self, rows: Iterable[tuple[int, dict[str, Any]]]) -> None:
         """Save finished rows, each with its place in the input. Raises ExecError where that fails; earlier rows stay saved."""
-        fresh = {place: json.dumps(row, ensure_ascii=False).encode() + b"\n" for place, row in rows}
+        added = dict(rows)
+        fresh = {place: json.dumps(row, ensure_ascii=False).encode() + b"\n" for place, row in added.items()}
         if self._partial is not None:
             begin = os.fstat(self._file).st_size
             try:
@@ -39,6 +41,7 @@ class Results:
                 os.ftruncate(self._file, begin)  # no half row
                 raise ExecError(f"{self._partial} cannot be written: {error.strerror}") from error
         self._lines |= fresh
+        self._finished += sum(row["error"] is None for row in added.values())
 
     def finish(self) -> None:
         """Write all rows in input order. Raises ExecError where that fails."""
@@ -58,24 +61,26 @@ class Results:
             whole.replace(self._output)
         except OSError as error:
             whole.unlink(missing_ok=True)
-            raise ExecError(f"{self._output} cannot be written: {error.strerror}") from error
+            why = f"{self._output} cannot be written: {error.strerror}; all rows are saved in {self._partial}"
+            raise ExecError(why) from error
         self._partial.unlink()
         os.close(self._file)
 
     def keep(self) -> str:
         """Leave what is finished where it can be found after a failure; returns a line that says where."""
-        count = f"{len(self._lines)} of {self._expected} rows"
-        if self._partial is None:
-            where = self._output or "standard output"
-            try:
-                self.finish()
-            except ExecError:
-                return f"{where} took no rows"
-            return f"{count} are finished and in {where}"
-        if not self._lines:
-            self._partial.unlink()
-            return f"0 of {self._expected} rows are finished"
-        return f"{count} are finished and saved in {self._partial}"
+        count = f"{self._finished:,} of {self._expected} rows are finished"
+        if not self._finished:  # refusals alone are not worth keeping: the next run finds them again
+            if self._partial is not None:
+                self._partial.unlink()
+            return count
+        if self._partial is not None:
+            return f"{count} and saved in {self._partial}"
+        where = self._output or "standard output"
+        try:
+            self.finish()
+        except ExecError:
+            return f"{where} took no rows"
+        return f"{count} and in {where}"
 
     def _open(self, partial: Path) -> int:
         try:
@@ -126,22 +131,6 @@ def refused(request: Request) -> dict[str, Any]:
     """The result of a request that could not be run."""
     error = {"code": "invalid_request", "message": request.refused}
     return {"id": f"batch-{request.line}", "custom_id": request.custom_id, "response": None, "error": error}
-
-
-def write_stdout(text: str) -> None:
-    """Print and flush. Raises ExecError where standard output takes no more (a full disk, a closed pipe)."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except OSError as error:
-        # What is still buffered would fail again when Python exits, with a message of its own.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise ExecError(f"standard output cannot be written: {error.strerror}") from error
-
-
-def _is_device(path: Path) -> bool:
-    """Whether a path is there and not a plain file, as /dev/stdout is: such a thing cannot be replaced by a file."""
-    return path.exists() and not path.is_file()
 
 
 def _write(file: int, data: bytes) -> None:

@@ -29,12 +29,13 @@ class SpillFile:
             raise ExecError(
                 f"{scratch}: no room for {need:,} bytes of spilled KV ({error.strerror}); choose --scratch"
             ) from error
-        self._buffer = torch.empty(self._region_bytes, dtype=torch.uint8)
+        # One for each direction: a load and a store may run at the same time.
+        self._stored, self._loaded = (torch.empty(self._region_bytes, dtype=torch.uint8) for _ in range(2))
         self.bytes_read = self.bytes_written = 0
 
     def store(self, region: int, block: KvBlock, first: int, last: int) -> None:
         """Write positions ``first:last`` of a block."""
-        packed = self._packed(block, last - first)
+        packed = _packed(self._stored, block, last - first)
         block.pack(first, last, packed)
         row = packed.nbytes // (last - first)
         data = _bytes(packed)
@@ -47,7 +48,7 @@ class SpillFile:
 
     def load(self, region: int, block: KvBlock, last: int) -> None:
         """Read the first ``last`` positions of a block."""
-        packed = self._packed(block, last)
+        packed = _packed(self._loaded, block, last)
         data = _bytes(packed)
         done, offset = 0, region * self._region_bytes
         while done < len(data):
@@ -60,9 +61,11 @@ class SpillFile:
         """Give the disk space back."""
         self._file.close()
 
-    def _packed(self, block: KvBlock, positions: int) -> torch.Tensor:
-        row = sum(part[:, :, 0].numel() for part in (block.keys, block.values))
-        return self._buffer[: positions * row * block.keys.dtype.itemsize].view(block.keys.dtype)
+
+def _packed(buffer: torch.Tensor, block: KvBlock, positions: int) -> torch.Tensor:
+    """As much of a buffer as so many positions of a block take."""
+    row = sum(part[:, :, 0].numel() for part in (block.keys, block.values))
+    return buffer[: positions * row * block.keys.dtype.itemsize].view(block.keys.dtype)
 
 
 def _bytes(packed: torch.Tensor) -> memoryview:

@@ -67,17 +67,21 @@ class ThreadStream:
         self.log.append(Ran(at, number, self.name, start, time.perf_counter()))
 
     def _work(self) -> None:
+        self._backend.prepare(self.name)
         while (item := self._queue.get()) is not None:
             item()
 
 
 class ThreadBackend:
-    """Runs one phase on threads, one per stream. ``perform`` does an op's work. Use as a context manager."""
+    """Runs one phase on threads, one per stream. Use as a context manager.
+
+    compute: the stream by which passes are counted. perform: does an op's work. prepare: called in each thread as it starts.
+    """
 
     PASSES_AHEAD = 2  # issued but unfinished passes: the next one must be there for its loads to start early
 
-    def __init__(self, compute: str, perform: Perform) -> None:
-        self._compute, self.perform = compute, perform
+    def __init__(self, compute: str, perform: Perform, prepare: Callable[[str], None] = lambda name: None) -> None:
+        self._compute, self.perform, self.prepare = compute, perform, prepare
         self._streams: dict[str, ThreadStream] = {}
         self._ends: deque[threading.Event] = deque()
         self.stopped = False

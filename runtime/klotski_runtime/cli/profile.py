@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
-from klotski_compiler.errors import ConfigError, ExecError, KlotskiError
+from klotski_compiler.errors import ConfigError
 from klotski_compiler.hardware import Hardware, numbers, to_json
-from klotski_runtime.memory import restrain_libraries
+from klotski_compiler.outcome import outcome
+from klotski_compiler.output import write_whole
+from klotski_runtime.memory import tune_libraries
 
 EPILOG = """\
 examples:
@@ -43,24 +45,8 @@ DISTURBED = 0.1
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; errors are lines on standard error."""
     arguments = _parser().parse_args(argv)
-    try:
-        if arguments.command == "routing":
-            _routing(arguments)
-        else:
-            _hardware(arguments)
-    except KlotskiError as error:
-        print(f"klotski-profile: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("klotski-profile: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    except (OSError, RuntimeError, MemoryError) as error:
-        # What torch or the system refuses in mid-measurement; the user needs its words, not its stack.
-        first_line, *_ = str(error).splitlines() or [type(error).__name__]
-        failure = ExecError(f"the measurement stopped: {first_line}")
-        print(f"klotski-profile: {failure}", file=sys.stderr)
-        return failure.exit_code
-    return 0
+    work = _routing if arguments.command == "routing" else _hardware
+    return outcome("klotski-profile", lambda: work(arguments), "interrupted; nothing was written")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,11 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _hardware(arguments: argparse.Namespace) -> None:
+def _hardware(arguments: argparse.Namespace) -> str:
     output: Path | None = arguments.output
     if output is not None:
         _check_output(output)
-    restrain_libraries()
+    tune_libraries()
     # torch takes seconds to import, and --help and usage errors need none of it
     from klotski_runtime.profile import measure, processor_seconds
 
@@ -115,20 +101,18 @@ def _hardware(arguments: argparse.Namespace) -> None:
     if output is not None:
         _write(output, to_json(hardware))
     if arguments.json:
-        sys.stdout.write(to_json(hardware))
-    else:
-        sys.stdout.write(_table(hardware))
-        kept = f"written to {output}" if output is not None else "not kept: give -o hw.json to write it to a file"
-        print(f"\n{kept}")
+        return to_json(hardware)
+    kept = f"written to {output}" if output is not None else "not kept: give -o hw.json to write it to a file"
+    return f"{_table(hardware)}\n{kept}\n"
 
 
-def _routing(arguments: argparse.Namespace) -> None:
+def _routing(arguments: argparse.Namespace) -> str:
     _check_output(arguments.output)
     measure: Callable[[str, Path, Report], str] = import_module("klotski_runtime.routing").measure
     with _progress() as report:
         text = measure(arguments.model, arguments.input, report)
     _write(arguments.output, text)
-    print(f"written to {arguments.output}")
+    return f"written to {arguments.output}\n"
 
 
 def _check_output(path: Path) -> None:
@@ -139,7 +123,7 @@ def _check_output(path: Path) -> None:
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     except OSError as error:
         raise ConfigError("--output", "", f"{path} cannot be written ({error.strerror}); name another file") from None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import sys
 import time
@@ -13,12 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klotski_compiler.errors import ConfigError, ExecError, KlotskiError
+from klotski_compiler.errors import ConfigError, ExecError
+from klotski_compiler.outcome import outcome
+from klotski_compiler.output import write_whole
 from klotski_compiler.plan import Plan, load, op_text
 from klotski_compiler.trace import chrome_trace
-from klotski_runtime.memory import PeakRss, restrain_libraries, rss_bytes, storage_read_bytes
+from klotski_runtime.memory import PeakRss, rss_bytes, storage_read_bytes, tune_libraries
 from klotski_runtime.prompts import Limits, Tokenizer, read_requests
-from klotski_runtime.results import Results, completed, refused, write_stdout
+from klotski_runtime.results import Results, completed, refused
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help and usage errors need none of it
     from klotski_runtime.engine import Engine, Row
@@ -42,23 +43,7 @@ FIRST_WORD = 3
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; errors are lines on standard error."""
     arguments = _parser().parse_args(argv)
-    try:
-        _run(arguments)
-    except KlotskiError as error:
-        return _fail(error, str(error), error.exit_code)
-    except KeyboardInterrupt as interrupt:
-        return _fail(interrupt, "interrupted", 130)
-    except (OSError, RuntimeError, MemoryError) as error:
-        # What torch or the system refuses; the user needs its words, not its stack.
-        first_line, *_ = str(error).splitlines() or [type(error).__name__]
-        return _fail(error, str(ExecError(first_line)), ExecError.exit_code)
-    return 0
-
-
-def _fail(error: BaseException, message: str, code: int) -> int:
-    for line in (message, *getattr(error, "__notes__", ())):
-        print(f"klotski-run: {line}", file=sys.stderr)
-    return code
+    return outcome("klotski-run", lambda: _run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,7 +89,8 @@ def _positive(text: str) -> int:
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> str:
+    """What to print. Results that go to standard output are there already."""
     _check_usage(arguments)
     plan = load(arguments.plan)
     new_tokens = arguments.max_new_tokens or plan.envelope.gen_len
@@ -113,14 +99,11 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ConfigError("--max-new-tokens", "", f"{new_tokens:,} is more than the plan takes ({most:,}); {mend}")
     if arguments.model is None and not Path(plan.model).is_dir() and "/" not in plan.model:
         raise ConfigError("--model", "", f"is needed: the plan says only that the model is called {plan.model}")
-    restrain_libraries()
-    import torch
-
+    tune_libraries()
     from klotski_runtime.engine import Engine
     from klotski_runtime.locate import model_folder
     from klotski_runtime.skeleton import import_model
 
-    torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     folder = model_folder(arguments.model or plan.model, "--model")
     config = import_model(folder)
     if arguments.input:
@@ -130,7 +113,14 @@ def _run(arguments: argparse.Namespace) -> None:
     idle, read = rss_bytes(), storage_read_bytes()
     try:
         with PeakRss() as peak:
-            engine = Engine(plan, folder, config, arguments.scratch, keep_log=arguments.trace is not None)
+            engine = Engine(
+                plan,
+                folder,
+                config,
+                arguments.scratch,
+                threads=arguments.threads or 0,
+                keep_log=arguments.trace is not None,
+            )
             try:
                 wall_s = _generate(engine, job)
             finally:
@@ -148,9 +138,8 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.trace:
         _write_trace(arguments.trace, engine)
     if arguments.json:
-        write_stdout(json.dumps(report) + "\n")
-    elif not arguments.input:
-        write_stdout(_table(plan, report))
+        return json.dumps(report) + "\n"
+    return "" if arguments.input else _table(plan, report)
 
 
 def _check_usage(arguments: argparse.Namespace) -> None:
@@ -348,7 +337,7 @@ def _write_trace(path: Path, engine: Engine) -> None:
         for ran in ops
     )
     try:
-        path.write_text(json.dumps(chrome_trace(rows)))
+        write_whole(path, json.dumps(chrome_trace(rows)))
     except OSError as error:
         raise ExecError(f"{path} cannot be written: {error.strerror}") from error
 
