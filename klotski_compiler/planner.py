@@ -8,16 +8,18 @@ policies see the same grid, the same readers, the same memory.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import MappingProxyType
 
 from klotski_compiler.bounds import bound_tokens_per_s
 from klotski_compiler.cost import Cost
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.hardware import Hardware
 from klotski_compiler.milp.solve import residency
-from klotski_compiler.model import ModelSpec
+from klotski_compiler.model import ModelSpec, Module
 from klotski_compiler.pipeline import Lowered, lower, phase_record, shapes
 from klotski_compiler.plan import (
     PAGE_BYTES,
@@ -41,6 +43,7 @@ LOAD_BYTES = 32 << 20  # a load aims at this many bytes: below, latency and per-
 SMALL_SHARE = 0.03  # head and embedding stay resident where they take less than this of the budget
 ATTENTION_SHARE = 0.08  # of the budget for what one attention call allocates
 EXPERT_ROWS = {"host": 512, "gpu": 8192}  # tokens per matmul: where its rate has long stopped growing
+SPILLED_BATCHES = 3  # of one layer's KV in flight where KV does not live in the compute tier
 SAMPLED = 2  # layers of the short model on which candidates are timed; a second one has twice as many
 KEPT_SIZES = 4  # group sizes per policy that are scored, the largest that fit first
 KEPT_SCORED = 6  # candidates per policy that are timed on short models
@@ -82,16 +85,22 @@ def compile_plan(request: Request, progress: Callable[[str, float], None] | None
     """Solve, time every asked policy, keep the best, prove it. Raises Infeasible where nothing fits."""
     search = Search(request)
     names = POLICIES if request.policy == "auto" else (request.policy,)
-    timed: list[tuple[float, str, Decision]] = []
-    refusals: dict[str, Infeasible] = {}
-    for number, name in enumerate(names):
-        if progress:
-            progress(name, number / len(names))
+    while True:
+        timed: list[tuple[float, str, Decision]] = []
+        refusals: dict[str, Infeasible] = {}
+        for number, name in enumerate(names):
+            if progress:
+                progress(name, number / len(names))
+            try:
+                timed += search.timed(name)
+            except Infeasible as refusal:
+                refusals[name] = refusal
         try:
-            timed += search.timed(name)
-        except Infeasible as refusal:
-            refusals[name] = refusal
-    best = search.whole_best(timed, refusals)
+            best = search.whole_best(timed, refusals)
+            break
+        except Infeasible:
+            if not search.narrow(timed):
+                raise
     plan = search.plan(best[0], candidates(best, timed, refusals))
     verify(plan)
     return plan
@@ -103,7 +112,8 @@ def candidates(
     """One line per policy, fastest first: its whole schedule where it was lowered, else its estimate, else why there is none."""
     found = {b.policy: (b.tokens_per_s, b.decision) for b in reversed(best)}
     for rate, name, decision in timed:
-        found.setdefault(name, (rate, decision))
+        if name not in refusals:
+            found.setdefault(name, (rate, decision))
     lines = [
         Candidate(policy=name, tokens_per_s=rate, num_batches=d.num_batches, batch_size=d.batch_size, feasible=True)
         for name, (rate, d) in found.items()
@@ -127,11 +137,16 @@ class Search:
         self.deadline = time.monotonic() + request.time_limit_s
         self.truncated = False
         self._experts = sum(layer.num_experts for layer in request.spec.layers)
+        self._most = request.workload.num_sequences
 
     # ---------------------------------------------------------------------------------------------------- candidates
 
     def timed(self, name: str) -> list[tuple[float, str, Decision]]:
         """A policy's best candidates by estimated tokens per second. Raises Infeasible."""
+        if policy(name).ONE_BATCH and (self.request.num_batches or 1) > 1:
+            raise Infeasible(
+                {}, f"{name} computes one batch at a time; leave out --num-batches, or choose another --policy"
+            )
         scored: list[tuple[float, Decision]] = []
         refusal: Infeasible | None = None
         sizes: set[int] = set()
@@ -171,6 +186,12 @@ class Search:
             raise min(refusals.values(), key=lambda r: sum(r.shortfalls.values()))
         return sorted(whole, key=lambda best: -best.tokens_per_s)
 
+    def narrow(self, timed: list[tuple[float, str, Decision]]) -> bool:
+        """After all these turned out not to fit when lowered whole: go on with smaller groups; False where there are none."""
+        tried = min((decision.sequences for _, _, decision in timed), default=1)
+        self._most = tried - 1
+        return tried > 1 and not (self.request.batch_size and self.request.num_batches)
+
     def bases(self, name: str) -> Iterator[Decision]:
         """Sizes and leads to try, largest groups first; nothing resident yet."""
         module, request = policy(name), self.request
@@ -194,7 +215,7 @@ class Search:
             if not sizes or size < sizes[-1]:
                 sizes.append(size)
             groups = max(groups + 1, int(groups * 1.5))
-        return sizes if sizes[-1] == 1 else [*sizes, 1]
+        return [size for size in ([*sizes, 1] if sizes[-1] > 1 else sizes) if size <= self._most]
 
     def batch_counts(self, sequences: int) -> list[int]:
         """Batches of a group: few large ones cost least, more of them overlap KV and bound workspace."""
@@ -263,22 +284,27 @@ class Search:
 
     # ------------------------------------------------------------------------------------------------------ residency
 
-    def fill(self, name: str, base: Decision) -> tuple[float, Decision]:
+    def fill(
+        self, name: str, base: Decision, reserve: Mapping[str, int] = MappingProxyType({})
+    ) -> tuple[float, Decision]:
         """What is resident, and a score by which candidates of one policy compare. Raises Infeasible where not even streaming
-        everything fits."""
-        capacity = self.capacity(name, base)
+        everything fits.
+
+        reserve: bytes per tier to leave free beyond what the slots of a short model showed.
+        """
+        capacity = self.capacity(name, base, reserve)
         if policy(name).EXPERTS == "solved":
             solved = residency(self.cost, self.request.workload, base, capacity)
             self.truncated |= solved.truncated
             return -solved.objective_us - solved.load_us, solved.decide(base)
-        filled = self.greedy(base, capacity)
+        filled = self.greedy(name, base, capacity)
         # Sweeps over the weights that are not resident: what such a schedule spends its time on.
         groups = -(-self.request.workload.num_sequences // base.sequences)
         passes = base.prefill_groups + self.request.workload.gen_len - 1
         residents = sum(len(layer.resident_experts) for layer in filled.layers)
         return -groups * passes * (1 + sum(layer.num_experts for layer in self.request.spec.layers) - residents), filled
 
-    def capacity(self, name: str, base: Decision) -> dict[str, int]:
+    def capacity(self, name: str, base: Decision, reserve: Mapping[str, int]) -> dict[str, int]:
         """Bytes of each tier for residents and KV: the budget without slots, hidden states, workspace and fixed residents."""
         spec, workload = self.request.spec, self.request.workload
         fixed = 0
@@ -286,6 +312,7 @@ class Search:
             fixed += spec.norm.nbytes + 4 * PAGE_BYTES
             fixed += 0 if base.head_pages else spec.head.nbytes + 2 * PAGE_BYTES
             fixed += spec.embedding.nbytes + 2 * PAGE_BYTES if base.embedding else 0
+            fixed += self.least_kv_bytes(base)
         free = {}
         for tier, budget in self.request.budgets.items():
             slots = self.streaming(name, base.lead, base.unit, base.head_pages, tier)
@@ -295,11 +322,32 @@ class Search:
                     align_up(state_bytes(spec, s.sequences * s.tokens, self.request.dtype))
                     for s in shapes(base, workload)
                 )
-            free[tier] = budget - slots - states - sum(workspace(self.cost, base, workload).get(tier, {}).values())
+            free[tier] = (
+                budget
+                - reserve.get(tier, 0)
+                - slots
+                - states
+                - sum(workspace(self.cost, base, workload).get(tier, {}).values())
+            )
         free[self.tier] -= fixed
-        if free[self.tier] < 0:
-            raise self._shortfall(-free[self.tier])
+        if short := {tier: -nbytes for tier, nbytes in free.items() if nbytes < 0}:
+            raise self._shortfall(short)
+        if policy(name).EXPERTS != "solved":
+            free[self.tier] += self.least_kv_bytes(base)
         return free
+
+    def least_kv_bytes(self, base: Decision) -> int:
+        """KV of one layer's batches in flight, or all of it where that is less."""
+        cache = self._kv_bytes(base)
+        return min(sum(cache), SPILLED_BATCHES * max(cache) // base.num_batches)
+
+    def _kv_bytes(self, base: Decision) -> list[int]:
+        """KV of the whole group in each layer."""
+        workload, dtype = self.request.workload, self.request.dtype
+        positions, spec = workload.prompt_len + workload.gen_len, self.request.spec
+        return [
+            base.num_batches * kv_bytes(spec, n, base.batch_size, positions, dtype) for n in range(len(spec.layers))
+        ]
 
     @lru_cache  # noqa: B019 - a Search lives as long as its compilation
     def streaming(self, name: str, lead: int, unit: int, head_pages: int, tier: str) -> int:
@@ -315,19 +363,13 @@ class Search:
             - first
         )
 
-    def greedy(self, base: Decision, capacity: dict[str, int]) -> Decision:
+    def greedy(self, name: str, base: Decision, capacity: dict[str, int]) -> Decision:
         """Ours for policies whose paper states no fill: KV, then routers, attention, shared experts, then popular experts."""
-        spec, workload, dtype = self.request.spec, self.request.workload, self.request.dtype
-        positions, free = workload.prompt_len + workload.gen_len, capacity[self.tier]
-        cache = [
-            base.num_batches * kv_bytes(spec, n, base.batch_size, positions, dtype) for n in range(len(spec.layers))
-        ]
-        kv_tier = self.tier
+        spec, free = self.request.spec, capacity[self.tier]
+        cache, kv_tier = self._kv_bytes(base), self.tier
         if sum(cache) > free:
             kv_tier = "host" if self.tier == "gpu" else "disk"
-            free -= 3 * max(cache) // base.num_batches
-            if free < 0:
-                raise self._shortfall(-free)
+            free -= self.least_kv_bytes(base)
         else:
             free -= sum(cache)
         resident: list[list[str]] = [[] for _ in spec.layers]
@@ -354,11 +396,37 @@ class Search:
             )
             for n, (kinds, old) in enumerate(zip(resident, base.layers, strict=True))
         )
+        if self.tier == "gpu":
+            layers = self._homes(name, layers, capacity["host"] - (sum(cache) if kv_tier == "host" else 0))
         return base.model_copy(update={"layers": layers})
 
-    def _shortfall(self, nbytes: int) -> Infeasible:
-        mend = f"give --memory {self.tier}=... that much more, or fewer or shorter sequences"
-        return Infeasible({self.tier: nbytes}, mend)
+    def _homes(self, name: str, layers: tuple[LayerDecision, ...], free: int) -> tuple[LayerDecision, ...]:
+        """What host memory cannot hold lives on disk: the least popular streamed experts of every layer alike.
+
+        Raises Infeasible where even that is not enough, or where experts are bound at run time: those must be in host memory.
+        """
+        spec = self.request.spec
+        for layer, chosen in zip(spec.layers, layers, strict=True):
+            modules = {kind: getattr(layer, kind) for kind in MODULES if kind not in chosen.resident}
+            free -= sum(_slot_bytes(module) for module in modules.values() if module)
+        streamed = [(n, layer.expert) for n, layer in enumerate(spec.layers) if layer.expert]
+        moving = {n: [*layers[n].static, *layers[n].late] for n, _ in streamed}
+        each = max(_slot_bytes(expert) for _, expert in streamed)
+        kept = max(0, free) // each
+        total = sum(map(len, moving.values()))
+        if free < 0 or (kept < total and policy(name).EXPERTS == "picks"):
+            raise self._shortfall({"host": total * each - free if policy(name).EXPERTS == "picks" else -free})
+        if kept >= total:
+            return layers
+        share = {n: kept * len(moving[n]) // total for n in moving}
+        return tuple(
+            layer.model_copy(update={"on_disk": tuple(sorted(moving[n][share[n] :]))}) if n in moving else layer
+            for n, layer in enumerate(layers)
+        )
+
+    def _shortfall(self, short: dict[str, int]) -> Infeasible:
+        where = " ".join(f"{tier}=..." for tier in short)
+        return Infeasible(short, f"give --memory {where} that much more, or fewer or shorter sequences")
 
     def _too_slow(self) -> Infeasible:
         return Infeasible({}, f"no schedule has a decode pass within --max-latency {self.request.max_latency_s} s")
@@ -403,8 +471,10 @@ class Search:
 
     def whole(self, name: str, decision: Decision) -> tuple[Lowered, Decision]:
         """The whole schedule. Where it needs more slots than the short model showed, residents make room."""
-        lowered = lower(self.cost, name, decision, self.request.workload)
-        for _ in range(8):
+        d, reserve = decision, Counter[str]()
+        base = self.base(policy(name).EXPERTS, d.num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups)
+        while True:
+            lowered = lower(self.cost, name, decision, self.request.workload)
             over = {
                 t: lowered.peak_bytes[t] - b
                 for t, b in self.request.budgets.items()
@@ -412,30 +482,11 @@ class Search:
             }
             if not over:
                 break
-            decision = self.relieve(decision, over)
-            lowered = lower(self.cost, name, decision, self.request.workload)
-        else:
-            raise Infeasible(over, "residents cannot make room; give more --memory or fewer sequences")
+            reserve.update(over)
+            decision = self.fill(name, base, reserve)[1]
         if (decode := lowered.phases.get("decode")) and self._late(decode.times.pass_us):
             raise self._too_slow()
         return lowered, decision
-
-    def relieve(self, decision: Decision, over: dict[str, int]) -> Decision:
-        """Stream as many of the least popular resident experts as the excess takes. Raises Infeasible where there are none."""
-        layers, excess = list(decision.layers), over.get(self.tier, 0)
-        while excess > 0:
-            number = max(range(len(layers)), key=lambda n: len(layers[n].resident_experts))
-            layer, expert = layers[number], self.request.spec.layers[number].expert
-            if expert is None or not layer.resident_experts:
-                raise Infeasible(over, "nothing resident is left to stream; give more --memory or fewer sequences")
-            popular = self.cost.popular(number)
-            least = max(layer.resident_experts, key=popular.index)
-            group = "late" if layer.late and not layer.static else "static"
-            grown = tuple(sorted((*getattr(layer, group), least), key=popular.index))
-            kept = tuple(e for e in layer.resident_experts if e != least)
-            layers[number] = layer.model_copy(update={"resident_experts": kept, group: grown})
-            excess -= expert.nbytes
-        return decision.model_copy(update={"layers": tuple(layers)})
 
     def rate(self, lowered: Lowered) -> float:
         """Generated tokens per second of a whole schedule, from the first weight byte on; 0 beyond the latency ceiling."""
@@ -544,6 +595,11 @@ class Search:
                 yield f"{what}: does not fit ({str(refusal).splitlines()[0]})"
                 continue
             yield f"{what}: {rate / forecast.tokens_per_s - 1:+.1%} tokens/s"
+
+
+def _slot_bytes(module: Module) -> int:
+    """Room that a module takes in an arena."""
+    return align_up(module.nbytes + 2 * PAGE_BYTES * module.segments)
 
 
 def largest(limit: int, fits: Callable[[int], bool]) -> int:

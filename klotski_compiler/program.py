@@ -173,20 +173,21 @@ class Program:
         """The head in the order of its pages."""
         return self._present(*(("head", -1, page) for page in range(max(1, self.decision.head_pages))))
 
-    def logits(self, next_page: Callable[[], None] | None = None) -> None:
+    def logits(self, next_page: Callable[[], None] | None = None, sync: bool = False) -> None:
         """Final norm, the head page by page, the next tokens.
 
         next_page: writes the load of the next page whenever a slot for one is free; without it pages are loaded one ahead.
+        sync: pages are loaded when they are needed, by copies that block the compute stream.
         """
         self.compute("norm", -1, ALL, *self._present(("norm", -1, 0)))
-        pages = self.head_pages()
+        pages, ahead = self.head_pages(), 1 if sync else HEAD_SLOTS
         if next_page is None:
-            self.load(*pages[:HEAD_SLOTS])
+            self.load(*pages[:ahead], sync=sync)
         for number, page in enumerate(pages):
             self.compute("head", -1, ALL, page)
             self.evict(page)
             if next_page is None:
-                self.load(*pages[number + HEAD_SLOTS : number + HEAD_SLOTS + 1])
+                self.load(*pages[number + ahead : number + ahead + 1], sync=sync)
             else:
                 next_page()
         self.compute("sample", -1, ALL)

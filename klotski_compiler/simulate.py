@@ -92,10 +92,17 @@ def _settled(steps: Sequence[Step], passes: int, compute: str, duration_us: Sequ
     shown = min(passes, SIMULATED_PASSES)
     clock = Simulation(duration_us)
     execute(steps, shown, clock)
-    ends = [max(clock.log[at, n][1] for n, s in enumerate(steps) if (at, n) in clock.log) for at in range(shown)]
+    # A pass ends with its last compute op: loads for the next one go on beside it.
+    last = max((n for n, s in enumerate(steps) if s.op.stream == compute), default=len(steps) - 1)
+    ends = [clock.log[at, last][1] for at in range(shown)]
     middle = max(0, shown - 2)  # the last pass opens no other, so the one before it is a settled one
     settled = ends[middle] - ends[middle - 1] if middle else ends[0]
-    total = ends[-1] + (passes - shown) * settled
+    if passes > shown:  # no stream can do a pass's work in less, however long the lead that it began with
+        work = Counter[str]()
+        for number, step in enumerate(steps):
+            work[step.op.stream] += duration_us[number]  # type: ignore[assignment]
+        settled = max(settled, *work.values())
+    total = max(end for _, end in clock.log.values()) + (passes - shown) * settled
     begin = min(clock.log[middle, n][0] for n in range(len(steps)) if (middle, n) in clock.log)
     spans = [clock.log.get((middle, n), (begin, begin)) for n in range(len(steps))]
     times = [(start - begin, end - begin) for start, end in spans]

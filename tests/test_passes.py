@@ -261,7 +261,6 @@ def test_everything_that_conflicts_is_ordered_in_every_pass(gpu: bool, passes: i
     assert not [(earlier, later) for earlier, later in found if not gpu or later[0] >= 0]
 
 
-@pytest.mark.xfail(strict=True, reason="waits keeps none of the opening's own; in a pass another load stands between")
 def test_the_loads_that_open_a_phase_are_ordered_though_another_is_staged_between_them_in_a_pass() -> None:
     """Experts 0 and 2 are loaded for the next pass; between the two, expert 1 passes through the same staging slot."""
     program = RandomProgram("gpu", experts(3))
@@ -273,9 +272,6 @@ def test_the_loads_that_open_a_phase_are_ordered_though_another_is_staged_betwee
     assert not unordered(program, 2)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a store to host memory writes a cell of its own, a load from there reads the slot"
-)
 def test_a_cache_is_read_back_from_host_memory_after_it_was_written() -> None:
     """Into another slot than before, so that nothing else orders the two."""
     tensors = [Tensor(n, "kv", 0, n, 4096, 0, "host") for n in range(2)]

@@ -169,7 +169,6 @@ def promised(plan: Plan, kind: str) -> int:
     return 2 if ahead else 1  # this layer's and the next one's
 
 
-@pytest.mark.xfail(strict=True, reason="experts by name and by rank are loaded apart, but computed in shared units")
 def test_joint_needs_no_more_in_flight_than_one_unit() -> None:
     """Three experts by name, three by rank, two per load."""
     spec = replace(tiny_spec(), layers=(BARE,))
@@ -225,7 +224,6 @@ def test_caches_that_do_not_live_in_the_compute_tier_travel_there_and_back(name:
         assert moved == caches
 
 
-@pytest.mark.xfail(strict=True, reason="the head travels on the link's own stream, from the start of the pass")
 def test_nothing_overlaps_under_accelerate() -> None:
     """Copies block the compute stream: it is the only one."""
     plan = tiny_plan("accelerate", head_pages=2)

@@ -60,7 +60,7 @@ def cells_of(placed: Placed, tensors: Sequence[Tensor], batches: int) -> Cells:
             for tensor in (tensors[t] for t in op.tensors):
                 if tensor.kind == "pick":
                     reads.append(("bound", tensor.layer, tensor.index))
-                elif tensor.kind == "kv" and not placed.sources:
+                elif tensor.kind == "kv":
                     reads.append(("spilled", tensor.layer, tensor.index))
         case Store():
             reads += placed.slots

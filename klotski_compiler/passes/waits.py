@@ -32,7 +32,7 @@ def waits(ops: Sequence[Placed], edges: dict[Instance, list[Instance]]) -> list[
             for index, seen in enumerate(clocks[earlier]):
                 if seen > clock[index]:
                     clock[index] = seen
-            if stream != own and copy:
+            if stream != own:
                 kept[number].add(Wait(earlier[1], copy - earlier[0]))
         clock[own] = order[instance]
         clocks[instance] = last[own] = clock

@@ -29,4 +29,4 @@ def build(p: Program) -> None:
             p.route(layer, batch)
             p.experts(layer, [*p.resident_experts(layer), *p.static_experts(layer)], batch)
         p.evict(*mlp)
-    p.logits()
+    p.logits(sync=True)

@@ -39,11 +39,11 @@ def build(p: Program) -> None:
             queue.bound = layer
             queue.advance(layer)
             p.experts(layer, p.resident_experts(layer))
-            streamed = [*p.static_experts(layer), *p.picks(layer)]
-            for number in range(0, len(streamed), p.decision.unit):
-                unit = streamed[number : number + p.decision.unit]
-                p.experts(layer, unit)
-                queue.release(*unit, slots=len(unit))
+            for streamed in (p.static_experts(layer), p.picks(layer)):
+                for number in range(0, len(streamed), p.decision.unit):
+                    unit = streamed[number : number + p.decision.unit]
+                    p.experts(layer, unit)
+                    queue.release(*unit, slots=len(unit))
     queue.advance(len(p.layers))
     p.logits(queue.next_page)
 

@@ -536,7 +536,7 @@ def _moe_block(tokens: int, hidden: int, kind: dict[str, Any]) -> Callable[[], T
     """What the runtime's router op does: norm, router, and the hidden states' way between two types."""
     config = Qwen3MoeConfig(hidden_size=hidden, num_experts=16, num_experts_per_tok=2, moe_intermediate_size=8)
     layer = Qwen3MoeDecoderLayer(config, 0).to(**kind)
-    layer.mlp.experts.forward = lambda states, *_: torch.zeros_like(states)
+    layer.mlp.experts.forward = lambda states, *_: torch.zeros_like(states)  # type: ignore[method-assign]
     state = torch.randn(tokens, hidden, **kind)
     wide = torch.empty(tokens, hidden, device=kind["device"], dtype=torch.float32)
 

@@ -110,8 +110,7 @@ class Prefill:
         """Per layer the experts that each token picks [tokens, k], None for a dense layer."""
         skeleton, group = self._skeleton, self._group
         batches = range(len(group.batches))
-        for batch in batches:
-            group.embed(batch)
+        group.embed()
         picks: list[torch.Tensor | None] = []
         for layer in range(skeleton.layers):
             report(f"layer {layer + 1} of {skeleton.layers}", layer / skeleton.layers)

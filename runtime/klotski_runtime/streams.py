@@ -67,7 +67,10 @@ class ThreadStream:
         self.log.append(Ran(at, number, self.name, start, time.perf_counter()))
 
     def _work(self) -> None:
-        self._backend.prepare(self.name)
+        try:
+            self._backend.prepare(self.name)
+        except BaseException as failure:
+            self._backend.fail(-1, failure)
         while (item := self._queue.get()) is not None:
             item()
 
