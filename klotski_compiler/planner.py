@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import inf
 from types import MappingProxyType
 
 from klotski_compiler.bounds import bound_tokens_per_s
@@ -37,7 +38,7 @@ from klotski_compiler.policies import POLICIES, policy
 from klotski_compiler.routing import Routing
 from klotski_compiler.tensors import MODULES, kv_bytes, state_bytes
 from klotski_compiler.verify import verify
-from klotski_compiler.workspace import decode_attention_bytes, prefill_attention_bytes, workspace
+from klotski_compiler.workspace import decode_attention_bytes, prefill_attention_bytes, spill_bytes, workspace
 
 LOAD_BYTES = 32 << 20  # a load aims at this many bytes: below, latency and per-op cost show
 SMALL_SHARE = 0.03  # head and embedding stay resident where they take less than this of the budget
@@ -100,7 +101,8 @@ def compile_plan(request: Request, progress: Callable[[str, float], None] | None
             break
         except Infeasible:
             if not search.narrow(timed):
-                raise
+                best = search.leanest(names, refusals)
+                break
     plan = search.plan(best[0], candidates(best, timed, refusals))
     verify(plan)
     return plan
@@ -192,10 +194,49 @@ class Search:
         self._most = tried - 1
         return tried > 1 and not (self.request.batch_size and self.request.num_batches)
 
+    def leanest(self, names: Sequence[str], refusals: dict[str, Infeasible]) -> list[Best]:
+        """One sequence at a time and nothing resident: what fits if anything does. Raises Infeasible with what even that lacks."""
+        found: list[Best] = []
+        for name in names:
+            if not (bases := list(self._bases_of(name, [self.request.batch_size or 1]))):
+                continue
+            decision = self._stream_all(name, min(bases, key=lambda base: base.lead))
+            lowered = lower(self.cost, name, decision, self.request.workload)
+            if over := self._over(lowered):
+                refusals[name] = self._shortfall(over)
+            elif rate := self.rate(lowered):
+                found.append(Best(name, decision, rate, lowered))
+        if not found:
+            raise min(refusals.values(), key=lambda r: sum(r.shortfalls.values()) or inf)
+        return sorted(found, key=lambda best: -best.tokens_per_s)
+
+    def _stream_all(self, name: str, base: Decision) -> Decision:
+        """Nothing resident, KV where it takes the least of the compute tier, experts on disk where that is possible."""
+        spilled = self.least_kv_bytes(base) < sum(self._kv_bytes(base))
+        kv = {"gpu": "host", "host": "disk"}[self.tier] if spilled else self.tier
+        far = self.tier == "gpu" and policy(name).EXPERTS != "picks"
+        layers = (
+            layer.model_copy(update={"kv": kv, "on_disk": tuple(sorted(layer.static)) if far else ()})
+            for layer in base.layers
+        )
+        return base.model_copy(update={"layers": tuple(layers)})
+
+    def _over(self, lowered: Lowered) -> dict[str, int]:
+        """By how much a schedule exceeds each budget that it does."""
+        budgets = self.request.budgets.items()
+        return {
+            tier: lowered.peak_bytes[tier] - budget
+            for tier, budget in budgets
+            if lowered.peak_bytes.get(tier, 0) > budget
+        }
+
     def bases(self, name: str) -> Iterator[Decision]:
         """Sizes and leads to try, largest groups first; nothing resident yet."""
+        return self._bases_of(name, self.group_sizes())
+
+    def _bases_of(self, name: str, sizes: Sequence[int]) -> Iterator[Decision]:
         module, request = policy(name), self.request
-        for sequences in self.group_sizes():
+        for sequences in sizes:
             for num_batches in (1,) if module.ONE_BATCH else self.batch_counts(sequences):
                 batch_size = request.batch_size or -(-sequences // num_batches)
                 if module.ONE_BATCH and request.batch_size is None and num_batches * batch_size > sequences:
@@ -337,9 +378,10 @@ class Search:
         return free
 
     def least_kv_bytes(self, base: Decision) -> int:
-        """KV of one layer's batches in flight, or all of it where that is less."""
+        """KV of one layer's batches in flight and what packs it, or all of it where that is less."""
         cache = self._kv_bytes(base)
-        return min(sum(cache), SPILLED_BATCHES * max(cache) // base.num_batches)
+        in_flight = SPILLED_BATCHES * max(cache) // base.num_batches
+        return min(sum(cache), in_flight + spill_bytes(self.cost, base, self.request.workload))
 
     def _kv_bytes(self, base: Decision) -> list[int]:
         """KV of the whole group in each layer."""
@@ -475,11 +517,7 @@ class Search:
         base = self.base(policy(name).EXPERTS, d.num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups)
         while True:
             lowered = lower(self.cost, name, decision, self.request.workload)
-            over = {
-                t: lowered.peak_bytes[t] - b
-                for t, b in self.request.budgets.items()
-                if lowered.peak_bytes.get(t, 0) > b
-            }
+            over = self._over(lowered)
             if not over:
                 break
             reserve.update(over)

@@ -42,16 +42,28 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
         "routing": tokens * top_k * (44 + 2 * width),
         "embedding rows": gather,
     }
-    if any(layer.kv == "disk" for layer in decision.layers):
-        position = decision.batch_size * max(layer.kv_elements for layer in spec.layers) * width
-        kept["spilled KV"] = 2 * (workload.prompt_len + workload.gen_len) * position  # packed: one batch in, one out
     experts = sum(layer.num_experts for layer in spec.layers)
     kept["plan"] = STEP_BYTES * 4 * (experts // decision.unit + len(spec.layers) * (2 * decision.num_batches + 4))
     largest = max(transient, key=lambda op: transient[op])
-    parts = {purpose: int(MARGIN * nbytes) + (2 << 20) for purpose, nbytes in kept.items() if nbytes}
-    parts[f"op ({largest})"] = int(MARGIN * transient[largest]) + (2 << 20)
+    parts = {purpose: _reserved(nbytes) for purpose, nbytes in kept.items() if nbytes}
+    if any(layer.kv == "disk" for layer in decision.layers):
+        parts["spilled KV"] = spill_bytes(cost, decision, workload)
+    parts[f"op ({largest})"] = _reserved(transient[largest])
     parts["runtime"] = RUNTIME_BYTES
     return {cost.hardware.compute_tier: parts}
+
+
+def spill_bytes(cost: Cost, decision: Decision, workload: Workload) -> int:
+    """What spilling KV takes beyond its slots: buffers that pack it on its way to and from disk, one batch each way. None on a
+    machine with a GPU, which spills to host memory."""
+    if cost.hardware.compute_tier != "host":
+        return 0
+    position = decision.batch_size * max(layer.kv_elements for layer in cost.spec.layers) * cost.compute_bytes
+    return _reserved(2 * (workload.prompt_len + workload.gen_len) * position)
+
+
+def _reserved(nbytes: int) -> int:
+    return int(MARGIN * nbytes) + (2 << 20)
 
 
 def prefill_attention_bytes(cost: Cost, sequences: int, prompt_len: int) -> int:

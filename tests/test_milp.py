@@ -27,7 +27,14 @@ Case = tuple[Cost, Workload, Decision, dict[str, int]]
 
 def base_decision(layers: int, **sizes: int) -> Decision:
     """A decision in which nothing is decided but the sizes."""
-    fixed = {"head_pages": 3, "prefill_groups": 1, "attention_batch": 1, "decode_batch": 1, "expert_rows": 64, "hot": 0}
+    fixed = {
+        "head_pages": 3,
+        "prefill_groups": 1,
+        "attention_batch": 32,
+        "decode_batch": 32,
+        "expert_rows": 64,
+        "hot": 0,
+    }
     return Decision(embedding=False, layers=tuple(LayerDecision() for _ in range(layers)), **{**fixed, **sizes})
 
 

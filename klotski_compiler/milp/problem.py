@@ -14,6 +14,7 @@ from klotski_compiler.model import Layer, Module
 from klotski_compiler.pipeline import shapes
 from klotski_compiler.plan import ALL, PAGE_BYTES, Decision, Workload, align_up
 from klotski_compiler.tensors import MODULES, kv_bytes
+from klotski_compiler.workspace import spill_bytes
 
 EXACT_EXPERTS = 16  # up to so many experts, a class holds equally popular ones only
 MAX_CLASSES = 8
@@ -162,7 +163,7 @@ def build(cost: Cost, workload: Workload, decision: Decision, capacity: dict[str
         head_pages=pages,
         embedding=item(cost.spec.embedding),
         norm_bytes=item(cost.spec.norm).slot_bytes,
-        spill_bytes=SPILL_SLOTS * max(kv),
+        spill_bytes=SPILL_SLOTS * max(kv) + spill_bytes(cost, decision, workload),
         may_spill=back in cost.hardware.links,
         compute_tier=cost.hardware.compute_tier,
         home_tier="host" if on_gpu else "",
