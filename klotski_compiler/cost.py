@@ -17,6 +17,7 @@ from klotski_compiler.routing import Routing
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 ROW_READERS = 16  # threads that gather embedding rows: single pages, each of which waits behind large reads
+ROW_OPS = 6  # small ops that a row takes: to ask a reader for it, and to copy it from the page that holds it
 ALWAYS = 0.98  # an expert touched with a higher probability is loaded without waiting for the router (design 5.3)
 
 
@@ -214,4 +215,5 @@ class Cost:
         row_bytes = self.spec.hidden_size * self.compute_bytes
         if resident or "disk>host" not in self.hardware.links or self.hardware.compute_tier != "host":
             return 1e6 * tokens * row_bytes / self.processor.memory_bytes_per_s
-        return min(tokens, self.spec.vocab_size) * self.transfer_us("disk>host", row_bytes) / ROW_READERS
+        each = self.transfer_us("disk>host", row_bytes) / ROW_READERS + ROW_OPS * self.processor.op_us
+        return min(tokens, self.spec.vocab_size) * each
