@@ -18,6 +18,7 @@ from klotski_compiler.routing import Routing
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 ROW_READERS = 16  # threads that gather embedding rows: single pages, each of which waits behind large reads
 ROW_OPS = 6  # small ops that a row takes: to ask a reader for it, and to copy it from the page that holds it
+SPILL_OPS = 50  # small ops that moving one batch's KV to or from disk is worth
 ALWAYS = 0.98  # an expert touched with a higher probability is loaded without waiting for the router (design 5.3)
 
 
@@ -89,12 +90,33 @@ class Cost:
         """Experts of a layer, most popular first (ties by number)."""
         return tuple(sorted(range(len(self._picked[layer])), key=lambda e: (-self._picked[layer][e], e)))
 
-    # ------------------------------------------------------------------------------------------------- single modules
+    def sharing(self, utilisation: dict[str, float]) -> dict[str, float]:
+        """How many times as long ops take on each stream, given the share of time for which each stream is busy.
+
+        A processor and the links into its memory slow each other down while both are busy; on average an op of one meets the
+        other as often as that is busy.
+        """
+        into = {n: link for n, link in self.hardware.links.items() if n.endswith(f">{self.hardware.compute_tier}")}
+        name, slower = self.processor_name, dict[str, float]()
+        busiest = max((utilisation.get(link, 0.0) for link in into), default=0.0)
+        if self.processor.shared_speed < 1 and busiest:
+            slower[name] = 1 + min(1.0, busiest) * (1 / self.processor.shared_speed - 1)
+        for link, engine in into.items():
+            if engine.shared_speed < 1 and utilisation.get(name):
+                slower[link] = 1 + min(1.0, utilisation[name]) * (1 / engine.shared_speed - 1)
+        return slower
+
+    # ------------------------------------------------------------------------------------------ single modules
 
     def transfer_us(self, link: str, nbytes: float) -> float:
         """latency + bytes / bandwidth; nothing costs nothing."""
         engine = self.hardware.links[link]
         return engine.latency_us + 1e6 * nbytes / engine.bandwidth_bytes_per_s if nbytes > 0 else 0.0
+
+    def kv_us(self, link: str, nbytes: float) -> float:
+        """KV of one layer and batch; on its way to and from disk it is packed, and each transfer waits for the disk."""
+        packing = SPILL_OPS * self.processor.op_us if "disk" in link and nbytes > 0 else 0.0
+        return self.transfer_us(link, nbytes) + packing
 
     def module_us(self, module: Module, tokens: float) -> float:
         """The matmuls of a module over ``tokens`` tokens; weights are read once from the compute tier."""
@@ -151,7 +173,12 @@ class Cost:
         most popular first, so that pick r is priced as the r-th of them."""
         match op:
             case Load() | Store():
-                return self.transfer_us(op.link, self.moved_bytes(op, tensors, shape, context, late))
+                nbytes = self.moved_bytes(op, tensors, shape, context, late)
+                return (
+                    self.kv_us(op.link, nbytes)
+                    if tensors[op.tensors[0]].kind == "kv"
+                    else self.transfer_us(op.link, nbytes)
+                )
             case Bind():
                 return self.processor.op_us
             case Compute():

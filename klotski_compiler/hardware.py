@@ -20,6 +20,7 @@ from klotski_compiler.shipped import shipped, shipped_names
 # Strict, so that "12" and true are not silently numbers; a JSON integer is still a valid Rate.
 Size = Annotated[int, Field(strict=True, gt=0)]
 Rate = Annotated[float, Field(strict=True, gt=0)]
+Share = Annotated[float, Field(strict=True, gt=0, le=1)]
 Microseconds = Annotated[float, Field(strict=True, ge=0)]
 Points = tuple[tuple[int, float], ...]
 
@@ -35,10 +36,14 @@ class Tier(_Fact):
 
 
 class Link(_Fact):
-    """A directed copy engine between two tiers: time = latency + bytes / bandwidth."""
+    """A directed copy engine between two tiers: time = latency + bytes / bandwidth.
+
+    shared_speed: what is left of the bandwidth while the processor of the target tier computes (memory and cores are shared).
+    """
 
     bandwidth_bytes_per_s: Rate
     latency_us: Microseconds
+    shared_speed: Share = 1.0
 
 
 class Processor(_Fact):
@@ -50,7 +55,7 @@ class Processor(_Fact):
     of one small op (launch, framework). Several expert matmuls make one op. attention_op_us: fixed cost of one
     attention op (a whole attention block of a layer). router_op_us: of one router op. expert_op_us: of one expert.
     hidden_bytes_per_s: rate at which hidden states pass the elementwise work of such a block (norm, residual, copies),
-    each element counted once.
+    each element counted once. shared_speed: what is left of the speed while a link into the processor's tier is busy.
     """
 
     tier: str
@@ -66,6 +71,7 @@ class Processor(_Fact):
     attention_op_us: Microseconds
     router_op_us: Microseconds
     expert_op_us: Microseconds
+    shared_speed: Share = 1.0
 
 
 class Hardware(_Fact):
@@ -172,7 +178,7 @@ def to_json(hardware: Hardware) -> str:
 
 
 def numbers(hardware: Hardware) -> dict[str, object]:
-    """Every number by its dotted field, as ``sources`` names them; a matmul table counts as one."""
+    """Every number that was given, by its dotted field, as ``sources`` names them; a matmul table counts as one."""
 
     def leaves(value: object, field: str) -> Iterator[tuple[str, object]]:
         if isinstance(value, dict):
@@ -181,7 +187,7 @@ def numbers(hardware: Hardware) -> dict[str, object]:
         elif not isinstance(value, str):
             yield field, value
 
-    parts = hardware.model_dump(include={"tiers", "links", "processors"})
+    parts = hardware.model_dump(include={"tiers", "links", "processors"}, exclude_unset=True)
     return {field: value for part, inner in parts.items() for field, value in leaves(inner, part)}
 
 

@@ -215,6 +215,13 @@ def _phase(
         return now
 
     times = simulate(steps, shape.passes, cost.processor_name, durations, quick)
+    if slower := cost.sharing(
+        {stream: busy / times.total_us for stream, busy in times.busy_us.items() if times.total_us}
+    ):
+        scale = [slower.get(s.op.stream, 1.0) for s in steps]
+        first = [us * by for us, by in zip(first, scale, strict=True)]
+        growth = {n: more * scale[n] for n, more in growth.items()}
+        times = simulate(steps, shape.passes, cost.processor_name, durations, quick)
     steps = [replace(s, start_us=round(a), end_us=round(b)) for s, (a, b) in zip(steps, times.steps, strict=True)]
     moved = Counter[str]()
     middle = (shape.first_context + shape.last_context) / 2

@@ -9,9 +9,13 @@ from klotski_compiler.cost import Cost
 from klotski_compiler.model import Layer, ModelSpec
 from klotski_compiler.plan import Decision, Workload
 
-RUNTIME_BYTES = 40 << 20  # skeleton, threads, tokenizer, allocator slack
+RUNTIME_BYTES = 24 << 20  # what the first ops bring in of torch's own code, threads, allocator slack
+LAYER_BYTES = 200_000  # transformers' modules of a layer, without weights
+TENSOR_BYTES = 1_000  # where a tensor of the checkpoint lies
 STEP_BYTES = 900  # a parsed step, its line and what is kept of its last runs
+SHAPES, SHAPE_BYTES = 64, 600_000  # shapes of 16-bit matmuls for which oneDNN keeps code and scratch memory (memory.py)
 MARGIN = 1.2
+FEW_ROWS, ROW_STEP, OTHER_SHAPES = 16, 32, 16  # kernels.py; attention, router and head
 GATHERED_ROWS = 256  # embedding rows that are read from disk at a time
 
 
@@ -49,8 +53,23 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
     if any(layer.kv == "disk" for layer in decision.layers):
         parts["spilled KV"] = spill_bytes(cost, decision, workload)
     parts[f"op ({largest})"] = _reserved(transient[largest])
+    parts["model"] = LAYER_BYTES * len(spec.layers) + TENSOR_BYTES * _tensors(spec)
+    parts["matmul code"] = SHAPE_BYTES * min(SHAPES, _shapes(rows)) if width == 2 else 0
     parts["runtime"] = RUNTIME_BYTES
     return {cost.hardware.compute_tier: parts}
+
+
+def _tensors(spec: ModelSpec) -> int:
+    """Tensors of the checkpoint's layers."""
+    once = ("attention", "dense", "router", "shared")
+    modules = [module for layer in spec.layers for part in once if (module := getattr(layer, part))]
+    experts = sum(layer.num_experts * layer.expert.segments for layer in spec.layers if layer.expert)
+    return sum(module.segments for module in modules) + experts
+
+
+def _shapes(rows: int) -> int:
+    """Shapes of matmuls: every number of tokens that an expert may get at once (few one by one, more in steps) has two."""
+    return 2 * (min(rows, FEW_ROWS) + -(-rows // ROW_STEP)) + OTHER_SHAPES
 
 
 def spill_bytes(cost: Cost, decision: Decision, workload: Workload) -> int:

@@ -232,8 +232,8 @@ def _work(
     load = store = 0.0
     if links[1] in cost.hardware.links:
         # Prefill has nothing to read back: it makes the cache.
-        load = shape.batches * cost.transfer_us(links[0], position * middle(shape)) if shape.name == "decode" else 0.0
-        store = shape.batches * cost.transfer_us(links[1], position * shape.tokens)
+        load = shape.batches * cost.kv_us(links[0], position * middle(shape)) if shape.name == "decode" else 0.0
+        store = shape.batches * cost.kv_us(links[1], position * shape.tokens)
     attention = shape.batches * cost.attention_us(layer, shape, middle(shape))
     return LayerWork(attention, router, tuple(work), load, store, min(1.0, SPILL_SLOTS / shape.batches))
 

@@ -25,7 +25,7 @@ from klotski_compiler.tensors import page_rows
 from klotski_compiler.verify import verify
 from klotski_runtime import binding
 from klotski_runtime.arena import Arena
-from klotski_runtime.checkpoint import EMBEDDING, HEAD, Checkpoint, Layout, ModuleKey, Segment, layout
+from klotski_runtime.checkpoint import EMBEDDING, HEAD, PAGE, Checkpoint, Layout, ModuleKey, Segment, layout
 from klotski_runtime.kernels import Chunks, Group, kernel_threads
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.reader import DiskReader, RowGather
@@ -302,7 +302,7 @@ class Engine:
                 raise
             raise PlanError("model", f"{other} ({fault.field} {fault.why.partition(';')[0]}); {mend}") from None
         same = plan.model_digest == spec.digest
-        if why := self._difference():
+        if why := self._difference(same):
             if same:
                 other = f"the plan is for {plan.model} in another precision than this checkpoint's {spec.store_dtype}"
                 mend = f"compile it again with klotski-compile {folder}"
@@ -314,8 +314,11 @@ class Engine:
             why = f"the plan takes {positions:,} positions, the model in {folder} has {spec.max_positions:,}"
             raise PlanError("model", f"{why}; compile it again")
 
-    def _difference(self) -> str:
-        """The first module that only one of plan and checkpoint has, or that differs in bytes; empty where there is none."""
+    def _difference(self, same: bool) -> str:
+        """The first module that only one of plan and checkpoint has, or that differs in bytes; empty where there is none.
+
+        same: it is the same architecture, of which some files store a norm or a bias in another precision than most do.
+        """
         planned: dict[ModuleKey, int] = {}
         for tensor in self.plan.tensors:
             if tensor.kind not in ("kv", "state", "pick"):
@@ -330,7 +333,7 @@ class Engine:
             name = part if key.layer < 0 else f"{part} of layer {key.layer}"
             if key not in found or key not in planned:
                 return f"only {'the checkpoint' if key in found else 'the plan'} has {name}"
-            if planned[key] != found[key]:
+            if abs(planned[key] - found[key]) > (PAGE + planned[key] // 16 if same else 0):
                 return f"{name} has {found[key]:,} bytes there, {planned[key]:,} in the plan"
         return ""
 

@@ -74,6 +74,10 @@ class Sizes:
     prompt: int
 
 
+CACHE_BYTES = 64 * MIB  # more than caches hold
+SHORT_PROMPT = 32  # tokens: of prompts whose attention is mostly elementwise work
+SHARED_ROWS = 32  # tokens of the expert that computes while the disk is read
+
 FULL = Sizes(
     hidden=2048,
     inter=768,
@@ -119,7 +123,7 @@ def measure(
     chosen, sizes = _device(device), QUICK if quick else FULL
     _check_scratch(scratch, sizes)
     with_gpu = chosen.type == "cuda"
-    steps = 1 + 5 * sizes.rounds * (1 + with_gpu) + with_gpu
+    steps = 2 + 5 * sizes.rounds * (1 + with_gpu) + with_gpu
     taken = count()
 
     def step(what: str) -> None:
@@ -132,8 +136,12 @@ def measure(
     step("disk")
     with _scratch_file(scratch) as file:
         links = _disk(file, sizes)
+        step("processor and disk together")
+        with torch.inference_mode():
+            left = _together(file, sizes)
+        links["disk>host.shared_speed"] = left["disk"]
     with torch.inference_mode():
-        processors = {"cpu": _processor(torch.device("cpu"), sizes, step)}
+        processors = {"cpu": _processor(torch.device("cpu"), sizes, step) | {"shared_speed": left["cpu"]}}
         if with_gpu:
             free, _ = torch.cuda.mem_get_info(chosen)
             tiers["gpu.capacity_bytes"] = free, "free memory by torch.cuda.mem_get_info when measured"
@@ -240,7 +248,7 @@ def processor_seconds() -> tuple[float, float]:
 
 
 def _seconds(call: Callable[[], object], device: torch.device, sizes: Sizes) -> float:
-    """Seconds of one call: the lower quartile of samples that fill ``sample_s``.
+    """Seconds of one call: the median of samples that fill ``sample_s``.
 
     A sample holds as many calls as take about 5 ms and, on a GPU, ends with a synchronisation: kernels queue up as they
     do in a run, and launch cost shows only where it cannot hide behind the kernel before.
@@ -260,7 +268,7 @@ def _seconds(call: Callable[[], object], device: torch.device, sizes: Sizes) -> 
     samples = [sample(calls)]
     while time.perf_counter() < end:
         samples.append(sample(calls))
-    return sorted(samples)[len(samples) // 4]
+    return statistics.median(samples)
 
 
 # Disk
@@ -356,6 +364,42 @@ def _transfer(file: _File, offsets: range, chunk: int, threads: int, data: bytes
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(lane, (offsets[first::threads] for first in range(threads))))
+
+
+def _together(file: _File, sizes: Sizes) -> dict[str, tuple[float, str]]:
+    """What is left of the speed of the processor and of the disk while both work: (share, how it was measured)."""
+    chunk, threads, cpu = 8 * MIB, 2, torch.device("cpu")
+    shapes = (sizes.inter, sizes.hidden), (sizes.inter, sizes.hidden), (sizes.hidden, sizes.inter)
+    count = max(2, sizes.cold_bytes // (2 * 3 * sizes.hidden * sizes.inter))
+    turn = cycle([tuple(torch.randn(shape, dtype=torch.bfloat16) / 32 for shape in shapes) for _ in range(count)])
+    rows = torch.randn(SHARED_ROWS, sizes.hidden, dtype=torch.bfloat16)
+
+    def compute() -> Tensor:
+        return _expert(rows, *next(turn))
+
+    def read() -> None:
+        os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        _transfer(file, range(0, sizes.scratch_bytes, chunk), chunk, threads)
+
+    found: dict[str, list[float]] = {"cpu": [], "disk": []}
+    for _ in range(sizes.rounds):
+        alone = _seconds(compute, cpu, sizes)
+        read_alone = _elapsed(read)
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(_elapsed, read)
+            taken = []
+            while not reading.done():
+                taken.append(_elapsed(compute))
+        found["cpu"].append(min(1.0, alone / statistics.median(taken)))
+        found["disk"].append(min(1.0, read_alone / reading.result()))
+    how = f"an expert of {SHARED_ROWS} tokens computing, {threads} threads reading {chunk // MIB} MiB each; median of {sizes.rounds}"
+    return {part: (_rounded(statistics.median(shares)), how) for part, shares in found.items()}
+
+
+def _elapsed(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
 
 
 def _one_page(file: _File, offset: int, data: bytes | None = None) -> float:
@@ -496,14 +540,14 @@ def _fixed_costs(device: torch.device, sizes: Sizes) -> Found:
     def expert() -> None:
         total.index_add_(0, index, _expert(rows[index], weight, weight, weight) * shares)
 
-    attention, projections = _attention_block(hidden, kind)
+    attention, projections, _ = _attention_block(hidden, kind, 1, 1, (4, 2, 32))
     whole, matmuls = _seconds(attention, device, sizes), _seconds(projections, device, sizes)
     small = _seconds(lambda: F.linear(rows, weight), device, sizes)
     return {
         "op_us": (_rounded(1e6 * small), f"F.linear of 8 rows, {hidden} x {hidden}"),
         "hidden_bytes_per_s": _hidden_rate(device, sizes),
         "router_op_us": (
-            _rounded(1e6 * _seconds(_moe_block(1, hidden, kind), device, sizes)),
+            _rounded(1e6 * _seconds(_moe_block(hidden, kind), device, sizes)),
             "mixture-of-experts block of transformers' Qwen3-MoE without its experts (norm, router, copies), 1 token",
         ),
         "attention_op_us": (
@@ -518,27 +562,46 @@ def _fixed_costs(device: torch.device, sizes: Sizes) -> Found:
 
 
 def _hidden_rate(device: torch.device, sizes: Sizes) -> tuple[float, str]:
-    """Bytes of hidden states per second through the elementwise work of a block: the slope over tokens, without the gate."""
+    """Bytes of hidden states per second through the elementwise work of a block: attention's, where most of it is.
+
+    What the block takes for many short prompts, less its matmuls, the attention of keys and values, and its fixed cost.
+    """
     kind: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
-    few, many = sizes.tokens[0], sizes.prompt
-    gate = torch.randn(16, sizes.hidden, **kind)
-    rows = torch.randn(many, sizes.hidden, **kind)
-    seconds = _seconds(_moe_block(many, sizes.hidden, kind), device, sizes)
-    seconds -= _seconds(_moe_block(few, sizes.hidden, kind), device, sizes) + _seconds(
-        lambda: F.linear(rows, gate), device, sizes
+    batch, queries, heads, width = max(1, sizes.prompt // SHORT_PROMPT), SHORT_PROMPT, 8, 64
+    whole, matmuls, core = _attention_block(sizes.hidden, kind, batch, queries, (heads, 2, width))
+    fixed, fixed_matmuls, fixed_core = _attention_block(SMALL, kind, 1, 1, (4, 2, 32))
+    sweep = torch.zeros(min(sizes.cold_bytes, CACHE_BYTES), device=device, dtype=torch.uint8)
+
+    def cold(call: Callable[[], object]) -> float:
+        """Median time of single calls, each after other memory has passed through the caches, as a layer's weights do."""
+        taken, end = list[float](), time.perf_counter() + sizes.sample_s
+        while len(taken) < 3 or time.perf_counter() < end:
+            sweep.add_(1)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            begin = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            taken.append(time.perf_counter() - begin)
+        return statistics.median(taken)
+
+    seconds = [cold(call) for call in (whole, matmuls, core)]
+    seconds += [_seconds(call, device, sizes) for call in (fixed, fixed_matmuls, fixed_core)]
+    left = seconds[0] - seconds[1] - seconds[2] - max(0.0, seconds[3] - seconds[4] - seconds[5])
+    nbytes = batch * queries * (sizes.hidden + heads * width) * torch.bfloat16.itemsize
+    how = (
+        f"attention block of transformers' Qwen3-MoE, {batch} prompts of {queries} tokens, less matmuls, SDPA and calls"
     )
-    nbytes = (many - few) * sizes.hidden * torch.bfloat16.itemsize
-    how = f"mixture-of-experts block of transformers' Qwen3-MoE without its experts, {few} to {many} tokens, less the gate"
-    return _rounded(nbytes / max(seconds, 1e-7)), how
+    return _rounded(nbytes / max(left, 0.05 * seconds[0])), how
 
 
-def _moe_block(tokens: int, hidden: int, kind: dict[str, Any]) -> Callable[[], Tensor]:
-    """What the runtime's router op does: norm, router, and the hidden states' way between two types."""
+def _moe_block(hidden: int, kind: dict[str, Any]) -> Callable[[], Tensor]:
+    """What the runtime's router op does for one token: norm, router, and the hidden state's way between two types."""
     config = Qwen3MoeConfig(hidden_size=hidden, num_experts=16, num_experts_per_tok=2, moe_intermediate_size=8)
     layer = Qwen3MoeDecoderLayer(config, 0).to(**kind)
     layer.mlp.experts.forward = lambda states, *_: torch.zeros_like(states)  # type: ignore[method-assign]
-    state = torch.randn(tokens, hidden, **kind)
-    wide = torch.empty(tokens, hidden, device=kind["device"], dtype=torch.float32)
+    state, wide = torch.randn(1, hidden, **kind), torch.ones(1, hidden, device=kind["device"], dtype=torch.float32)
 
     def block() -> Tensor:
         normed = layer.post_attention_layernorm(state)
@@ -549,13 +612,18 @@ def _moe_block(tokens: int, hidden: int, kind: dict[str, Any]) -> Callable[[], T
     return block
 
 
-def _attention_block(hidden: int, kind: dict[str, Any]) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """A decoder layer's attention at one token with 16 cached, and the matmuls in it alone."""
-    heads, width, device = 2, 32, kind["device"]
+def _attention_block(
+    hidden: int, kind: dict[str, Any], batch: int, queries: int, shape: tuple[int, int, int]
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor], Callable[[], Tensor]]:
+    """A decoder layer's attention as the runtime runs it, the matmuls in it alone, and its keys and values alone.
+
+    shape: query heads, key and value heads, width of a head. One query has 16 cached positions before it.
+    """
+    (heads, kv_heads, width), device = shape, kind["device"]
     settings: dict[str, Any] = {
         "hidden_size": hidden,
-        "num_attention_heads": 2 * heads,
-        "num_key_value_heads": heads,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
         "head_dim": width,
         "num_experts": 2,
         "moe_intermediate_size": 8,
@@ -563,37 +631,49 @@ def _attention_block(hidden: int, kind: dict[str, Any]) -> tuple[Callable[[], Te
     }
     config = Qwen3MoeConfig(**settings)
     layer = Qwen3MoeDecoderLayer(config, 0).to(**kind)
-    state = torch.randn(1, 1, hidden, **kind)
-    rotation = Qwen3MoeRotaryEmbedding(config=config).to(device)(state, torch.full((1, 1), 16, device=device))
-    cache = _Slot(torch.zeros(2, 1, heads, 17, width, **kind))
-    mask = torch.ones(1, 1, 1, 17, device=device, dtype=torch.bool)
+    seen = queries if queries > 1 else 17
+    wide = torch.randn(batch, queries, hidden, device=device)
+    state = torch.empty(batch, queries, hidden, **kind)
+    positions = torch.arange(seen - queries, seen, device=device).expand(batch, queries)
+    rotation = Qwen3MoeRotaryEmbedding(config=config).to(device)(state, positions)
+    cache = _Slot(torch.zeros(2, batch, kv_heads, seen, width, **kind), queries)
+    mask = torch.ones(batch, 1, queries, seen, device=device, dtype=torch.bool).tril(seen - queries)
     weights = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.self_attn.o_proj]
+    mixed = torch.randn(batch, queries, heads * width, **kind)
+    query = torch.randn(batch, heads, queries, width, **kind)
 
     def attention() -> Tensor:
+        state.copy_(wide)
         output: Tensor = layer.self_attn(
             hidden_states=layer.input_layernorm(state),
             position_embeddings=rotation,
             attention_mask=mask,
             past_key_values=cache,
         )[0]
-        return state + output
+        return state.add_(output)
 
     def projections() -> Tensor:
         for part in weights:
-            output = F.linear(state, part.weight)
+            output = F.linear(mixed if part.in_features == heads * width else state, part.weight)
         return output
 
-    return attention, projections
+    def core() -> Tensor:
+        groups = SimpleNamespace(num_key_value_groups=heads // kv_heads, is_causal=True)
+        output: Tensor
+        output, _ = sdpa_attention_forward(groups, query, cache.keys, cache.values, mask, scaling=width**-0.5)  # type: ignore[arg-type]
+        return output
+
+    return attention, projections, core
 
 
 class _Slot:
     """The part of a transformers cache that attention uses, writing in place as the runtime's cache does."""
 
-    def __init__(self, slot: Tensor) -> None:
-        self.keys, self.values = slot
+    def __init__(self, slot: Tensor, queries: int) -> None:
+        (self.keys, self.values), self._queries = slot, queries
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
-        self.keys[:, :, -1:], self.values[:, :, -1:] = keys, values
+        self.keys[:, :, -self._queries :], self.values[:, :, -self._queries :] = keys, values
         return self.keys, self.values
 
 

@@ -160,6 +160,7 @@ _UNITS = {
     "bytes_per_s": (1e9, "GB/s"),
     "flops_per_s": (1e9, "GFLOP/s"),
     "_us": (1, "us"),
+    "shared_speed": (0.01, "%"),
 }
 
 
