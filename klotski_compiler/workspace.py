@@ -6,8 +6,9 @@ Ops run one at a time on the compute stream, so transient parts count once, by t
 from __future__ import annotations
 
 from klotski_compiler.cost import Cost
-from klotski_compiler.model import Layer, ModelSpec
+from klotski_compiler.model import Layer, ModelSpec, Module
 from klotski_compiler.plan import Decision, Workload
+from klotski_compiler.tensors import MODULES
 
 RUNTIME_BYTES = 24 << 20  # what the first ops bring in of torch's own code, threads, allocator slack
 LAYER_BYTES = 200_000  # transformers' modules of a layer, without weights
@@ -39,6 +40,9 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
         "activation": 56 * rows * inner if spec.model_type == "gpt_oss" else 1 << 20,
         "embedding": 2 * rows * hidden * width,
     }
+    if converted := _converts(cost):
+        pages = max(1, decision.head_pages)
+        transient["conversion"] = 2 * width * max(_expert_params(spec), -(-spec.head.params // pages))
     gather = 0 if decision.embedding else GATHERED_ROWS * (2 * hidden * width + 8192)
     kept = {
         "experts": rows * width * (3 * hidden + 2 * inner),
@@ -46,6 +50,8 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
         "routing": tokens * top_k * (44 + 2 * width),
         "embedding rows": gather,
     }
+    if converted:
+        kept["converted weights"] = width * _bound_params(spec, decision)
     experts = sum(layer.num_experts for layer in spec.layers)
     kept["plan"] = STEP_BYTES * 4 * (experts // decision.unit + len(spec.layers) * (2 * decision.num_batches + 4))
     largest = max(transient, key=lambda op: transient[op])
@@ -59,10 +65,30 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
     return {cost.hardware.compute_tier: parts}
 
 
+def _converts(cost: Cost) -> bool:
+    """Whether weights are computed with in another type than they are stored in, so that what is in use exists twice."""
+    return cost.hardware.compute_tier == "host" and cost.spec.store_dtype != cost.dtype
+
+
+def _bound_params(spec: ModelSpec, decision: Decision) -> int:
+    """Parameters outside the experts that are in use at once: the resident ones, and those of two layers that stream."""
+    resident = spec.norm.params + decision.embedding * spec.embedding.params
+    streamed = [0]
+    for layer, chosen in zip(spec.layers, decision.layers, strict=False):  # a bound decides on no layers
+        sizes: dict[str, int] = {part: module.params for part in MODULES if (module := getattr(layer, part))}
+        resident += sum(params for part, params in sizes.items() if part in chosen.resident)
+        streamed.append(sum(params for part, params in sizes.items() if part not in chosen.resident))
+    return resident + 2 * max(streamed)
+
+
+def _expert_params(spec: ModelSpec) -> int:
+    """Parameters of a routed expert."""
+    return max(layer.expert.params for layer in spec.layers if layer.expert)
+
+
 def _tensors(spec: ModelSpec) -> int:
     """Tensors of the checkpoint's layers."""
-    once = ("attention", "dense", "router", "shared")
-    modules = [module for layer in spec.layers for part in once if (module := getattr(layer, part))]
+    modules = [module for layer in spec.layers for part in MODULES if (module := getattr(layer, part))]
     experts = sum(layer.num_experts * layer.expert.segments for layer in spec.layers if layer.expert)
     return sum(module.segments for module in modules) + experts
 

@@ -83,7 +83,7 @@ FULL = Sizes(
     inter=768,
     tokens=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048),
     cold_bytes=320 * MIB,
-    sample_s=0.3,
+    sample_s=0.25,
     rounds=3,
     scratch_bytes=1024 * MIB,
     disk_passes=5,
@@ -379,11 +379,11 @@ def _together(file: _File, sizes: Sizes) -> dict[str, tuple[float, str]]:
 
     def read() -> None:
         os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        _transfer(file, range(0, sizes.scratch_bytes, chunk), chunk, threads)
+        _transfer(file, range(0, sizes.scratch_bytes // 2, chunk), chunk, threads)
 
     found: dict[str, list[float]] = {"cpu": [], "disk": []}
-    for _ in range(sizes.rounds):
-        alone = _seconds(compute, cpu, sizes)
+    for _ in range(sizes.disk_passes):
+        alone = _seconds(compute, cpu, replace(sizes, sample_s=sizes.sample_s / 2))
         read_alone = _elapsed(read)
         with ThreadPoolExecutor(1) as pool:
             reading = pool.submit(_elapsed, read)
@@ -392,7 +392,7 @@ def _together(file: _File, sizes: Sizes) -> dict[str, tuple[float, str]]:
                 taken.append(_elapsed(compute))
         found["cpu"].append(min(1.0, alone / statistics.median(taken)))
         found["disk"].append(min(1.0, read_alone / reading.result()))
-    how = f"an expert of {SHARED_ROWS} tokens computing, {threads} threads reading {chunk // MIB} MiB each; median of {sizes.rounds}"
+    how = f"an expert of {SHARED_ROWS} tokens computing, {threads} threads reading {chunk // MIB} MiB each; median of {sizes.disk_passes}"
     return {part: (_rounded(statistics.median(shares)), how) for part, shares in found.items()}
 
 
