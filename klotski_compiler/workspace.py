@@ -72,9 +72,11 @@ def _converts(cost: Cost) -> bool:
 
 def _bound_params(spec: ModelSpec, decision: Decision) -> int:
     """Parameters outside the experts that are in use at once: the resident ones, and those of two layers that stream."""
+    if not decision.layers:
+        return 0  # a bound asks for the least of all decisions
     resident = spec.norm.params + decision.embedding * spec.embedding.params
     streamed = [0]
-    for layer, chosen in zip(spec.layers, decision.layers, strict=False):  # a bound decides on no layers
+    for layer, chosen in zip(spec.layers, decision.layers, strict=True):
         sizes: dict[str, int] = {part: module.params for part in MODULES if (module := getattr(layer, part))}
         resident += sum(params for part, params in sizes.items() if part in chosen.resident)
         streamed.append(sum(params for part, params in sizes.items() if part not in chosen.resident))
@@ -88,7 +90,7 @@ def _expert_params(spec: ModelSpec) -> int:
 
 def _tensors(spec: ModelSpec) -> int:
     """Tensors of the checkpoint's layers."""
-    modules = [module for layer in spec.layers for part in MODULES if (module := getattr(layer, part))]
+    modules: list[Module] = [m for layer in spec.layers for part in MODULES if (m := getattr(layer, part))]
     experts = sum(layer.num_experts * layer.expert.segments for layer in spec.layers if layer.expert)
     return sum(module.segments for module in modules) + experts
 
