@@ -169,7 +169,7 @@ class Search:
         rated = [(self.estimate(name, decision), name, decision) for _, decision in scored[:KEPT_SCORED]]
         kept = sorted((entry for entry in rated if entry[0] > 0), key=lambda entry: -entry[0])[:KEPT_WHOLE]
         if not kept:
-            raise refusal or self._too_slow()
+            raise self._too_slow() if scored or refusal is None else refusal
         return kept
 
     def whole_best(self, timed: list[tuple[float, str, Decision]], refusals: dict[str, Infeasible]) -> list[Best]:
@@ -198,6 +198,8 @@ class Search:
         """One sequence at a time and nothing resident: what fits if anything does. Raises Infeasible with what even that lacks."""
         found: list[Best] = []
         for name in names:
+            if name in refusals and not refusals[name].shortfalls:  # for another reason than memory
+                continue
             if not (bases := list(self._bases_of(name, [self.request.batch_size or 1]))):
                 continue
             decision = self._stream_all(name, min(bases, key=lambda base: base.lead))
