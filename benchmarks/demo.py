@@ -59,12 +59,12 @@ def demo(folder: Path) -> None:
     run(*command("klotski_compiler.cli.inspect"), plan)
     say("The run: measured beside predicted.")
     trace = folder / "trace.json"
-    ours = measured(plan, trace)
+    ours = measured(plan, model, trace)
 
     say(f"Beside it: each module's weights on demand, {TYPED_BATCH} prompts at a time, same readers, same memory.")
     fixed = ("--num-sequences", TYPED_BATCH, "--batch-size", TYPED_BATCH, "--policy", "accelerate")
     run(*command("klotski_compiler.cli.compile"), model, machine, "-o", typed, *sizes, *fixed, quiet=True)
-    theirs = measured(typed)
+    theirs = measured(typed, model)
 
     say("Side by side")
     for name, report in ((f"klotski, {PROMPTS} prompts", ours), (f"accelerate, {TYPED_BATCH} prompts", theirs)):
@@ -75,10 +75,11 @@ def demo(folder: Path) -> None:
     print(f"\nTimeline: open {trace} in https://ui.perfetto.dev or chrome://tracing; the plan is {plan}.")
 
 
-def measured(plan: Path, trace: Path | None = None) -> dict[str, Any]:
+def measured(plan: Path, model: Path, trace: Path | None = None) -> dict[str, Any]:
     """Run a plan's own workload; prints the comparison that klotski-run prints, and returns its numbers."""
     options = ("--trace", trace) if trace else ()
-    text = run(*command("klotski_runtime.cli.run"), plan, "--scratch", plan.parent, *options, "--json", quiet=True)
+    where = ("--model", model, "--scratch", plan.parent)
+    text = run(*command("klotski_runtime.cli.run"), plan, *where, *options, "--json", quiet=True)
     report: dict[str, Any] = json.loads(text)
     rows = [(f"{phase} pass", us["predicted"] / 1e6, us["measured"] / 1e6) for phase, us in report["pass_us"].items()]
     rows.append(("tokens/s", report["predicted_tokens_per_s"], report["tokens_per_s"]))

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             ("transfer = compute", balanced(model, machine, budget, Path(plans)), BALANCED_GEN_LEN),
         ):
             contenders = compiled(model, machine, budget, prompts, gen_len, Path(plans) / row.replace(" ", "-"))
-            reports = measured(contenders, arguments.repeats, folder)
+            reports = measured(contenders, model, arguments.repeats)
             found[row] = reports
             lines += table(f"{row}: {prompts} prompts of {PROMPT_LEN} tokens, {gen_len} new tokens each", reports)
             print("\n".join(lines[-len(reports) * 2 - 8 :]), flush=True)
@@ -115,12 +115,12 @@ def balanced(model: Path, machine: Path, budget: int, folder: Path) -> int:
     return prompts
 
 
-def measured(contenders: list[Contender], repeats: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
+def measured(contenders: list[Contender], model: Path, repeats: int) -> dict[str, list[dict[str, Any]]]:
     """Runs in turn: all once, then all again."""
     reports: dict[str, list[dict[str, Any]]] = {c.name: [] for c in contenders}
     for _ in range(repeats):
         for name, plan in contenders:
-            text = _run(*command("klotski_runtime.cli.run"), plan, "--scratch", folder, "--json")
+            text = _run(*command("klotski_runtime.cli.run"), plan, "--model", model, "--scratch", model, "--json")
             reports[name].append(json.loads(text))
     return reports
 

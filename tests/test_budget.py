@@ -95,7 +95,7 @@ def test_a_model_of_four_times_the_budget(policy: str, workload: list[str], larg
 @pytest.mark.parametrize("policy", ["joint", "flexgen", "accelerate"])
 def test_a_budget_that_cannot_work_is_refused_with_what_it_lacks(policy: str, large: SimpleNamespace) -> None:
     first = allowed = large.budget // 4
-    for attempt in range(3):  # what is lacking may be so twice: more memory allows for larger pieces
+    for _ in range(3):  # what is lacking may be so twice: more memory allows for larger pieces
         done, path = compiled(large, policy, allowed, *FEW)
         if done.returncode == 0:
             break
