@@ -59,8 +59,21 @@ def run(steps: Sequence[Step], passes: int, backend: ThreadBackend) -> None:
         assert not runner.is_alive(), "the phase hangs"
 
 
+class Logging(ThreadBackend):
+    """Keeps what it is told."""
+
+    def __init__(self, steps: Sequence[Step], perform: Perform) -> None:
+        self._ran: list[Ran] = []
+        super().__init__(compute_stream(steps), perform, note=self._ran.append)
+
+    @property
+    def log(self) -> list[Ran]:
+        """All finished ops, by start."""
+        return sorted(self._ran, key=lambda ran: ran.start)
+
+
 def logged(steps: Sequence[Step], passes: int, perform: Perform) -> list[Ran]:
-    backend = ThreadBackend(compute_stream(steps), perform)
+    backend = Logging(steps, perform)
     run(steps, passes, backend)
     assert backend.failure is None, backend.failure
     return backend.log
@@ -172,7 +185,7 @@ def test_no_more_than_two_passes_are_issued_ahead() -> None:
 # ----------------------------------------------------------------------------------------------------------------- end
 
 
-def failing(steps: Sequence[Step], number: int, at: int) -> ThreadBackend:
+def failing(steps: Sequence[Step], number: int, at: int) -> Logging:
     """A backend that has run with one op failing."""
     pause = jitter(number)
 
@@ -181,7 +194,7 @@ def failing(steps: Sequence[Step], number: int, at: int) -> ThreadBackend:
         if (now, n) == (at, number):
             raise OSError("the disk is gone")
 
-    backend = ThreadBackend(compute_stream(steps), perform)
+    backend = Logging(steps, perform)
     run(steps, PASSES, backend)
     return backend
 
@@ -210,7 +223,7 @@ def test_the_first_of_several_failures_is_kept() -> None:
         if isinstance(step.op, Compute):
             raise ValueError(number)
 
-    backend = ThreadBackend(compute_stream(steps), perform)
+    backend = Logging(steps, perform)
     run(steps, PASSES, backend)
     assert backend.failure is not None and backend.failure[0] == first
     assert [ran.number for ran in backend.log if isinstance(steps[ran.number].op, Compute)] == [first]
@@ -221,13 +234,7 @@ def test_an_early_stop_ends_the_phase(policy: str) -> None:
     """As when every sequence has met its end token: what is issued does no further work, and nothing more is issued."""
     steps = plan_of(policy, True, "host").steps["decode"]
     sample = next(n for n, s in enumerate(steps) if isinstance(s.op, Compute) and s.op.fn == "sample")
-    backend: ThreadBackend
-
-    def perform(number: int, step: Step, at: int) -> None:
-        if (at, number) == (2, sample):
-            backend.stop()
-
-    backend = ThreadBackend(compute_stream(steps), perform)
+    backend = Logging(steps, lambda number, step, at: (at, number) == (2, sample))
     run(steps, 1000, backend)
     assert backend.failure is None
     computed = [(r.at, r.number) for r in backend.log if r.stream == compute_stream(steps)]
@@ -238,7 +245,7 @@ def test_an_early_stop_ends_the_phase(policy: str) -> None:
 def test_a_phase_that_is_stopped_before_it_begins_does_nothing() -> None:
     steps = plan_of("flexgen", False, "host").steps["decode"]
     performed: list[int] = []
-    backend = ThreadBackend(compute_stream(steps), lambda number, step, at: performed.append(number))
+    backend = Logging(steps, lambda number, step, at: performed.append(number))
     backend.stop()
     run(steps, PASSES, backend)
     assert performed == [] and backend.log == []
@@ -247,13 +254,13 @@ def test_a_phase_that_is_stopped_before_it_begins_does_nothing() -> None:
 def test_an_interrupt_of_the_issuing_thread_ends_the_others() -> None:
     steps = plan_of("joint", False, "host").steps["decode"]
 
-    class Interrupted(ThreadBackend):
+    class Interrupted(Logging):
         def begin(self, at: int) -> bool:
             if at == 2:
                 raise KeyboardInterrupt
             return super().begin(at)
 
-    backend = Interrupted(compute_stream(steps), lambda number, step, at: time.sleep(1e-4))
+    backend = Interrupted(steps, lambda number, step, at: time.sleep(1e-4))
     with no_thread_remains(), pytest.raises(KeyboardInterrupt), backend:
         execute(steps, PASSES, backend)
     assert all(ran.at <= 1 for ran in backend.log)

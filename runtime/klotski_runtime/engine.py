@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -64,6 +63,42 @@ class Measured:
     def pass_us(self, phase: str) -> float:
         """Median time of a pass, 0 where there was none."""
         return statistics.median(self.passes_us[phase]) if self.passes_us.get(phase) else 0.0
+
+    def add(self, phase: str, watch: Watch) -> None:
+        """Take in what was watched of one run of a phase."""
+        starts = [watch.began, *watch.samples[:-1]]
+        spans = [1e6 * (end - start) for start, end in zip(starts, watch.samples, strict=False)]
+        self.passes_us.setdefault(phase, []).extend(spans)
+        for stream, busy in watch.busy_s.items():
+            self.busy_s[stream] = self.busy_s.get(stream, 0.0) + busy
+        self.bubble_s += watch.ended - watch.began - watch.computed_s
+
+
+class Watch:
+    """The times of one run of a phase, added up as ops end; ``note`` is called from every stream's thread.
+
+    busy_s: per stream. computed_s: of it, what the compute stream did not spend on transfers. samples: when each pass ended.
+    """
+
+    def __init__(self, steps: Sequence[Step], compute: str, keep_log: bool) -> None:
+        self._steps, self._compute, self._keep_log = steps, compute, keep_log
+        self.began = self.ended = time.perf_counter()
+        self.busy_s: dict[str, float] = {}
+        self.computed_s = 0.0
+        self.samples: list[float] = []
+        self.log: list[Ran] = []
+
+    def note(self, ran: Ran) -> None:
+        """An op has ended."""
+        op, took = self._steps[ran.number].op, ran.end - ran.start
+        self.busy_s[ran.stream] = self.busy_s.get(ran.stream, 0.0) + took
+        self.ended = max(self.ended, ran.end)
+        if ran.stream == self._compute and isinstance(op, Compute | Bind):
+            self.computed_s += took
+            if isinstance(op, Compute) and op.fn == "sample":
+                self.samples.append(ran.end)
+        if self._keep_log:
+            self.log.append(ran)
 
 
 class Engine:
@@ -162,37 +197,25 @@ class Engine:
             return
         runner = PhaseRunner(self, phase, steps, active)
         compute = next((s.op.stream for s in steps if isinstance(s.op, Compute)), "disk>host")
+        watch = Watch(steps, compute, self._keep_log)
         with ThreadBackend(
-            compute, runner.perform, lambda name: kernel_threads(self.threads if name == compute else 1)
+            compute,
+            runner.perform,
+            lambda name: kernel_threads(self.threads if name == compute else 1),
+            watch.note,
         ) as backend:
-            runner.backend = backend
             execute(steps, phase.passes, backend)
-            backend.stream(
-                compute
-            ).record().wait()  # in here, so that an interrupt stops the streams before they are joined
+            # In here, so that an interrupt stops the streams before they are joined.
+            backend.stream(compute).record().wait()
         if backend.failure:
             index, cause = backend.failure
             if isinstance(cause, KlotskiError) and not isinstance(cause, ExecError):
                 raise cause
             raise ExecError(f"{type(cause).__name__}: {cause}", window(phase.lines, index)) from cause
-        self._note(phase.name, steps, backend.log, compute, number)
-
-    def _note(self, name: str, steps: Sequence[Step], log: list[Ran], compute: str, number: int) -> None:
-        if self._keep_log:  # a night of ops would outgrow the memory budget
-            self.measured.log.append((number, name, log))
-        ends = [ran.end for ran in log if isinstance(op := steps[ran.number].op, Compute) and op.fn == "sample"]
-        if ends:
-            starts = [log[0].start, *ends[:-1]]
-            spans = [1e6 * (end - start) for start, end in zip(starts, ends, strict=True)]
-            self.measured.passes_us.setdefault(name, []).extend(spans)
-        if name == "load" or not log:
-            return
-        for ran in log:
-            self.measured.busy_s[ran.stream] = self.measured.busy_s.get(ran.stream, 0.0) + ran.end - ran.start
-        computed = sum(
-            r.end - r.start for r in log if r.stream == compute and isinstance(steps[r.number].op, Compute | Bind)
-        )
-        self.measured.bubble_s += max(r.end for r in log) - log[0].start - computed
+        if self._keep_log:
+            self.measured.log.append((number, phase.name, watch.log))
+        if phase.name != "load":
+            self.measured.add(phase.name, watch)
 
     # ------------------------------------------------------------------------------------------------------- placing
 
@@ -370,13 +393,12 @@ class PhaseRunner:
     def __init__(self, engine: Engine, phase: Phase, steps: Sequence[Step], active: ActiveGroup | None) -> None:
         self.engine, self.phase, self.steps, self.active = engine, phase, steps, active
         self.tensors = engine.plan.tensors
-        self.backend: Any = None
         self.part: Group | None = None
         self.bound: dict[int, dict[int, tuple[int, bool]]] = {}
         self._before: list[int] = []
 
-    def perform(self, number: int, step: Step, at: int) -> None:
-        """Run one op in pass ``at``."""
+    def perform(self, number: int, step: Step, at: int) -> bool:
+        """Run one op in pass ``at``; True once every sequence of the group has ended."""
         match step.op:
             case Load():
                 for index, slot in zip(step.op.tensors, step.slots, strict=True):
@@ -387,7 +409,8 @@ class PhaseRunner:
             case Bind():
                 self._bind(step.op)
             case Compute():
-                self._compute(step.op, step, at)
+                return self._compute(step.op, step, at)
+        return False
 
     # ------------------------------------------------------------------------------------------------------ transfers
 
@@ -427,14 +450,14 @@ class PhaseRunner:
         batch = number + (at * self.phase.batches if self.phase.name == "prefill" else 0)
         return batch if batch < len(self.active.group.batches) else None
 
-    def _compute(self, op: Compute, step: Step, at: int) -> None:
+    def _compute(self, op: Compute, step: Step, at: int) -> bool:
         if op.batch != ALL and self._batch(op.batch, at) is None:
-            return
+            return False
         if op.fn == "embed":
             self._begin(at)
         group = self.part
         if group is None or not group.batches:
-            return
+            return False
         match op.fn:
             case "embed":
                 group.embed()
@@ -454,7 +477,8 @@ class PhaseRunner:
                 first = page_rows(self.engine.checkpoint.modules[HEAD][0].shape[0], pages, page)[0]
                 group.head(first, weights["lm_head.weight"], weights.get("lm_head.bias"))
             case "sample":
-                self._sample(group, at)
+                return self._sample(group, at)
+        return False
 
     def _begin(self, at: int) -> None:
         assert self.active is not None
@@ -481,11 +505,10 @@ class PhaseRunner:
             self.engine.observe(op.layer, group)
         group.experts(op.layer, chosen, None if op.batch == ALL else op.batch)
 
-    def _sample(self, group: Group, at: int) -> None:
+    def _sample(self, group: Group, at: int) -> bool:
         assert self.active is not None
         first = at * self.phase.batches * self.engine.plan.decision.batch_size if self.phase.name == "prefill" else 0
-        if self.active.take(first, group.sample().tolist()):
-            self.backend.stop()
+        return self.active.take(first, group.sample().tolist())
 
     # ------------------------------------------------------------------------------------------------------- binding
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from klotski_compiler.plan import Step
 
-Perform = Callable[[int, Step, int], None]
+Perform = Callable[[int, Step, int], bool | None]
+"""Does the work of an op (its number, the step, the pass); True: nothing more is to be done."""
 
 
 class Ran(NamedTuple):
@@ -33,7 +34,6 @@ class ThreadStream:
     def __init__(self, name: str, backend: ThreadBackend) -> None:
         self.name, self._backend = name, backend
         self._queue: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
-        self.log: list[Ran] = []
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
@@ -61,10 +61,11 @@ class ThreadStream:
             return
         start = time.perf_counter()
         try:
-            self._backend.perform(number, step, at)
+            if self._backend.perform(number, step, at):
+                self._backend.stop()
         except BaseException as failure:
             self._backend.fail(number, failure)
-        self.log.append(Ran(at, number, self.name, start, time.perf_counter()))
+        self._backend.note(Ran(at, number, self.name, start, time.perf_counter()))
 
     def _work(self) -> None:
         try:
@@ -78,13 +79,20 @@ class ThreadStream:
 class ThreadBackend:
     """Runs one phase on threads, one per stream. Use as a context manager.
 
-    compute: the stream by which passes are counted. perform: does an op's work. prepare: called in each thread as it starts.
+    compute: the stream by which passes are counted. prepare: called in each thread as it starts. note: told of each finished op,
+    in its thread; nothing is kept here, since a night of ops would outgrow the memory budget.
     """
 
     PASSES_AHEAD = 2  # issued but unfinished passes: the next one must be there for its loads to start early
 
-    def __init__(self, compute: str, perform: Perform, prepare: Callable[[str], None] = lambda name: None) -> None:
-        self._compute, self.perform, self.prepare = compute, perform, prepare
+    def __init__(
+        self,
+        compute: str,
+        perform: Perform,
+        prepare: Callable[[str], None] = lambda name: None,
+        note: Callable[[Ran], None] = lambda ran: None,
+    ) -> None:
+        self._compute, self.perform, self.prepare, self.note = compute, perform, prepare, note
         self._streams: dict[str, ThreadStream] = {}
         self._ends: deque[threading.Event] = deque()
         self.stopped = False
@@ -121,8 +129,4 @@ class ThreadBackend:
             self.stop()
         for stream in self._streams.values():
             stream.close()
-
-    @property
-    def log(self) -> list[Ran]:
-        """All finished ops, by start."""
-        return sorted((ran for stream in self._streams.values() for ran in stream.log), key=lambda ran: ran.start)
+        self._streams.clear()  # they refer to this backend: in a cycle, what an op holds would outlive the phase
