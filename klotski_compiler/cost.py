@@ -17,7 +17,10 @@ from klotski_compiler.routing import Routing
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 ROW_READERS = 16  # threads that gather embedding rows: single pages, each of which waits behind large reads
+FEW_ROWS, ROW_STEP = 16, 32  # an expert computes more rows than the first number in multiples of the second
+GATHERED_ROWS = 256  # embedding rows that are read from disk at a time
 ROW_OPS = 6  # small ops that a row takes: to ask a reader for it, and to copy it from the page that holds it
+LOAD_OPS = 10  # small ops that a load from disk is worth: to hand pieces to readers, to bind what has arrived
 SPILL_OPS = 50  # small ops that moving one batch's KV to or from disk is worth
 ALWAYS = 0.98  # an expert touched with a higher probability is loaded without waiting for the router (design 5.3)
 
@@ -163,7 +166,10 @@ class Cost:
         if touched <= 0 or layer.expert is None:
             return 0.0
         moved = share * self.spec.hidden_size * 8 * self.compute_bytes  # gather (2) and add in twice the width (6)
-        busy = self.processor.expert_op_us + self.module_us(layer.expert, share / touched)
+        rows = share / touched
+        if self.hardware.compute_tier == "host" and rows > FEW_ROWS:
+            rows += ROW_STEP / 2
+        busy = self.processor.expert_op_us + self.module_us(layer.expert, rows)
         return touched * busy + 1e6 * moved / self.processor.memory_bytes_per_s
 
     # ------------------------------------------------------------------------------------------------------------ ops
@@ -174,11 +180,10 @@ class Cost:
         match op:
             case Load() | Store():
                 nbytes = self.moved_bytes(op, tensors, shape, context, late)
-                return (
-                    self.kv_us(op.link, nbytes)
-                    if tensors[op.tensors[0]].kind == "kv"
-                    else self.transfer_us(op.link, nbytes)
-                )
+                if tensors[op.tensors[0]].kind == "kv":
+                    return self.kv_us(op.link, nbytes)
+                binding = LOAD_OPS * self.processor.op_us if op.link == "disk>host" and nbytes > 0 else 0.0
+                return self.transfer_us(op.link, nbytes) + binding
             case Bind():
                 return self.processor.op_us
             case Compute():

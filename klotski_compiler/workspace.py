@@ -5,7 +5,7 @@ Ops run one at a time on the compute stream, so transient parts count once, by t
 
 from __future__ import annotations
 
-from klotski_compiler.cost import Cost
+from klotski_compiler.cost import FEW_ROWS, GATHERED_ROWS, ROW_STEP, Cost
 from klotski_compiler.model import Layer, ModelSpec, Module
 from klotski_compiler.plan import Decision, Workload
 from klotski_compiler.tensors import MODULES
@@ -16,8 +16,7 @@ TENSOR_BYTES = 1_000  # where a tensor of the checkpoint lies
 STEP_BYTES = 900  # a parsed step, its line and what is kept of its last runs
 SHAPES, SHAPE_BYTES = 64, 600_000  # shapes of 16-bit matmuls for which oneDNN keeps code and scratch memory (memory.py)
 MARGIN = 1.2
-FEW_ROWS, ROW_STEP, OTHER_SHAPES = 16, 32, 16  # kernels.py; attention, router and head
-GATHERED_ROWS = 256  # embedding rows that are read from disk at a time
+OTHER_SHAPES = 16  # of attention, router and head
 
 
 def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, dict[str, int]]:

@@ -121,7 +121,7 @@ def test_an_interrupted_measurement_leaves_no_scratch_file(tmp_path: Path, monke
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(profile, "_transfer", interrupted)
+    monkeypatch.setattr(profile, "fill", interrupted)
     with pytest.raises(KeyboardInterrupt):
         profile.measure("cpu", tmp_path, quick=True)
     assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ The engine decides nothing: order, slots and waits are the plan's, and ``binding
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from klotski_compiler.cost import ROW_READERS
+from klotski_compiler.cost import GATHERED_ROWS, ROW_READERS
 from klotski_compiler.errors import ConfigError, ExecError, KlotskiError, PlanError, window
 from klotski_compiler.execute import execute
 from klotski_compiler.model import spec_from_config
@@ -33,8 +34,6 @@ from klotski_runtime.spill import SpillFile
 from klotski_runtime.streams import Ran, ThreadBackend
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-GATHERED_ROWS = 256
-"""Embedding rows read from disk at a time."""
 
 
 @dataclass(slots=True)
@@ -110,7 +109,6 @@ class Engine:
         folder: str | os.PathLike[str],
         config: PreTrainedConfig,
         scratch: Path,
-        readers: int = 2,
         threads: int = 0,
         keep_log: bool = False,
     ) -> None:
@@ -127,7 +125,7 @@ class Engine:
         self.skeleton = Skeleton(config, DTYPES[plan.dtype])
         self.checkpoint = Checkpoint.open(folder, self.skeleton.model)
         self._check_model()
-        self.reader = DiskReader(readers)
+        self.reader = DiskReader()
         self.arena = Arena(max((s.offset + s.nbytes for s in plan.slots if s.tier == "host"), default=0))
         self._resident = dict(plan.placed)
         self._layouts: dict[int, tuple[ModuleKey, tuple[Segment, ...], Layout]] = {}
@@ -147,6 +145,7 @@ class Engine:
         """Bring in what is resident."""
         began = time.perf_counter()
         self._run_phase(self.plan.phase("load"), None, 0)
+        gc.freeze()  # plan, modules and libraries stay: to look through them for garbage takes 0.2 s in the middle of a pass
         self.measured.load_s = time.perf_counter() - began
 
     def run(
@@ -223,27 +222,34 @@ class Engine:
         """The byte range of a slot."""
         return self.plan.slots[number]
 
-    def fetch(self, tensor: Tensor, slot: int, expert: int) -> None:
-        """Read a module from the checkpoint into a slot and make its weights usable there."""
-        key = module_key(tensor, expert)
-        segments, plan = self._layout(tensor, key)
-        at = self.slot(slot)
-        if plan.slot_bytes > at.nbytes:
-            raise PlanError(
-                "model", f"{tensor.name} needs {plan.slot_bytes:,} bytes, its slot has {at.nbytes:,}; compile again"
-            )
-        if old := self._occupant.pop(slot, None):
-            self.skeleton.unbind(old)
-        self.reader.read(plan.extents, self.arena.view(at.offset, at.nbytes))
-        views = {
+    def fetch(self, modules: Sequence[tuple[Tensor, int, int]]) -> None:
+        """Read modules (tensor, slot, expert) from the checkpoint into their slots and make their weights usable there."""
+        parts, done = [], []
+        for tensor, slot, expert in modules:
+            key = module_key(tensor, expert)
+            segments, plan = self._layout(tensor, key)
+            at = self.slot(slot)
+            if plan.slot_bytes > at.nbytes:
+                raise PlanError(
+                    "model", f"{tensor.name} needs {plan.slot_bytes:,} bytes, its slot has {at.nbytes:,}; compile again"
+                )
+            if old := self._occupant.pop(slot, None):
+                self.skeleton.unbind(old)
+            parts.append((plan.extents, self.arena.view(at.offset, at.nbytes)))
+            done.append((slot, key, self._views(at, segments, plan)))
+        self.reader.read_all(parts)
+        for slot, key, views in done:
+            if key.kind in ("expert", "head"):
+                self._parts[slot] = (key.index, views)
+            else:
+                self.skeleton.bind(key, views)
+                self._occupant[slot] = key
+
+    def _views(self, at: Slot, segments: Sequence[Segment], plan: Layout) -> dict[str, torch.Tensor]:
+        return {
             segment.name: self.arena.tensor(at.offset + offset, segment.nbytes, segment.dtype, segment.shape)
             for segment, offset in zip(segments, plan.offsets, strict=True)
         }
-        if key.kind in ("expert", "head"):
-            self._parts[slot] = (key.index, views)
-        else:
-            self.skeleton.bind(key, views)
-            self._occupant[slot] = key
 
     def parts(self, slot: int) -> tuple[int, dict[str, torch.Tensor]]:
         """The expert (or head page) in a slot."""
@@ -401,8 +407,7 @@ class PhaseRunner:
         """Run one op in pass ``at``; True once every sequence of the group has ended."""
         match step.op:
             case Load():
-                for index, slot in zip(step.op.tensors, step.slots, strict=True):
-                    self._load(self.tensors[index], slot, at)
+                self._load([self.tensors[index] for index in step.op.tensors], step.slots, at)
             case Store():
                 for index, slot in zip(step.op.tensors, step.slots, strict=True):
                     self._store(self.tensors[index], slot, at)
@@ -414,16 +419,18 @@ class PhaseRunner:
 
     # ------------------------------------------------------------------------------------------------------ transfers
 
-    def _load(self, tensor: Tensor, slot: int, at: int) -> None:
-        if tensor.kind == "kv":
-            self._move_kv(tensor, slot, at, store=False)
-            return
-        expert = tensor.index
-        if tensor.kind == "pick":
-            expert, wanted = self.bound[tensor.layer][tensor.index]
-            if not wanted:
-                return
-        self.engine.fetch(tensor, slot, expert)
+    def _load(self, tensors: Sequence[Tensor], slots: Sequence[int], at: int) -> None:
+        modules = []
+        for tensor, slot in zip(tensors, slots, strict=True):
+            expert, wanted = tensor.index, True
+            if tensor.kind == "kv":
+                self._move_kv(tensor, slot, at, store=False)
+                continue
+            if tensor.kind == "pick":
+                expert, wanted = self.bound[tensor.layer][tensor.index]
+            if wanted:
+                modules.append((tensor, slot, expert))
+        self.engine.fetch(modules)
 
     def _store(self, tensor: Tensor, slot: int, at: int) -> None:
         self._move_kv(tensor, slot, at, store=True)

@@ -21,14 +21,12 @@ from torch.nn import functional
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
+from klotski_compiler.cost import FEW_ROWS, ROW_STEP
 from klotski_compiler.errors import ExecError
 from klotski_runtime.checkpoint import EMBEDDING
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.reader import RowGather
 from klotski_runtime.skeleton import Skeleton
-
-FEW_ROWS, ROW_STEP = 16, 32
-"""An expert's tokens beyond the first number are computed in multiples of the second."""
 
 Parts = Mapping[str, torch.Tensor]
 """One expert's weights: gate, up, down; or gate_up, down and, where the model has them, gate_up_bias and down_bias."""

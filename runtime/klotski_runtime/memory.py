@@ -12,9 +12,9 @@ SAMPLE_S = 0.05
 _PROCESS = Path("/proc/self")
 
 _SETTINGS = {
-    # OpenMP threads spin at a barrier on the very core that a disk reader, or another program, may need; asleep they take
-    # ten times as long to wake as a small operation takes to run. This many turns are about 0.1 ms, between operations.
-    "GOMP_SPINCOUNT": "30000",
+    # An OpenMP thread that has gone to sleep takes milliseconds to wake: it lands on the core of the thread that calls it,
+    # and waits there. So many turns are about 10 ms, as long as a few experts are read; readers need little of a processor.
+    "GOMP_SPINCOUNT": "3000000",
     # oneDNN keeps code for every matmul shape that it meets, about 0.6 MB each and 1,024 of them unless told otherwise.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
 }

@@ -1,26 +1,22 @@
 """Measures this machine, in the way the runtime uses it, and returns the Hardware that the compiler plans with.
 
-Kernel times are lower quartiles of many short samples: what else runs on a machine only ever slows a sample down, by
-two hundred times where two threads wait for each other and one of them has lost its core. Each is measured in two
-rounds and the better kept, against disturbances that last. Disk rates are medians of few long samples. Buffers are
-cycled so that no weight and no cached key is found in a processor's cache.
+Kernel times are medians of many short samples; each number is measured in several rounds, spread over the whole time, and
+the median kept, against disturbances that last. Buffers are cycled so that no weight and no cached key is found in a
+processor's cache. Whole blocks are measured through the runtime's own ops, so that their small costs are in the number.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-import random
 import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import date
 from itertools import count, cycle
-from mmap import mmap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,20 +26,19 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Qwen3MoeConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeRotaryEmbedding
 
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.hardware import Hardware, Link, Processor, Tier
+from klotski_runtime.checkpoint import PAGE, ModuleKey
+from klotski_runtime.kernels import Chunks, Group
+from klotski_runtime.kv import KvBlock
+from klotski_runtime.profile_disk import MIB, Found, Turns, fill, rounded, scratch_file
+from klotski_runtime.skeleton import Skeleton
 
 Report = Callable[[str, float], None]
 """Called with what is being measured and the share (0 to 1) of the work that is done."""
 
-# A measured field: its value and how it was measured. Fields are dotted, relative to their part of the Hardware.
-Found = dict[str, tuple[Any, str]]
-
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-PAGE = 4096
-MIB = 1 << 20
 
 # Width of the matmuls that stand for "no work": what remains is the cost of the calls.
 SMALL = 128
@@ -57,8 +52,8 @@ class Sizes:
     """How much to measure.
 
     hidden, inter, tokens: the expert and its token counts. cold_bytes: size of the buffers that are cycled.
-    sample_s: time per number and round. rounds: how often each number is measured. scratch_bytes, disk_passes: the
-    scratch file and how often each way of reading it is tried. decode: (batch, context) of decode attention.
+    sample_s: time per number and round. rounds: how often each number is measured. scratch_bytes: the scratch file.
+    turns, turn_s: of the disk and the processor in a round. decode: (batch, context) of decode attention.
     prompt: tokens of a prompt of prefill attention.
     """
 
@@ -69,7 +64,8 @@ class Sizes:
     sample_s: float
     rounds: int
     scratch_bytes: int
-    disk_passes: int
+    turns: int
+    turn_s: float
     decode: tuple[tuple[int, int], ...]
     prompt: int
 
@@ -77,6 +73,7 @@ class Sizes:
 CACHE_BYTES = 64 * MIB  # more than caches hold
 SHORT_PROMPT = 32  # tokens: of prompts whose attention is mostly elementwise work
 SHARED_ROWS = 32  # tokens of the expert that computes while the disk is read
+CACHED = 16  # positions before the one token of a decode step
 
 FULL = Sizes(
     hidden=2048,
@@ -86,7 +83,8 @@ FULL = Sizes(
     sample_s=0.25,
     rounds=3,
     scratch_bytes=1024 * MIB,
-    disk_passes=5,
+    turns=6,
+    turn_s=0.4,
     decode=((1, 256), (1, 1024), (4, 512), (8, 512), (8, 2048), (16, 1024), (32, 512), (32, 1024)),
     prompt=512,
 )
@@ -100,7 +98,8 @@ QUICK = Sizes(
     sample_s=0.02,
     rounds=1,
     scratch_bytes=32 * MIB,
-    disk_passes=1,
+    turns=1,
+    turn_s=0.02,
     decode=((1, 64), (2, 128), (4, 256)),
     prompt=64,
 )
@@ -123,7 +122,10 @@ def measure(
     chosen, sizes = _device(device), QUICK if quick else FULL
     _check_scratch(scratch, sizes)
     with_gpu = chosen.type == "cuda"
-    steps = 2 + 5 * sizes.rounds * (1 + with_gpu) + with_gpu
+    units = {"cpu": (torch.device("cpu"), sizes)}
+    if with_gpu:
+        units["gpu"] = chosen, QUICK if quick else FULL_GPU
+    steps = 1 + sizes.rounds * (1 + 5 * len(units)) + with_gpu
     taken = count()
 
     def step(what: str) -> None:
@@ -133,22 +135,25 @@ def measure(
         "host.capacity_bytes": (_available_memory(), "MemAvailable of /proc/meminfo when measured"),
         "disk.capacity_bytes": (shutil.disk_usage(scratch).free, "free space of the scratch folder when measured"),
     }
-    step("disk")
-    with _scratch_file(scratch) as file:
-        links = _disk(file, sizes)
-        step("processor and disk together")
-        with torch.inference_mode():
-            left = _together(file, sizes)
-        links["disk>host.shared_speed"] = left["disk"]
-    with torch.inference_mode():
-        processors = {"cpu": _processor(torch.device("cpu"), sizes, step) | {"shared_speed": left["cpu"]}}
-        if with_gpu:
-            free, _ = torch.cuda.mem_get_info(chosen)
-            tiers["gpu.capacity_bytes"] = free, "free memory by torch.cuda.mem_get_info when measured"
-            gpu_sizes = QUICK if quick else FULL_GPU
-            processors["gpu"] = _processor(chosen, gpu_sizes, step)
-            step("copies to and from the GPU")
-            links |= _copies(chosen, gpu_sizes)
+    rounds: dict[str, list[Found]] = {unit: [] for unit in units}
+    with scratch_file(scratch, sizes.scratch_bytes) as file, torch.inference_mode():
+        step("disk: writing")
+        links = fill(file)
+        turns = Turns(file, _shared_work(sizes), sizes.turn_s)
+        for _ in range(sizes.rounds):
+            step("disk: reading, with and without the processor at work")
+            turns.take(sizes.turns)
+            for unit, (where, its_sizes) in units.items():
+                rounds[unit].append(_processor_round(where, its_sizes, step))
+        links |= turns.found()
+    processors = {unit: _typical(found) for unit, found in rounds.items()}
+    processors["cpu"]["shared_speed"] = turns.processor_speed()
+    if with_gpu:
+        gpu, gpu_sizes = units["gpu"]
+        free, _ = torch.cuda.mem_get_info(gpu)
+        tiers["gpu.capacity_bytes"] = free, "free memory by torch.cuda.mem_get_info when measured"
+        step("copies to and from the GPU")
+        links |= _copies(gpu, gpu_sizes)
     report("done", 1.0)
 
     stamp = f"measured with klotski-profile, {date.today().isoformat()}"
@@ -181,11 +186,6 @@ def _grouped(found: Found) -> dict[str, dict[str, Any]]:
 def _processor_fields(found: Found) -> dict[str, Any]:
     plain = {field: value for field, (value, _) in found.items() if "." not in field}
     return plain | _grouped({field: pair for field, pair in found.items() if "." in field})
-
-
-def _rounded(value: float) -> float:
-    """Four significant digits: more than any of these measurements is good for."""
-    return float(f"{value:.4g}")
 
 
 # Where to measure
@@ -271,161 +271,28 @@ def _seconds(call: Callable[[], object], device: torch.device, sizes: Sizes) -> 
     return statistics.median(samples)
 
 
-# Disk
+# Processors
 
 
-@dataclass(frozen=True)
-class _File:
-    """An open scratch file. ``direct``: reads and writes bypass the page cache."""
+def _typical(rounds: list[Found]) -> Found:
+    """The median over rounds, of matmul tables at each point."""
 
-    descriptor: int
-    direct: bool
+    def median(field: str) -> tuple[Any, str]:
+        found = [of[field] for of in rounds]
+        if not field.startswith("matmul."):
+            return statistics.median_low(found)
+        return tuple(statistics.median_low(points) for points in zip(*(t for t, _ in found), strict=True)), found[0][1]
 
-    @property
-    def how(self) -> str:
-        return "O_DIRECT" if self.direct else "buffered, page cache dropped"
-
-
-@contextmanager
-def _scratch_file(scratch: Path) -> Iterator[_File]:
-    """A nameless file: it is unlinked at once, so that not even a killed process leaves it behind."""
-    path = os.path.join(scratch, f".klotski-profile-{os.getpid()}-{random.getrandbits(32):08x}")
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-    direct = True
-    try:
-        try:
-            descriptor = os.open(path, flags | os.O_DIRECT, 0o600)
-        except OSError:
-            # A file system without O_DIRECT refuses it with EINVAL, some after they made the file.
-            Path(path).unlink(missing_ok=True)
-            descriptor, direct = os.open(path, flags, 0o600), False
-        os.unlink(path)
-    except OSError as error:
-        why = f"no file can be made in {scratch} ({error.strerror}); name another folder"
-        raise ConfigError("--scratch", "", why) from None
-    try:
-        yield _File(descriptor, direct)
-    finally:
-        os.close(descriptor)
+    return {field: median(field) for field in rounds[0]}
 
 
-def _disk(file: _File, sizes: Sizes) -> Found:
-    """Both directions of the disk link. Several requests are in flight, as the runtime's readers have them."""
-    chunk, threads = 8 * MIB, 4
-    noise = random.Random(0).randbytes(chunk)
-    written = []
-    part = sizes.scratch_bytes // 4
-    for start in range(0, sizes.scratch_bytes, part):
-        begin = time.perf_counter()
-        _transfer(file, range(start, start + part, chunk), chunk, threads, noise)
-        os.fsync(file.descriptor)
-        written.append(part / (time.perf_counter() - begin))
-
-    best, best_how = 0.0, ""
-    for threads in (2, 4):
-        for chunk in (4 * MIB, 8 * MIB):
-            rates = []
-            for _ in range(sizes.disk_passes):
-                os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-                begin = time.perf_counter()
-                _transfer(file, range(0, sizes.scratch_bytes, chunk), chunk, threads)
-                rates.append(sizes.scratch_bytes / (time.perf_counter() - begin))
-            rate = statistics.median(rates)
-            if rate > best:
-                spread = f"{min(rates) / 1e9:.2f} to {max(rates) / 1e9:.2f} GB/s"
-                best, best_how = rate, f"{file.how}, {threads} threads of {chunk // MIB} MiB, median of {spread}"
-
-    pages = random.Random(1)
-    offsets = [pages.randrange(0, sizes.scratch_bytes, PAGE) for _ in range(64)]
-    os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    reads = [_one_page(file, offset) for offset in offsets]
-    writes = [_one_page(file, offset, noise[:PAGE]) for offset in offsets]
-    return {
-        "disk>host.bandwidth_bytes_per_s": (_rounded(best), best_how),
-        "disk>host.latency_us": (_rounded(1e6 * statistics.median(reads)), f"read of {PAGE} bytes, {file.how}"),
-        "host>disk.bandwidth_bytes_per_s": (
-            _rounded(statistics.median(written)),
-            f"{file.how}, 4 threads of 8 MiB, then fsync, median of 4 parts",
-        ),
-        "host>disk.latency_us": (_rounded(1e6 * statistics.median(writes)), f"write of {PAGE} bytes, {file.how}"),
-    }
-
-
-def _transfer(file: _File, offsets: range, chunk: int, threads: int, data: bytes | None = None) -> None:
-    """Reads the chunks at ``offsets`` or, given ``data``, writes it to each; threads take turns."""
-
-    def lane(mine: range) -> None:
-        with mmap(-1, chunk) as buffer:  # aligned to a page, as O_DIRECT wants it
-            buffer[:] = data if data is not None else bytes(chunk)
-            move = os.pwritev if data is not None else os.preadv
-            for offset in mine:
-                if move(file.descriptor, [buffer], offset) != chunk:
-                    raise OSError("the disk moved less than was asked; is it full?")
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lane, (offsets[first::threads] for first in range(threads))))
-
-
-def _together(file: _File, sizes: Sizes) -> dict[str, tuple[float, str]]:
-    """What is left of the speed of the processor and of the disk while both work: (share, how it was measured)."""
-    chunk, threads, cpu = 8 * MIB, 2, torch.device("cpu")
+def _shared_work(sizes: Sizes) -> Callable[[], Tensor]:
+    """An expert's matmuls over a few tokens, on the CPU, weights not in cache."""
     shapes = (sizes.inter, sizes.hidden), (sizes.inter, sizes.hidden), (sizes.hidden, sizes.inter)
     count = max(2, sizes.cold_bytes // (2 * 3 * sizes.hidden * sizes.inter))
     turn = cycle([tuple(torch.randn(shape, dtype=torch.bfloat16) / 32 for shape in shapes) for _ in range(count)])
     rows = torch.randn(SHARED_ROWS, sizes.hidden, dtype=torch.bfloat16)
-
-    def compute() -> Tensor:
-        return _expert(rows, *next(turn))
-
-    def read() -> None:
-        os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        _transfer(file, range(0, sizes.scratch_bytes // 2, chunk), chunk, threads)
-
-    found: dict[str, list[float]] = {"cpu": [], "disk": []}
-    for _ in range(sizes.disk_passes):
-        alone = _seconds(compute, cpu, replace(sizes, sample_s=sizes.sample_s / 2))
-        read_alone = _elapsed(read)
-        with ThreadPoolExecutor(1) as pool:
-            reading = pool.submit(_elapsed, read)
-            taken = []
-            while not reading.done():
-                taken.append(_elapsed(compute))
-        found["cpu"].append(min(1.0, alone / statistics.median(taken)))
-        found["disk"].append(min(1.0, read_alone / reading.result()))
-    how = f"an expert of {SHARED_ROWS} tokens computing, {threads} threads reading {chunk // MIB} MiB each; median of {sizes.disk_passes}"
-    return {part: (_rounded(statistics.median(shares)), how) for part, shares in found.items()}
-
-
-def _elapsed(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
-
-
-def _one_page(file: _File, offset: int, data: bytes | None = None) -> float:
-    with mmap(-1, PAGE) as buffer:
-        buffer[:] = data if data is not None else bytes(PAGE)
-        move = os.pwritev if data is not None else os.preadv
-        begin = time.perf_counter()
-        move(file.descriptor, [buffer], offset)
-        return time.perf_counter() - begin
-
-
-# Processors
-
-
-def _processor(device: torch.device, sizes: Sizes, step: Callable[[str], None]) -> Found:
-    rounds = [_processor_round(device, sizes, step) for _ in range(sizes.rounds)]
-    return {field: _typical(field, [found[field] for found in rounds]) for field in rounds[0]}
-
-
-def _typical(field: str, found: list[tuple[Any, str]]) -> tuple[Any, str]:
-    """What is typical: the median, of matmul tables at each point."""
-    if field.startswith("matmul."):
-        return tuple(
-            statistics.median_low(points) for points in zip(*(table for table, _ in found), strict=True)
-        ), found[0][1]
-    return statistics.median_low(found)
+    return lambda: _expert(rows, *next(turn))
 
 
 def _processor_round(device: torch.device, sizes: Sizes, step: Callable[[str], None]) -> Found:
@@ -438,7 +305,7 @@ def _processor_round(device: torch.device, sizes: Sizes, step: Callable[[str], N
         fastest_read = max(fastest_read, read)
         how = f"one expert (three F.linear, hidden {sizes.hidden}, intermediate {sizes.inter}), weights not in cache"
         found[f"matmul.{dtype}"] = points, how
-    found["memory_bytes_per_s"] = _rounded(fastest_read), "fastest read of an expert's weights in those matmuls"
+    found["memory_bytes_per_s"] = rounded(fastest_read), "fastest read of an expert's weights in those matmuls"
     step(f"{unit}: decode attention")
     found["kv_bytes_per_s"] = _decode_attention(device, sizes)
     step(f"{unit}: prefill attention")
@@ -473,7 +340,7 @@ def _matmul(device: torch.device, dtype: str, sizes: Sizes) -> tuple[tuple[tuple
         rows = torch.randn(tokens, sizes.hidden, device=device, dtype=torch_dtype)
         seconds = _seconds(lambda rows=rows: _expert(rows, *next(turn)), device, sizes)  # type: ignore[misc]
         seconds = max(seconds - fixed, seconds / 2)
-        points.append((tokens, _rounded(2 * params * tokens / seconds)))
+        points.append((tokens, rounded(2 * params * tokens / seconds)))
         fastest = max(fastest, nbytes / seconds)
     return tuple(points), fastest
 
@@ -513,7 +380,7 @@ def _decode_attention(device: torch.device, sizes: Sizes) -> tuple[float, str]:
         nbytes, seconds = max(rows)
         fixed, per_byte = 0.0, seconds / nbytes
     how = f"slope over {len(rows)} sizes of transformers' SDPA, {QUERY_HEADS} query and {KV_HEADS} KV heads, bf16"
-    return _rounded(1 / per_byte), f"{how}, masked; fixed part {1e6 * fixed:.0f} us"
+    return rounded(1 / per_byte), f"{how}, masked; fixed part {1e6 * fixed:.0f} us"
 
 
 def _prefill_attention(device: torch.device, sizes: Sizes) -> tuple[float, str]:
@@ -524,39 +391,31 @@ def _prefill_attention(device: torch.device, sizes: Sizes) -> tuple[float, str]:
     seconds = _seconds(lambda: _attend(query, key, value, None), device, sizes)
     flops = 4 * QUERY_HEADS * HEAD_DIM * batch * prompt**2
     how = f"transformers' SDPA, {batch} whole prompts of {prompt} tokens, bf16, all pairs of positions counted"
-    return _rounded(flops / seconds), how
+    return rounded(flops / seconds), how
 
 
 def _fixed_costs(device: torch.device, sizes: Sizes) -> Found:
     """What an op costs however little it computes: everything here is so small that only calls and launches remain."""
-    hidden = SMALL
-    kind: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
-    weight = torch.randn(hidden, hidden, **kind)
-    rows = torch.randn(8, hidden, **kind)
-    index = torch.arange(8, device=device)
-    shares = torch.rand(8, 1, **kind)
-    total = torch.zeros(8, hidden, **kind)
-
-    def expert() -> None:
-        total.index_add_(0, index, _expert(rows[index], weight, weight, weight) * shares)
-
-    attention, projections, _ = _attention_block(hidden, kind, 1, 1, (4, 2, 32))
-    whole, matmuls = _seconds(attention, device, sizes), _seconds(projections, device, sizes)
+    weight = torch.randn(SMALL, SMALL, device=device, dtype=torch.bfloat16)
+    rows = torch.randn(8, SMALL, device=device, dtype=torch.bfloat16)
     small = _seconds(lambda: F.linear(rows, weight), device, sizes)
+    block = Block(device, SMALL, (4, 2, 32), batch=1, queries=1)
+    attention = _seconds(block.attention, device, sizes) - _seconds(block.projections, device, sizes)
+    what = f"transformers' Qwen3-MoE by the runtime's ops, {SMALL} wide, 1 token"
     return {
-        "op_us": (_rounded(1e6 * small), f"F.linear of 8 rows, {hidden} x {hidden}"),
+        "op_us": (rounded(1e6 * small), f"F.linear of 8 rows, {SMALL} x {SMALL}"),
         "hidden_bytes_per_s": _hidden_rate(device, sizes),
         "router_op_us": (
-            _rounded(1e6 * _seconds(_moe_block(hidden, kind), device, sizes)),
-            "mixture-of-experts block of transformers' Qwen3-MoE without its experts (norm, router, copies), 1 token",
+            rounded(1e6 * _seconds(block.router, device, sizes)),
+            f"router (norm, gate, choice) of {what}",
         ),
         "attention_op_us": (
-            _rounded(1e6 * max(whole - matmuls, small)),
-            "attention block of transformers' Qwen3-MoE (norms, rotary, cache, SDPA, residual), 1 token, less matmuls",
+            rounded(1e6 * max(attention, small)),
+            f"attention (norms, rotary, mask, cache, SDPA, residual) of {what}, less matmuls",
         ),
         "expert_op_us": (
-            _rounded(1e6 * _seconds(expert, device, sizes)),
-            f"gather of 8 rows, three F.linear of {hidden} x {hidden}, activation, weighting, index_add",
+            rounded(1e6 * _seconds(block.expert, device, sizes)),
+            f"expert (gather, three matmuls, activation, weighting, index_add) of {what}",
         ),
     }
 
@@ -566,10 +425,9 @@ def _hidden_rate(device: torch.device, sizes: Sizes) -> tuple[float, str]:
 
     What the block takes for many short prompts, less its matmuls, the attention of keys and values, and its fixed cost.
     """
-    kind: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
-    batch, queries, heads, width = max(1, sizes.prompt // SHORT_PROMPT), SHORT_PROMPT, 8, 64
-    whole, matmuls, core = _attention_block(sizes.hidden, kind, batch, queries, (heads, 2, width))
-    fixed, fixed_matmuls, fixed_core = _attention_block(SMALL, kind, 1, 1, (4, 2, 32))
+    batch, heads, width = max(1, sizes.prompt // SHORT_PROMPT), 8, 64
+    block = Block(device, sizes.hidden, (heads, 2, width), batch, SHORT_PROMPT)
+    least = Block(device, SMALL, (4, 2, 32), batch=1, queries=1)
     sweep = torch.zeros(min(sizes.cold_bytes, CACHE_BYTES), device=device, dtype=torch.uint8)
 
     def cold(call: Callable[[], object]) -> float:
@@ -586,95 +444,99 @@ def _hidden_rate(device: torch.device, sizes: Sizes) -> tuple[float, str]:
             taken.append(time.perf_counter() - begin)
         return statistics.median(taken)
 
-    seconds = [cold(call) for call in (whole, matmuls, core)]
-    seconds += [_seconds(call, device, sizes) for call in (fixed, fixed_matmuls, fixed_core)]
-    left = seconds[0] - seconds[1] - seconds[2] - max(0.0, seconds[3] - seconds[4] - seconds[5])
-    nbytes = batch * queries * (sizes.hidden + heads * width) * torch.bfloat16.itemsize
-    how = (
-        f"attention block of transformers' Qwen3-MoE, {batch} prompts of {queries} tokens, less matmuls, SDPA and calls"
-    )
-    return _rounded(nbytes / max(left, 0.05 * seconds[0])), how
+    whole, matmuls, core = (cold(call) for call in (block.attention, block.projections, block.core))
+    fixed = [_seconds(call, device, sizes) for call in (least.attention, least.projections, least.core)]
+    left = whole - matmuls - core - max(0.0, fixed[0] - fixed[1] - fixed[2])
+    nbytes = batch * SHORT_PROMPT * (sizes.hidden + heads * width) * torch.bfloat16.itemsize
+    how = f"attention of transformers' Qwen3-MoE by the runtime's ops, {batch} prompts of {SHORT_PROMPT} tokens"
+    return rounded(nbytes / max(left, 0.05 * whole)), f"{how}, less matmuls, SDPA and calls"
 
 
-def _moe_block(hidden: int, kind: dict[str, Any]) -> Callable[[], Tensor]:
-    """What the runtime's router op does for one token: norm, router, and the hidden state's way between two types."""
-    config = Qwen3MoeConfig(hidden_size=hidden, num_experts=16, num_experts_per_tok=2, moe_intermediate_size=8)
-    layer = Qwen3MoeDecoderLayer(config, 0).to(**kind)
-    layer.mlp.experts.forward = lambda states, *_: torch.zeros_like(states)  # type: ignore[method-assign]
-    state, wide = torch.randn(1, hidden, **kind), torch.ones(1, hidden, device=kind["device"], dtype=torch.float32)
+class Block:
+    """One layer of transformers' Qwen3-MoE with random weights, through the runtime's ops: ``batch`` sequences of ``queries``
+    new tokens each; a single one has CACHED positions before it.
 
-    def block() -> Tensor:
-        normed = layer.post_attention_layernorm(state)
-        out = layer.mlp(normed[None])
-        wide.copy_(state).add_((out[0] if isinstance(out, tuple) else out)[0])
-        return state.copy_(normed)
-
-    return block
-
-
-def _attention_block(
-    hidden: int, kind: dict[str, Any], batch: int, queries: int, shape: tuple[int, int, int]
-) -> tuple[Callable[[], Tensor], Callable[[], Tensor], Callable[[], Tensor]]:
-    """A decoder layer's attention as the runtime runs it, the matmuls in it alone, and its keys and values alone.
-
-    shape: query heads, key and value heads, width of a head. One query has 16 cached positions before it.
+    heads: query heads, key and value heads, width of a head.
     """
-    (heads, kv_heads, width), device = shape, kind["device"]
-    settings: dict[str, Any] = {
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": width,
-        "num_experts": 2,
-        "moe_intermediate_size": 8,
-        "attn_implementation": "sdpa",
-    }
-    config = Qwen3MoeConfig(**settings)
-    layer = Qwen3MoeDecoderLayer(config, 0).to(**kind)
-    seen = queries if queries > 1 else 17
-    wide = torch.randn(batch, queries, hidden, device=device)
-    state = torch.empty(batch, queries, hidden, **kind)
-    positions = torch.arange(seen - queries, seen, device=device).expand(batch, queries)
-    rotation = Qwen3MoeRotaryEmbedding(config=config).to(device)(state, positions)
-    cache = _Slot(torch.zeros(2, batch, kv_heads, seen, width, **kind), queries)
-    mask = torch.ones(batch, 1, queries, seen, device=device, dtype=torch.bool).tril(seen - queries)
-    weights = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.self_attn.o_proj]
-    mixed = torch.randn(batch, queries, heads * width, **kind)
-    query = torch.randn(batch, heads, queries, width, **kind)
 
-    def attention() -> Tensor:
-        state.copy_(wide)
-        output: Tensor = layer.self_attn(
-            hidden_states=layer.input_layernorm(state),
-            position_embeddings=rotation,
-            attention_mask=mask,
-            past_key_values=cache,
-        )[0]
-        return state.add_(output)
+    def __init__(
+        self, device: torch.device, hidden: int, heads: tuple[int, int, int], batch: int, queries: int
+    ) -> None:
+        query_heads, kv_heads, width = heads
+        # Fresh tensors of the ops belong on the device; on the CPU, where they are anyway, the context would cost time.
+        self._here: AbstractContextManager[object] = nullcontext() if device.type == "cpu" else device
+        settings: dict[str, Any] = {
+            "hidden_size": hidden,
+            "num_hidden_layers": 1,
+            "num_attention_heads": query_heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": width,
+            "vocab_size": 8,
+            "num_experts": 16,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": SMALL,
+        }
+        with self._here:
+            skeleton = Skeleton(Qwen3MoeConfig(**settings), torch.bfloat16)
+            shape = skeleton.kv_shape(0)
+            for kind, part in (
+                ("attention", "self_attn"),
+                ("attention", "input_"),
+                ("router", "mlp"),
+                ("router", "post_"),
+            ):
+                shapes = {n: p.shape for n, p in skeleton.model.named_parameters() if f"layers.0.{part}" in n}
+                weights = {n: torch.randn(shape) / 32 for n, shape in shapes.items() if "experts" not in n}
+                skeleton.bind(ModuleKey(kind, 0), weights)
+            tokens, past = batch * queries, CACHED if queries == 1 else 0
+            self._group = Group(skeleton, [[[1] * max(queries, past)] * batch], Chunks(batch, batch, tokens, tokens))
+            if past:
+                self._group.batches[0].advance(torch.ones(batch, dtype=torch.long))
+            self._group.begin(torch.randn(tokens, hidden), torch.randn(tokens, hidden, dtype=torch.bfloat16))
+            capacity = past + queries
+            storage = torch.zeros(batch * capacity * shape.elements, dtype=torch.bfloat16)
+            self._kv = KvBlock(storage, shape, batch, capacity)
+            self._parts = {
+                name: torch.randn(size, dtype=torch.bfloat16) / 32
+                for name, size in (("gate", (SMALL, hidden)), ("up", (SMALL, hidden)), ("down", (hidden, SMALL)))
+            }
+            self._query = torch.randn(batch, query_heads, queries, width, dtype=torch.bfloat16)
+            self._mask = torch.ones(batch, 1, queries, capacity, dtype=torch.bool).tril(past)
+            self._state = torch.randn(tokens, hidden, dtype=torch.bfloat16)
+            self._mixed = torch.randn(tokens, query_heads * width, dtype=torch.bfloat16)
+            layer = skeleton.model.get_submodule("model.layers.0.self_attn")
+            self._matmuls = [part.weight for part in (layer.q_proj, layer.k_proj, layer.v_proj)], layer.o_proj.weight
+            self._scaling = width**-0.5
+            self.router()
 
-    def projections() -> Tensor:
-        for part in weights:
-            output = F.linear(mixed if part.in_features == heads * width else state, part.weight)
-        return output
+    def attention(self) -> None:
+        """The whole op."""
+        with self._here:
+            self._group.attention(0, 0, self._kv)
 
-    def core() -> Tensor:
-        groups = SimpleNamespace(num_key_value_groups=heads // kv_heads, is_causal=True)
-        output: Tensor
-        output, _ = sdpa_attention_forward(groups, query, cache.keys, cache.values, mask, scaling=width**-0.5)  # type: ignore[arg-type]
-        return output
+    def router(self) -> None:
+        """The whole op."""
+        with self._here:
+            self._group.router(0, 0)
 
-    return attention, projections, core
+    def expert(self) -> None:
+        """The op of the expert that most tokens chose."""
+        with self._here:
+            counts = self._group.counts(0, None)
+            self._group.experts(0, [(counts.index(max(counts)), self._parts)], None)
 
+    def projections(self) -> None:
+        """The matmuls of attention."""
+        first, last = self._matmuls
+        for weight in first:
+            F.linear(self._state, weight)
+        F.linear(self._mixed, last)
 
-class _Slot:
-    """The part of a transformers cache that attention uses, writing in place as the runtime's cache does."""
-
-    def __init__(self, slot: Tensor, queries: int) -> None:
-        (self.keys, self.values), self._queries = slot, queries
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
-        self.keys[:, :, -self._queries :], self.values[:, :, -self._queries :] = keys, values
-        return self.keys, self.values
+    def core(self) -> None:
+        """The keys and values of attention."""
+        groups = self._query.shape[1] // self._kv.keys.shape[1]
+        heads: Any = SimpleNamespace(num_key_value_groups=groups, is_causal=True)
+        sdpa_attention_forward(heads, self._query, self._kv.keys, self._kv.values, self._mask, scaling=self._scaling)
 
 
 # Copies between host and GPU
@@ -689,8 +551,8 @@ def _copies(device: torch.device, sizes: Sizes) -> Found:
         latency = _seconds(lambda t=target, s=source: t[:PAGE].copy_(s[:PAGE], non_blocking=True), device, sizes)  # type: ignore[misc]
         seconds = _seconds(lambda t=target, s=source: t.copy_(s, non_blocking=True), device, sizes)  # type: ignore[misc]
         found[f"{link}.bandwidth_bytes_per_s"] = (
-            _rounded(sizes.cold_bytes / seconds),
+            rounded(sizes.cold_bytes / seconds),
             f"pinned buffer of {sizes.cold_bytes // MIB} MiB",
         )
-        found[f"{link}.latency_us"] = _rounded(1e6 * latency), f"pinned buffer of {PAGE} bytes, copies queued"
+        found[f"{link}.latency_us"] = rounded(1e6 * latency), f"pinned buffer of {PAGE} bytes, copies queued"
     return found

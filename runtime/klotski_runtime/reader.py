@@ -17,6 +17,9 @@ from klotski_compiler.errors import ExecError
 from klotski_runtime.arena import Arena
 from klotski_runtime.checkpoint import PAGE, Extent, Segment, layout
 
+READERS = 3
+"""Requests in flight: so many keep the disk busy while one of them waits for a processor that computes."""
+
 
 @dataclass(slots=True)
 class _File:
@@ -32,7 +35,7 @@ class DiskReader:
     Every method but ``close`` may be called from any thread; reads are served in the order of the calls.
     """
 
-    def __init__(self, threads: int = 2, chunk_bytes: int = 8 << 20) -> None:
+    def __init__(self, threads: int = READERS, chunk_bytes: int = 8 << 20) -> None:
         if threads < 1 or chunk_bytes < PAGE or chunk_bytes % PAGE:
             raise ValueError(f"threads ({threads}) must be positive, chunk_bytes ({chunk_bytes}) a multiple of {PAGE}")
         self._chunk_bytes = chunk_bytes
@@ -51,8 +54,13 @@ class DiskReader:
 
         Raises ExecError where a file cannot be read or ends before the data does.
         """
+        return self.read_all([(extents, slot)])
+
+    def read_all(self, parts: Iterable[tuple[Iterable[Extent], memoryview]]) -> int:
+        """The same for several slots at once, so that the disk has the next request while one is handed over."""
         chunks = [
             self._pool.submit(self._read_chunk, extent, begin, slot)
+            for extents, slot in parts
             for extent in extents
             for begin in range(0, extent.nbytes, self._chunk_bytes)
         ]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from klotski_compiler.cost import GATHERED_ROWS
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.model import read_model
 from klotski_compiler.routing import Routing
@@ -30,7 +31,6 @@ MAX_TOKENS = 8192
 MAX_PROMPT = 2048
 KEPT_SUCCESSORS = 8
 CHUNK_TOKENS = 512
-GATHERED_ROWS = 256
 
 
 def measure(model: str, prompts: Path, report: Report) -> str:
