@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import shlex
 import subprocess
 import sys
@@ -51,7 +52,13 @@ def demo(folder: Path) -> None:
     say("The machine: what its processor, memory and disk really do.")
     run(*command("klotski_runtime.cli.profile"), "-o", machine, "--scratch", folder)
 
-    sizes = ("--prompt-len", PROMPT_LEN, "--gen-len", GEN_LEN, "--memory", f"host={budget}")
+    say("The prompts: which experts they ask for.")
+    prompts, routing = folder / "prompts.jsonl", folder / "routing.json"
+    write_prompts(prompts, model)
+    run(*command("klotski_runtime.cli.profile"), "routing", model, "--input", prompts, "-o", routing)
+
+    known = ("--routing", routing, "--memory", f"host={budget}")
+    sizes = ("--prompt-len", PROMPT_LEN, "--gen-len", GEN_LEN, *known)
     say(f"The schedule: {weights / 1e9:.2f} GB of weights, {budget / 1e6:.0f} MB of memory.")
     plan, typed = folder / "plan.json", folder / "accelerate.json"
     run(*command("klotski_compiler.cli.compile"), model, machine, "-o", plan, *sizes, "--num-sequences", PROMPTS)
@@ -73,6 +80,13 @@ def demo(folder: Path) -> None:
         print(f"  {name:<24}{rate:8.1f} tokens/s (predicted {forecast:.1f}), {took:.0f} of {budget / 1e6:.0f} MB")
     print(f"  ratio                   {ours['tokens_per_s'] / theirs['tokens_per_s']:8.1f}")
     print(f"\nTimeline: open {trace} in https://ui.perfetto.dev or chrome://tracing; the plan is {plan}.")
+
+
+def write_prompts(path: Path, model: Path) -> None:
+    """PROMPTS rows of PROMPT_LEN random token ids: the model is random too, and has no tokenizer."""
+    vocabulary, ids = json.loads((model / "config.json").read_text())["vocab_size"], random.Random(0)
+    rows = ({"prompt": [ids.randrange(vocabulary) for _ in range(PROMPT_LEN)]} for _ in range(PROMPTS))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def measured(plan: Path, model: Path, trace: Path | None = None) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""Policies side by side on this machine, and forecasts beside measurements: one profile, one model, one memory budget.
+"""Policies side by side on this machine, and forecasts beside measurements: one model, one memory budget.
 
 Every policy runs at the best size that fits the budget, with the same readers and kernels; ``accelerate`` also with eight
-prompts at a time, as a person would type it. Runs are interleaved and repeated, so that ratios are between neighbours in time.
-Two workloads: the demo's, where the disk binds, and one with as many prompts as make a decode pass compute as long as it reads.
+prompts at a time, as a person would type it. Two workloads: the demo's, where the disk binds, and one with as many prompts as
+make a decode pass compute as long as it reads. Every repeat profiles the machine anew, compiles, and runs all in turn: ratios
+are between neighbours in time, and a forecast is no older than its repeat.
 
-    python benchmarks/policies.py [--repeats 5] [--json FILE] [--output FILE]        about half an hour
+    python benchmarks/policies.py [--repeats 5] [--json FILE] [--output FILE]        seven minutes per repeat
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,11 +27,43 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.demo import BUDGET_SHARE, GEN_LEN, PROMPT_LEN, PROMPTS, TYPED_BATCH, command  # noqa: E402
+from benchmarks.demo import (  # noqa: E402
+    BUDGET_SHARE,
+    GEN_LEN,
+    PROMPT_LEN,
+    PROMPTS,
+    TYPED_BATCH,
+    command,
+    write_prompts,
+)
+from klotski_compiler.output import write_whole  # noqa: E402
 from klotski_compiler.policies import POLICIES  # noqa: E402
 
 TYPED = f"accelerate, batch {TYPED_BATCH}"
 BALANCED_GEN_LEN = 8
+
+
+LEGEND = [
+    "joint x: joint's tokens/s over this policy's, pair by pair; forecast x: the same as forecast; kept: their quotient.",
+    "prefill, decode: median pass, measured over predicted. peak: MB of memory taken.",
+]
+
+
+class Row(NamedTuple):
+    """A workload: ``prompts`` of PROMPT_LEN tokens, ``gen_len`` new ones each."""
+
+    name: str
+    prompts: int
+    gen_len: int
+
+
+class Setting(NamedTuple):
+    """What all plans share."""
+
+    model: Path
+    machine: Path
+    routing: Path
+    budget: int
 
 
 class Contender(NamedTuple):
@@ -54,100 +88,112 @@ def main(argv: list[str] | None = None) -> int:
     model, machine = folder / "model", folder / "hw.json"
     if not (model / "config.json").exists():
         _run(sys.executable, ROOT / "benchmarks" / "checkpoint.py", model)
-    _run(*command("klotski_runtime.cli.profile"), "-o", machine, "--scratch", folder)
+    prompts, routing = folder / "prompts.jsonl", folder / "routing.json"
+    write_prompts(prompts, model)
+    _run(*command("klotski_runtime.cli.profile"), "routing", model, "--input", prompts, "-o", routing)
     budget = sum(file.stat().st_size for file in model.glob("*.safetensors")) // BUDGET_SHARE
 
-    lines = [f"{date.today()}: python benchmarks/policies.py {shlex.join(argv if argv is not None else sys.argv[1:])}"]
-    lines += [
+    setting = Setting(model, machine, routing, budget)
+
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    rows: list[Row] = []
+    for _ in range(arguments.repeats):
+        _run(*command("klotski_runtime.cli.profile"), "-o", machine, "--scratch", folder)
+        with tempfile.TemporaryDirectory(dir=folder) as plans:
+            if not rows:
+                even = Row("transfer = compute", balanced(setting, Path(plans)), BALANCED_GEN_LEN)
+                rows = [Row("disk binds", PROMPTS, GEN_LEN), even]
+            for row in rows:
+                contenders = compiled(setting, row, Path(plans) / row.name.replace(" ", "-"))
+                for name, report in measured(contenders, model):
+                    found.setdefault(row.name, {}).setdefault(name, []).append(report)
+                if arguments.json:  # what is measured is kept, whatever happens next
+                    write_whole(arguments.json, json.dumps(found, indent=1) + "\n")
+
+    lines = [
+        f"{date.today()}: python benchmarks/policies.py {shlex.join(argv if argv is not None else sys.argv[1:])}",
         f"{platform.machine()}, {os.cpu_count()} cores; memory budget {budget / 1e6:.0f} MB, a quarter of the weights",
         "",
     ]
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(dir=folder) as plans:
-        for row, prompts, gen_len in (
-            ("disk binds", PROMPTS, GEN_LEN),
-            ("transfer = compute", balanced(model, machine, budget, Path(plans)), BALANCED_GEN_LEN),
-        ):
-            contenders = compiled(model, machine, budget, prompts, gen_len, Path(plans) / row.replace(" ", "-"))
-            reports = measured(contenders, model, arguments.repeats)
-            found[row] = reports
-            lines += table(f"{row}: {prompts} prompts of {PROMPT_LEN} tokens, {gen_len} new tokens each", reports)
-            print("\n".join(lines[-len(reports) * 2 - 8 :]), flush=True)
+    for row in rows:
+        title = f"{row.name}: {row.prompts} prompts of {PROMPT_LEN} tokens, {row.gen_len} new tokens each"
+        lines += table(f"{title}; medians of {arguments.repeats}", found[row.name])
+    lines += LEGEND
     text = "\n".join(lines) + "\n"
     print(text)
     if arguments.output:
-        arguments.output.write_text(text)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        write_whole(arguments.output, text)
     return 0
 
 
-def compiled(model: Path, machine: Path, budget: int, prompts: int, gen_len: int, folder: Path) -> list[Contender]:
+def compiled(setting: Setting, row: Row, folder: Path) -> list[Contender]:
     """Every policy's best plan, and ``accelerate`` as typed."""
     folder.mkdir()
-    shared = (model, machine, budget)
-    out = [_compile(name, *shared, prompts, gen_len, folder, "--policy", name) for name in POLICIES]
+    out = [compile_plan(setting, name, row, folder, "--policy", name) for name in POLICIES]
     typed = ("--policy", "accelerate", "--batch-size", TYPED_BATCH)
-    return [*out, _compile(TYPED, *shared, TYPED_BATCH, gen_len, folder, *typed)]
+    return [*out, compile_plan(setting, TYPED, row._replace(prompts=TYPED_BATCH), folder, *typed)]
 
 
-def _compile(
-    name: str, model: Path, machine: Path, budget: int, prompts: int, gen_len: int, folder: Path, *options: object
-) -> Contender:
+def compile_plan(setting: Setting, name: str, row: Row, folder: Path, *options: object) -> Contender:
+    """One plan."""
     plan = folder / f"{name.replace(', ', '-').replace(' ', '-')}.json"
-    sizes = ("--prompt-len", PROMPT_LEN, "--gen-len", gen_len, "--num-sequences", prompts, "--memory", f"host={budget}")
-    _run(*command("klotski_compiler.cli.compile"), model, machine, "-o", plan, *sizes, *options)
+    sizes = ("--prompt-len", PROMPT_LEN, "--gen-len", row.gen_len, "--num-sequences", row.prompts)
+    known = ("--memory", f"host={setting.budget}", "--routing", setting.routing)
+    compiler = command("klotski_compiler.cli.compile")
+    _run(*compiler, setting.model, setting.machine, "-o", plan, *sizes, *known, *options)
     return Contender(name, plan)
 
 
-def balanced(model: Path, machine: Path, budget: int, folder: Path) -> int:
-    """As many prompts as make joint's predicted decode pass compute about as long as it reads."""
-    folder = folder / "balance"
-    folder.mkdir()
+def balanced(setting: Setting, folder: Path) -> int:
+    """As many prompts as make joint compute about as long as it reads, by forecast, over the whole run."""
     prompts = PROMPTS
-    for _ in range(4):
-        plan = _compile(f"joint-{prompts}", model, machine, budget, prompts, 2, folder, "--policy", "joint").plan
+    for _ in range(5):
+        row = Row("", prompts, BALANCED_GEN_LEN)
+        plan = compile_plan(setting, f"balance-{prompts}", row, folder, "--policy", "joint").plan
         busy = json.loads(_run(*command("klotski_compiler.cli.inspect"), plan, "--json"))["forecast"]["busy_us"]
         ratio = busy["disk>host"] / busy["cpu"]
-        if 0.9 < ratio < 1.1:
+        if 0.95 < ratio < 1.05:
             break
         prompts = max(8, round(prompts * ratio))
     return prompts
 
 
-def measured(contenders: list[Contender], model: Path, repeats: int) -> dict[str, list[dict[str, Any]]]:
-    """Runs in turn: all once, then all again."""
-    reports: dict[str, list[dict[str, Any]]] = {c.name: [] for c in contenders}
-    for _ in range(repeats):
-        for name, plan in contenders:
-            text = _run(*command("klotski_runtime.cli.run"), plan, "--model", model, "--scratch", model, "--json")
-            reports[name].append(json.loads(text))
-    return reports
+def measured(contenders: list[Contender], model: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Runs one after the other: (name, what klotski-run reports)."""
+    for name, plan in contenders:
+        report = json.loads(
+            _run(*command("klotski_runtime.cli.run"), plan, "--model", model, "--scratch", plan.parent, "--json")
+        )
+        print(
+            f"{name}: {report['tokens_per_s']:.1f} tokens/s, {report['predicted_tokens_per_s']:.1f} predicted",
+            file=sys.stderr,
+        )
+        yield name, report
 
 
 def table(title: str, reports: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Medians; ratios are joint's over the other's, measured pair by pair."""
-    lines = [title, ""]
-    head = ("tokens/s", "forecast", "joint x", "forecast x", "kept", "prefill", "decode")
-    lines.append(f"{'policy':<22}" + "".join(f"{word:>12}" for word in head))
+    """A line per policy; LEGEND says what is in it."""
+    head = ("tokens/s", "forecast", "joint x", "forecast x", "kept", "prefill", "decode", "peak")
+    lines = [title, "", f"{'policy':<20}" + "".join(f"{word:>11}" for word in head)]
     ours = reports["joint"]
     for name, runs in reports.items():
-        rate = statistics.median(r["tokens_per_s"] for r in runs)
-        forecast = runs[0]["predicted_tokens_per_s"]
-        ratio = statistics.median(o["tokens_per_s"] / r["tokens_per_s"] for o, r in zip(ours, runs, strict=True))
-        promised = ours[0]["predicted_tokens_per_s"] / forecast
-        off = [
-            statistics.median(r["pass_us"][phase]["measured"] / r["pass_us"][phase]["predicted"] for r in runs)
-            for phase in ("prefill", "decode")
+        pairs = list(zip(ours, runs, strict=True))
+        ratio = [o["tokens_per_s"] / r["tokens_per_s"] for o, r in pairs]
+        promised = [o["predicted_tokens_per_s"] / r["predicted_tokens_per_s"] for o, r in pairs]
+        numbers = [
+            statistics.median(r["tokens_per_s"] for r in runs),
+            statistics.median(r["predicted_tokens_per_s"] for r in runs),
+            statistics.median(ratio),
+            statistics.median(promised),
+            statistics.median(r / p for r, p in zip(ratio, promised, strict=True)),
+            *(
+                statistics.median(r["pass_us"][phase]["measured"] / r["pass_us"][phase]["predicted"] for r in runs)
+                for phase in ("prefill", "decode")
+            ),
+            statistics.median((r["peak_rss_bytes"] - r["idle_rss_bytes"]) / 1e6 for r in runs),
         ]
-        numbers = f"{rate:12.1f}{forecast:12.1f}{ratio:12.2f}{promised:12.2f}{ratio / promised:12.2f}{off[0]:12.2f}{off[1]:12.2f}"
-        lines.append(f"{name:<22}{numbers}")
-    lines += [
-        "",
-        "joint x: joint's tokens/s over this policy's, median of pairs; forecast x: the same as forecast; kept: their",
-    ]
-    lines += ["quotient. prefill, decode: median pass, measured over predicted.", ""]
-    return lines
+        lines.append(f"{name:<20}" + "".join(f"{number:11.2f}" for number in numbers))
+    return [*lines, ""]
 
 
 def _run(*words: object) -> str:

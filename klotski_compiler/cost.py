@@ -21,6 +21,7 @@ FEW_ROWS, ROW_STEP = 16, 32  # an expert computes more rows than the first numbe
 GATHERED_ROWS = 256  # embedding rows that are read from disk at a time
 ROW_OPS = 6  # small ops that a row takes: to ask a reader for it, and to copy it from the page that holds it
 LOAD_OPS = 10  # small ops that a load from disk is worth: to hand pieces to readers, to bind what has arrived
+BIND_OPS = 20  # small ops that binding picks is worth: to sort a layer's tokens by expert
 SPILL_OPS = 50  # small ops that moving one batch's KV to or from disk is worth
 ALWAYS = 0.98  # an expert touched with a higher probability is loaded without waiting for the router (design 5.3)
 
@@ -185,7 +186,7 @@ class Cost:
                 binding = LOAD_OPS * self.processor.op_us if op.link == "disk>host" and nbytes > 0 else 0.0
                 return self.transfer_us(op.link, nbytes) + binding
             case Bind():
-                return self.processor.op_us
+                return BIND_OPS * self.processor.op_us
             case Compute():
                 return self._compute_us(op, tensors, shape, context, late)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import inf
@@ -159,7 +160,7 @@ class Search:
                 self.truncated = True
                 break
             try:
-                scored.append(self.fill(name, base))
+                scored += self.fills(name, base)
             except Infeasible as fault:
                 if refusal is None or sum(fault.shortfalls.values()) < sum(refusal.shortfalls.values()):
                     refusal = fault
@@ -267,7 +268,7 @@ class Search:
             return [request.num_batches]
         if request.batch_size:
             return [max(1, sequences // request.batch_size)]
-        return [n for n in (1, 4, 16) if n == 1 or sequences // n >= 8]
+        return [n for n in (1, 4, 8, 16) if n == 1 or sequences // n >= 8]
 
     def leads(self, experts: str) -> list[tuple[int, int]]:
         """(expert slots, experts per load)."""
@@ -327,17 +328,33 @@ class Search:
 
     # ------------------------------------------------------------------------------------------------------ residency
 
+    def fills(self, name: str, base: Decision) -> Iterator[tuple[float, Decision]]:
+        """What ``fill`` finds and, where that spills KV which would fit, what it finds without: the residency problem takes a
+        spill for a matter of link time, while in a schedule attention may wait for it. Raises Infeasible."""
+        first = self.fill(name, base)
+        yield first
+        if policy(name).EXPERTS == "solved" and not self._keeps_kv(first[1]):
+            with suppress(Infeasible):
+                yield self.fill(name, base, may_spill=False)
+
+    def _keeps_kv(self, decision: Decision) -> bool:
+        return all(layer.kv == self.tier for layer in decision.layers)
+
     def fill(
-        self, name: str, base: Decision, reserve: Mapping[str, int] = MappingProxyType({})
+        self,
+        name: str,
+        base: Decision,
+        reserve: Mapping[str, int] = MappingProxyType({}),
+        may_spill: bool = True,
     ) -> tuple[float, Decision]:
         """What is resident, and a score by which candidates of one policy compare. Raises Infeasible where not even streaming
         everything fits.
 
-        reserve: bytes per tier to leave free beyond what the slots of a short model showed.
+        reserve: bytes per tier to leave free beyond what the slots of a short model showed. may_spill: KV, as far as it is solved.
         """
         capacity = self.capacity(name, base, reserve)
         if policy(name).EXPERTS == "solved":
-            solved = residency(self.cost, self.request.workload, base, capacity)
+            solved = residency(self.cost, self.request.workload, base, capacity, may_spill)
             self.truncated |= solved.truncated
             return -solved.objective_us - solved.load_us, solved.decide(base)
         filled = self.greedy(name, base, capacity)
@@ -523,7 +540,7 @@ class Search:
             if not over:
                 break
             reserve.update(over)
-            decision = self.fill(name, base, reserve)[1]
+            decision = self.fill(name, base, reserve, may_spill=not self._keeps_kv(decision))[1]
         if (decode := lowered.phases.get("decode")) and self._late(decode.times.pass_us):
             raise self._too_slow()
         return lowered, decision

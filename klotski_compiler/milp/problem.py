@@ -113,7 +113,9 @@ class Problem:
     unit: int
 
 
-def build(cost: Cost, workload: Workload, decision: Decision, capacity: dict[str, int]) -> Problem:
+def build(
+    cost: Cost, workload: Workload, decision: Decision, capacity: dict[str, int], may_spill: bool = True
+) -> Problem:
     """Price everything that the formulation needs. ``decision``: see ``solve.residency``."""
     on_gpu = cost.hardware.compute_tier == "gpu"
     into, back = ("host>gpu", "gpu>host") if on_gpu else ("disk>host", "host>disk")
@@ -164,7 +166,7 @@ def build(cost: Cost, workload: Workload, decision: Decision, capacity: dict[str
         embedding=item(cost.spec.embedding),
         norm_bytes=item(cost.spec.norm).slot_bytes,
         spill_bytes=SPILL_SLOTS * max(kv) + spill_bytes(cost, decision, workload),
-        may_spill=back in cost.hardware.links,
+        may_spill=may_spill and back in cost.hardware.links,
         compute_tier=cost.hardware.compute_tier,
         home_tier="host" if on_gpu else "",
         links=(into, back),

@@ -73,16 +73,18 @@ class Answer:
     truncated: bool
 
 
-def residency(cost: Cost, workload: Workload, decision: Decision, capacity: dict[str, int]) -> Solved:
+def residency(
+    cost: Cost, workload: Workload, decision: Decision, capacity: dict[str, int], may_spill: bool = True
+) -> Solved:
     """The best residency for policy ``joint`` under the sizes of ``decision``.
 
     decision: no residents; ``head_pages`` is what the head is streamed in if it is not resident (0: it must be).
     capacity: bytes of the compute tier, and on a machine with a GPU of ``host``, for resident weights and KV: without
-    streaming and staging slots, states and workspace. Raises Infeasible with the bytes that are short even if
-    everything is streamed and KV spilled.
+    streaming and staging slots, states and workspace. may_spill: KV may live outside the compute tier. Raises Infeasible
+    with the bytes that are short even if everything is streamed and KV spilled.
     """
     began = time.perf_counter()
-    problem = build(cost, workload, decision, capacity)
+    problem = build(cost, workload, decision, capacity, may_spill)
     formulation = Formulation(problem)
     model = formulation.add_all()
     solver = Solver(model)

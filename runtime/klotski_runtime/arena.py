@@ -8,6 +8,8 @@ from math import prod
 
 import torch
 
+_MADV_POPULATE_WRITE = 23  # linux/mman.h; the mmap module has no name for it
+
 
 class Arena:
     """``nbytes`` of anonymous private memory, page-aligned.
@@ -25,6 +27,11 @@ class Arena:
                 self._map.madvise(mmap.MADV_HUGEPAGE)
         self._view = memoryview(self._map)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def populate(self) -> None:
+        """Give every page its memory now, so that no pass pays for it; on a kernel before 5.14 pages get it when touched."""
+        with suppress(OSError):
+            self._map.madvise(_MADV_POPULATE_WRITE)
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """Bytes ``offset:offset + nbytes``, writable: what a read fills."""

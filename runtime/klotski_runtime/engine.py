@@ -144,6 +144,7 @@ class Engine:
     def load(self) -> None:
         """Bring in what is resident."""
         began = time.perf_counter()
+        self.arena.populate()
         self._run_phase(self.plan.phase("load"), None, 0)
         gc.freeze()  # plan, modules and libraries stay: to look through them for garbage takes 0.2 s in the middle of a pass
         self.measured.load_s = time.perf_counter() - began

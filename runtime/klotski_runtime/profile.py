@@ -1,7 +1,7 @@
 """Measures this machine, in the way the runtime uses it, and returns the Hardware that the compiler plans with.
 
-Kernel times are medians of many short samples; each number is measured in several rounds, spread over the whole time, and
-the median kept, against disturbances that last. Buffers are cycled so that no weight and no cached key is found in a
+Kernel times are means of many short samples; each number is measured in several rounds, spread over the whole time, and the
+median of the rounds kept, against disturbances that last. Buffers are cycled so that no weight and no cached key is found in a
 processor's cache. Whole blocks are measured through the runtime's own ops, so that their small costs are in the number.
 """
 
@@ -248,7 +248,7 @@ def processor_seconds() -> tuple[float, float]:
 
 
 def _seconds(call: Callable[[], object], device: torch.device, sizes: Sizes) -> float:
-    """Seconds of one call: the median of samples that fill ``sample_s``.
+    """Seconds of one call: the mean of samples that fill ``sample_s``, since a run too pays for what disturbs some of them.
 
     A sample holds as many calls as take about 5 ms and, on a GPU, ends with a synchronisation: kernels queue up as they
     do in a run, and launch cost shows only where it cannot hide behind the kernel before.
@@ -268,7 +268,7 @@ def _seconds(call: Callable[[], object], device: torch.device, sizes: Sizes) -> 
     samples = [sample(calls)]
     while time.perf_counter() < end:
         samples.append(sample(calls))
-    return statistics.median(samples)
+    return statistics.fmean(samples)
 
 
 # Processors
@@ -431,7 +431,7 @@ def _hidden_rate(device: torch.device, sizes: Sizes) -> tuple[float, str]:
     sweep = torch.zeros(min(sizes.cold_bytes, CACHE_BYTES), device=device, dtype=torch.uint8)
 
     def cold(call: Callable[[], object]) -> float:
-        """Median time of single calls, each after other memory has passed through the caches, as a layer's weights do."""
+        """Mean time of single calls, each after other memory has passed through the caches, as a layer's weights do."""
         taken, end = list[float](), time.perf_counter() + sizes.sample_s
         while len(taken) < 3 or time.perf_counter() < end:
             sweep.add_(1)
@@ -442,7 +442,7 @@ def _hidden_rate(device: torch.device, sizes: Sizes) -> tuple[float, str]:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             taken.append(time.perf_counter() - begin)
-        return statistics.median(taken)
+        return statistics.fmean(taken)
 
     whole, matmuls, core = (cold(call) for call in (block.attention, block.projections, block.core))
     fixed = [_seconds(call, device, sizes) for call in (least.attention, least.projections, least.core)]

@@ -25,6 +25,9 @@ from klotski_runtime.reader import DiskReader
 
 MIB = 1 << 20
 PIECE_BYTES, PIECES = 4 * MIB, 8  # an expert, and how many of them a load has
+SLOTS = (
+    64  # what was read a while ago has left the caches, also those of a virtual machine's host, when it is overwritten
+)
 WRITERS, WRITTEN_BYTES = 4, 8 * MIB
 LATENCY_SAMPLES = 64
 
@@ -125,7 +128,7 @@ class Turns:
     compute_shared: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
-        self._slots = Arena(PIECES * PIECE_BYTES)
+        self._slots = Arena(SLOTS * PIECE_BYTES)
         self._at = 0
 
     def take(self, turns: int) -> None:
@@ -170,9 +173,9 @@ class Turns:
         begin, nbytes = time.perf_counter(), 0
         while nbytes == 0 or time.perf_counter() < end:
             parts = []
-            for piece in range(PIECES):
-                extent = Extent(source, self._at, PIECE_BYTES, 0, PIECE_BYTES)
-                parts.append(([extent], self._slots.view(piece * PIECE_BYTES, PIECE_BYTES)))
+            for _ in range(PIECES):
+                slot = self._slots.view(self._at % self._slots.nbytes, PIECE_BYTES)
+                parts.append(([Extent(source, self._at, PIECE_BYTES, 0, PIECE_BYTES)], slot))
                 self._at = (self._at + PIECE_BYTES) % self.file.nbytes
             nbytes += reader.read_all(parts)
         tally.add(nbytes, time.perf_counter() - begin)
