@@ -1,11 +1,11 @@
 """Policies side by side on this machine, and forecasts beside measurements: one model, one memory budget.
 
 Every policy runs at the best size that fits the budget, with the same readers and kernels; ``accelerate`` also with eight
-prompts at a time, as a person would type it. Two workloads: the demo's, where the disk binds, and one with as many prompts as
-make a decode pass compute as long as it reads. Every repeat profiles the machine anew, compiles, and runs all in turn: ratios
-are between neighbours in time, and a forecast is no older than its repeat.
+prompts at a time, as a person would type it. Two workloads: the demo's, where decode waits for the disk and prefill computes,
+and one of short prompts, as many as make a decode pass compute as long as it reads. Every repeat profiles the machine anew,
+compiles, and runs all in turn: ratios are between neighbours in time, and a forecast is no older than its repeat.
 
-    python benchmarks/policies.py [--repeats 5] [--json FILE] [--output FILE]        seven minutes per repeat
+    python benchmarks/policies.py [--repeats 5] [--json FILE] [--output FILE]        eight minutes per repeat
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -37,10 +38,11 @@ from benchmarks.demo import (  # noqa: E402
     write_prompts,
 )
 from klotski_compiler.output import write_whole  # noqa: E402
+from klotski_compiler.plan import load  # noqa: E402
 from klotski_compiler.policies import POLICIES  # noqa: E402
 
 TYPED = f"accelerate, batch {TYPED_BATCH}"
-BALANCED_GEN_LEN = 8
+SHORT_PROMPT_LEN = 4  # its prefill computes not much longer than it reads, either
 
 
 LEGEND = [
@@ -50,11 +52,11 @@ LEGEND = [
 
 
 class Row(NamedTuple):
-    """A workload: ``prompts`` of PROMPT_LEN tokens, ``gen_len`` new ones each."""
+    """A workload: ``prompts`` of ``prompt_len`` tokens, GEN_LEN new ones each."""
 
     name: str
     prompts: int
-    gen_len: int
+    prompt_len: int
 
 
 class Setting(NamedTuple):
@@ -101,8 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         _run(*command("klotski_runtime.cli.profile"), "-o", machine, "--scratch", folder)
         with tempfile.TemporaryDirectory(dir=folder) as plans:
             if not rows:
-                even = Row("transfer = compute", balanced(setting, Path(plans)), BALANCED_GEN_LEN)
-                rows = [Row("disk binds", PROMPTS, GEN_LEN), even]
+                rows = [Row("disk binds", PROMPTS, PROMPT_LEN), balanced(setting, Path(plans))]
             for row in rows:
                 contenders = compiled(setting, row, Path(plans) / row.name.replace(" ", "-"))
                 for name, report in measured(contenders, model):
@@ -116,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         "",
     ]
     for row in rows:
-        title = f"{row.name}: {row.prompts} prompts of {PROMPT_LEN} tokens, {row.gen_len} new tokens each"
+        title = f"{row.name}: {row.prompts} prompts of {row.prompt_len} tokens, {GEN_LEN} new tokens each"
         lines += table(f"{title}; medians of {arguments.repeats}", found[row.name])
     lines += LEGEND
     text = "\n".join(lines) + "\n"
@@ -137,25 +138,26 @@ def compiled(setting: Setting, row: Row, folder: Path) -> list[Contender]:
 def compile_plan(setting: Setting, name: str, row: Row, folder: Path, *options: object) -> Contender:
     """One plan."""
     plan = folder / f"{name.replace(', ', '-').replace(' ', '-')}.json"
-    sizes = ("--prompt-len", PROMPT_LEN, "--gen-len", row.gen_len, "--num-sequences", row.prompts)
+    sizes = ("--prompt-len", row.prompt_len, "--gen-len", GEN_LEN, "--num-sequences", row.prompts)
     known = ("--memory", f"host={setting.budget}", "--routing", setting.routing)
     compiler = command("klotski_compiler.cli.compile")
     _run(*compiler, setting.model, setting.machine, "-o", plan, *sizes, *known, *options)
     return Contender(name, plan)
 
 
-def balanced(setting: Setting, folder: Path) -> int:
-    """As many prompts as make joint compute about as long as it reads, by forecast, over the whole run."""
-    prompts = PROMPTS
-    for _ in range(5):
-        row = Row("", prompts, BALANCED_GEN_LEN)
-        plan = compile_plan(setting, f"balance-{prompts}", row, folder, "--policy", "joint").plan
-        busy = json.loads(_run(*command("klotski_compiler.cli.inspect"), plan, "--json"))["forecast"]["busy_us"]
+def balanced(setting: Setting, folder: Path) -> Row:
+    """As many short prompts as make joint's decode pass compute about as long as it reads, by forecast."""
+    row = Row("transfer = compute", 2 * PROMPTS, SHORT_PROMPT_LEN)
+    for attempt in range(5):
+        plan = load(compile_plan(setting, f"balance-{attempt}", row, folder, "--policy", "joint").plan)
+        busy = Counter[str]()
+        for step in plan.steps["decode"]:
+            busy[step.op.stream] += step.end_us - step.start_us
         ratio = busy["disk>host"] / busy["cpu"]
         if 0.95 < ratio < 1.05:
             break
-        prompts = max(8, round(prompts * ratio))
-    return prompts
+        row = row._replace(prompts=max(8, round(row.prompts * ratio)))
+    return row
 
 
 def measured(contenders: list[Contender], model: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,0 +1,90 @@
+"""How long compiling takes, how near to its bounds the plan is, how large it is and how long it takes to load.
+
+Whole commands, as a user waits for them, each repeated. Neither the models nor the machines are needed.
+
+    python benchmarks/compile.py [--repeats 3] [--output FILE]        about three minutes
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from klotski_compiler.output import write_whole  # noqa: E402
+from klotski_compiler.plan import load  # noqa: E402
+
+PAIRS = (
+    ("mixtral-8x7b", "rtx3090"),
+    ("mixtral-8x22b", "rtx3090"),
+    ("qwen3-30b-a3b", "t4"),
+    ("qwen3-235b-a22b", "h800"),
+    ("deepseek-v3", "h800"),
+    ("gpt-oss-120b", "rtx3090"),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints a line per model and machine."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="write the table here, with command, date and machine")
+    arguments = parser.parse_args(argv)
+    head = ("compile s", "schedule +%", "class +%", "plan MB", "load s")
+    lines = [
+        f"{date.today()}: python benchmarks/compile.py {shlex.join(argv if argv is not None else sys.argv[1:])}",
+        f"{platform.machine()}, {os.cpu_count()} cores; medians of {arguments.repeats}",
+        "",
+        f"{'model':<18}{'machine':<10}" + "".join(f"{word:>13}" for word in head),
+    ]
+    print("\n".join(lines), flush=True)
+    for model, machine in PAIRS:
+        lines.append(line(model, machine, arguments.repeats))
+        print(lines[-1], flush=True)
+    lines += [
+        "",
+        "schedule: how much longer than this decision's bound; class: how much slower than the bound of every decision.",
+    ]
+    print("\n".join(lines[-2:]))
+    if arguments.output:
+        write_whole(arguments.output, "\n".join(lines) + "\n")
+    return 0
+
+
+def line(model: str, machine: str, repeats: int) -> str:
+    """Compile, load, measure."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.json"
+        command = [sys.executable, "-m", "klotski_compiler.cli.compile", model, machine, "-o", str(path)]
+        compiling, loading = [], []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            compiling.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            plan = load(path)
+            loading.append(time.perf_counter() - began)
+        forecast, size = plan.forecast, path.stat().st_size
+    numbers = (
+        statistics.median(compiling),
+        100 * (forecast.makespan_us / forecast.bound_us - 1),
+        100 * forecast.gap,
+        size / 1e6,
+        statistics.median(loading),
+    )
+    return f"{model:<18}{machine:<10}" + "".join(f"{number:>13.2f}" for number in numbers)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
