@@ -108,23 +108,28 @@ def main(argv: list[str] | None = None) -> int:
                 contenders = compiled(setting, row, Path(plans) / row.name.replace(" ", "-"))
                 for name, report in measured(contenders, model):
                     found.setdefault(row.name, {}).setdefault(name, []).append(report)
-                if arguments.json:  # what is measured is kept, whatever happens next
-                    write_whole(arguments.json, json.dumps(found, indent=1) + "\n")
+        # What is measured is kept, whatever happens next.
+        text = summary(rows, found, budget, argv if argv is not None else sys.argv[1:])
+        if arguments.json:
+            write_whole(arguments.json, json.dumps(found, indent=1) + "\n")
+        if arguments.output:
+            write_whole(arguments.output, text)
+    print(text)
+    return 0
 
+
+def summary(rows: list[Row], found: dict[str, dict[str, list[dict[str, Any]]]], budget: int, argv: list[str]) -> str:
+    """A table per row, under command, date and machine."""
     lines = [
-        f"{date.today()}: python benchmarks/policies.py {shlex.join(argv if argv is not None else sys.argv[1:])}",
+        f"{date.today()}: python benchmarks/policies.py {shlex.join(argv)}",
         f"{platform.machine()}, {os.cpu_count()} cores; memory budget {budget / 1e6:.0f} MB, a quarter of the weights",
         "",
     ]
     for row in rows:
+        reports = found[row.name]
         title = f"{row.name}: {row.prompts} prompts of {row.prompt_len} tokens, {GEN_LEN} new tokens each"
-        lines += table(f"{title}; medians of {arguments.repeats}", found[row.name])
-    lines += LEGEND
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if arguments.output:
-        write_whole(arguments.output, text)
-    return 0
+        lines += table(f"{title}; medians of {len(reports['joint'])}", reports)
+    return "\n".join([*lines, *LEGEND]) + "\n"
 
 
 def compiled(setting: Setting, row: Row, folder: Path) -> list[Contender]:
