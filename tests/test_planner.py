@@ -288,14 +288,14 @@ def test_experts_that_are_bound_at_run_time_must_be_in_host_memory(name: str) ->
 
 def test_joint_is_also_tried_without_spilling_kv() -> None:
     """Where the residency problem finds a spill cheap, the schedule may not: one candidate of both kinds, and the best of them."""
-    hardware = tiny_hardware(False)
-    workload = WORKLOAD.model_copy(update={"gen_len": 40})
-    budgets = {"host": 90_000_000, "disk": RICH}
+    hardware = tiny_hardware(True)
+    workload = WORKLOAD.model_copy(update={"gen_len": 40, "num_sequences": 96})
+    budgets = dict.fromkeys(hardware.tiers, RICH) | {"gpu": 116_000_000}
     search = planner.Search(Request(SPEC, hardware, uniform(SPEC), workload, budgets, "bf16", "joint"))
     kinds = set()
     for base in search.bases("joint"):
         with suppress(Infeasible):
             found = [{layer.kv for layer in decision.layers} for _, decision in search.fills("joint", base)]
-            assert len(found) == 1 or found[1] == {"host"} != found[0]
+            assert len(found) == 1 or found[1] == {"gpu"} != found[0]
             kinds.add(len(found))
     assert 2 in kinds
