@@ -1,4 +1,4 @@
-"""How long compiling takes, how near to its bounds the plan is, how large it is and how long it takes to load.
+"""How long compiling takes, how near to its bounds the plan is, how large it is, how long it takes to load and check.
 
 Whole commands, as a user waits for them, each repeated. Neither the models nor the machines are needed.
 
@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from klotski_compiler.output import write_whole  # noqa: E402
 from klotski_compiler.plan import load  # noqa: E402
+from klotski_compiler.verify import verify  # noqa: E402
 
 PAIRS = (
     ("mixtral-8x7b", "rtx3090"),
@@ -54,9 +55,10 @@ def main(argv: list[str] | None = None) -> int:
         print(lines[-1], flush=True)
     lines += [
         "",
-        "schedule: how much longer than this decision's bound; class: how much slower than the bound of every decision.",
+        "schedule: how much longer than this decision's bound; class: how much slower than the bound of every decision;",
+        "load: read, check the digest, parse, verify.",
     ]
-    print("\n".join(lines[-2:]))
+    print("\n".join(lines[-3:]))
     if arguments.output:
         write_whole(arguments.output, "\n".join(lines) + "\n")
     return 0
@@ -74,6 +76,7 @@ def line(model: str, machine: str, repeats: int) -> str:
             compiling.append(time.perf_counter() - began)
             began = time.perf_counter()
             plan = load(path)
+            verify(plan)
             loading.append(time.perf_counter() - began)
         forecast, size = plan.forecast, path.stat().st_size
     numbers = (
