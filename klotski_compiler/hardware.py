@@ -173,7 +173,7 @@ def _explain(fault: Any) -> tuple[str, str]:
 
 def to_json(hardware: Hardware) -> str:
     """The profile as the text of a file: indented, one matmul point per line."""
-    text = json.dumps(hardware.model_dump(mode="json"), indent=2)
+    text = json.dumps(hardware.model_dump(mode="json", exclude_unset=True), indent=2)
     return re.sub(r"\[\s+(\d+),\s+([^\s\[\]]+)\s+\]", r"[\1, \2]", text) + "\n"
 
 
