@@ -4,7 +4,7 @@ Writes a random 1.5 GB checkpoint, measures the machine, compiles, shows the pla
 would type without Klotski: transformers with weights offloaded to disk (policy ``accelerate``), eight prompts at a time, with
 Klotski's own readers and kernels. Every step is a command that is printed before it runs.
 
-    python benchmarks/demo.py                      into demo/, about four minutes
+    python benchmarks/demo.py                      into demo/, about three minutes
 """
 
 from __future__ import annotations

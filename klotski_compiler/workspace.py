@@ -14,7 +14,7 @@ RUNTIME_BYTES = 24 << 20  # what the first ops bring in of torch's own code, thr
 LAYER_BYTES = 200_000  # transformers' modules of a layer, without weights
 TENSOR_BYTES = 1_000  # where a tensor of the checkpoint lies
 STEP_BYTES = 900  # a parsed step, its line and what is kept of its last runs
-SHAPES, SHAPE_BYTES = 64, 600_000  # shapes of 16-bit matmuls for which oneDNN keeps code and scratch memory (memory.py)
+SHAPES, SHAPE_BYTES = 64, 600_000  # shapes of 16-bit matmuls for which oneDNN keeps code and scratch memory
 MARGIN = 1.2
 OTHER_SHAPES = 16  # of attention, router and head
 

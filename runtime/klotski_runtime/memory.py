@@ -8,6 +8,8 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
+from klotski_compiler.workspace import SHAPES
+
 SAMPLE_S = 0.05
 _PROCESS = Path("/proc/self")
 
@@ -16,7 +18,7 @@ _SETTINGS = {
     # and waits there. So many turns are about 10 ms, as long as a few experts are read; readers need little of a processor.
     "GOMP_SPINCOUNT": "3000000",
     # oneDNN keeps code for every matmul shape that it meets, about 0.6 MB each and 1,024 of them unless told otherwise.
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(SHAPES),
 }
 
 # glibc returns large blocks to the system when they are freed and faults them in again, page by page and ten times slower

@@ -3,6 +3,7 @@
 Kernel times are means of many short samples; each number is measured in several rounds, spread over the whole time, and the
 median of the rounds kept, against disturbances that last. Buffers are cycled so that no weight and no cached key is found in a
 processor's cache. Whole blocks are measured through the runtime's own ops, so that their small costs are in the number.
+What is there for a GPU has not run on one yet.
 """
 
 from __future__ import annotations
@@ -288,9 +289,7 @@ def _typical(rounds: list[Found]) -> Found:
 
 def _shared_work(sizes: Sizes) -> Callable[[], Tensor]:
     """An expert's matmuls over a few tokens, on the CPU, weights not in cache."""
-    shapes = (sizes.inter, sizes.hidden), (sizes.inter, sizes.hidden), (sizes.hidden, sizes.inter)
-    count = max(2, sizes.cold_bytes // (2 * 3 * sizes.hidden * sizes.inter))
-    turn = cycle([tuple(torch.randn(shape, dtype=torch.bfloat16) / 32 for shape in shapes) for _ in range(count)])
+    turn = _experts(torch.device("cpu"), torch.bfloat16, sizes)
     rows = torch.randn(SHARED_ROWS, sizes.hidden, dtype=torch.bfloat16)
     return lambda: _expert(rows, *next(turn))
 
@@ -318,6 +317,14 @@ def _expert(rows: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.silu(F.linear(rows, gate)) * F.linear(rows, up), down)
 
 
+def _experts(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[tuple[Tensor, ...]]:
+    """Weights (gate, up, down) of experts in turn, as many as no cache holds, without end."""
+    shapes = (sizes.inter, sizes.hidden), (sizes.inter, sizes.hidden), (sizes.hidden, sizes.inter)
+    nbytes = 3 * sizes.hidden * sizes.inter * dtype.itemsize
+    number = max(2, -(-sizes.cold_bytes // nbytes))
+    return cycle([tuple(torch.randn(s, device=device, dtype=dtype) / 32 for s in shapes) for _ in range(number)])
+
+
 def _matmul(device: torch.device, dtype: str, sizes: Sizes) -> tuple[tuple[tuple[int, float], ...], float]:
     """Points (tokens, flops per second) of one expert, and the fastest rate at which one read its weights, bytes/s.
 
@@ -327,12 +334,7 @@ def _matmul(device: torch.device, dtype: str, sizes: Sizes) -> tuple[tuple[tuple
     torch_dtype = DTYPES[dtype]
     params = 3 * sizes.hidden * sizes.inter
     nbytes = params * torch_dtype.itemsize
-    shapes = (sizes.inter, sizes.hidden), (sizes.inter, sizes.hidden), (sizes.hidden, sizes.inter)
-    experts = [
-        tuple(torch.randn(shape, device=device, dtype=torch_dtype) / 32 for shape in shapes)
-        for _ in range(max(2, -(-sizes.cold_bytes // nbytes)))
-    ]
-    turn = cycle(experts)
+    turn = _experts(device, torch_dtype, sizes)
     small = [torch.randn(SMALL, SMALL, device=device, dtype=torch_dtype) for _ in range(4)]
     fixed = _seconds(lambda: _expert(*small), device, sizes) if device.type == "cpu" else 0.0
     points, fastest = [], 0.0
