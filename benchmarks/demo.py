@@ -47,7 +47,7 @@ def demo(folder: Path) -> None:
     if not (model / "config.json").exists():
         say("A model: random weights, the shape of a small Qwen3-MoE, skewed routers.")
         run(sys.executable, ROOT / "benchmarks" / "checkpoint.py", model)
-    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    weights = weight_bytes(model)
     budget = weights // BUDGET_SHARE
     say("The machine: what its processor, memory and disk really do.")
     run(*command("klotski_runtime.cli.profile"), "-o", machine, "--scratch", folder)
@@ -80,6 +80,11 @@ def demo(folder: Path) -> None:
         print(f"  {name:<24}{rate:8.1f} tokens/s (predicted {forecast:.1f}), {took:.0f} of {budget / 1e6:.0f} MB")
     print(f"  ratio                   {ours['tokens_per_s'] / theirs['tokens_per_s']:8.1f}")
     print(f"\nTimeline: open {trace} in https://ui.perfetto.dev or chrome://tracing; the plan is {plan}.")
+
+
+def weight_bytes(model: Path) -> int:
+    """Size of a checkpoint's weights."""
+    return sum(file.stat().st_size for file in model.glob("*.safetensors"))
 
 
 def write_prompts(path: Path, model: Path) -> None:

@@ -16,7 +16,6 @@ import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -35,6 +34,8 @@ from benchmarks.demo import (  # noqa: E402
     PROMPTS,
     TYPED_BATCH,
     command,
+    run,
+    weight_bytes,
     write_prompts,
 )
 from klotski_compiler.output import write_whole  # noqa: E402
@@ -89,18 +90,18 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     model, machine = folder / "model", folder / "hw.json"
     if not (model / "config.json").exists():
-        _run(sys.executable, ROOT / "benchmarks" / "checkpoint.py", model)
+        run(sys.executable, ROOT / "benchmarks" / "checkpoint.py", model, quiet=True)
     prompts, routing = folder / "prompts.jsonl", folder / "routing.json"
     write_prompts(prompts, model)
-    _run(*command("klotski_runtime.cli.profile"), "routing", model, "--input", prompts, "-o", routing)
-    budget = sum(file.stat().st_size for file in model.glob("*.safetensors")) // BUDGET_SHARE
+    run(*command("klotski_runtime.cli.profile"), "routing", model, "--input", prompts, "-o", routing, quiet=True)
+    budget = weight_bytes(model) // BUDGET_SHARE
 
     setting = Setting(model, machine, routing, budget)
 
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     rows: list[Row] = []
     for _ in range(arguments.repeats):
-        _run(*command("klotski_runtime.cli.profile"), "-o", machine, "--scratch", folder)
+        run(*command("klotski_runtime.cli.profile"), "-o", machine, "--scratch", folder, quiet=True)
         with tempfile.TemporaryDirectory(dir=folder) as plans:
             if not rows:
                 rows = [Row("disk binds", PROMPTS, PROMPT_LEN), balanced(setting, Path(plans))]
@@ -146,7 +147,7 @@ def compile_plan(setting: Setting, name: str, row: Row, folder: Path, *options: 
     sizes = ("--prompt-len", row.prompt_len, "--gen-len", GEN_LEN, "--num-sequences", row.prompts)
     known = ("--memory", f"host={setting.budget}", "--routing", setting.routing)
     compiler = command("klotski_compiler.cli.compile")
-    _run(*compiler, setting.model, setting.machine, "-o", plan, *sizes, *known, *options)
+    run(*compiler, setting.model, setting.machine, "-o", plan, *sizes, *known, *options, quiet=True)
     return Contender(name, plan)
 
 
@@ -169,7 +170,16 @@ def measured(contenders: list[Contender], model: Path) -> Iterator[tuple[str, di
     """Runs one after the other: (name, what klotski-run reports)."""
     for name, plan in contenders:
         report = json.loads(
-            _run(*command("klotski_runtime.cli.run"), plan, "--model", model, "--scratch", plan.parent, "--json")
+            run(
+                *command("klotski_runtime.cli.run"),
+                plan,
+                "--model",
+                model,
+                "--scratch",
+                plan.parent,
+                "--json",
+                quiet=True,
+            )
         )
         print(
             f"{name}: {report['tokens_per_s']:.1f} tokens/s, {report['predicted_tokens_per_s']:.1f} predicted",
@@ -201,12 +211,6 @@ def table(title: str, reports: dict[str, list[dict[str, Any]]]) -> list[str]:
         ]
         lines.append(f"{name:<20}" + "".join(f"{number:11.2f}" for number in numbers))
     return [*lines, ""]
-
-
-def _run(*words: object) -> str:
-    texts = [str(word) for word in words]
-    print(f"$ {shlex.join(texts)}", file=sys.stderr, flush=True)
-    return subprocess.run(texts, check=True, text=True, stdout=subprocess.PIPE).stdout
 
 
 if __name__ == "__main__":
