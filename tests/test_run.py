@@ -28,6 +28,7 @@ from klotski_compiler.routing import uniform
 from klotski_runtime import memory
 from klotski_runtime.cli.run import main
 from klotski_runtime.engine import Engine, Row
+from klotski_runtime.results import Results
 from klotski_runtime.skeleton import import_model
 from tiny import make_checkpoint
 
@@ -287,15 +288,33 @@ def test_ctrl_c(tiny: SimpleNamespace, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'runtime'}"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     partial = tmp_path / "out.jsonl.partial"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (partial.exists() and partial.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in err
     assert "Traceback" not in err
     assert f"{len(read_lines(partial)):,} of 4000 rows are finished and saved in {partial}" in err
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_ctrl_c_while_rows_are_saved(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = Results(tmp_path / "out.jsonl", 3)
+    results.add([(0, {"error": None})])
+    real = getattr(os, call)
+
+    def interrupted(file: int, *data: bytes) -> None:
+        real(file, *(rows[:5] for rows in data))  # a write ends in the midst of a row
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, call, interrupted)
+        results.add([(1, {"error": None}), (2, {"error": {"code": "invalid_request"}})])
+    finished, rows = {"write": (1, 1), "fsync": (2, 3)}[call]
+    assert results.keep().startswith(f"{finished} of 3 rows are finished and saved in")
+    assert len(read_lines(tmp_path / "out.jsonl.partial")) == rows
 
 
 def test_a_full_disk(tiny: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

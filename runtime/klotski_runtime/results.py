@@ -23,15 +23,13 @@ class Results:
         """expected: how many rows there will be. Raises ConfigError where the output cannot be a file."""
         self._output, self._expected = output, expected
         self._lines: dict[int, bytes] = {}
-        self._finished = 0  # of these, without the refused ones
         self._partial = None if output is None or is_device(output) else output.with_name(output.name + ".partial")
         if self._partial is not None:
             self._file = self._open(self._partial)
 
     def add(self, rows: Iterable[tuple[int, dict[str, Any]]]) -> None:
         """Save finished rows, each with its place in the input. Raises ExecError where that fails; earlier rows stay saved."""
-        added = dict(rows)
-        fresh = {place: json.dumps(row, ensure_ascii=False).encode() + b"\n" for place, row in added.items()}
+        fresh = {place: json.dumps(row, ensure_ascii=False).encode() + b"\n" for place, row in rows}
         if self._partial is not None:
             begin = os.fstat(self._file).st_size
             try:
@@ -41,7 +39,6 @@ class Results:
                 os.ftruncate(self._file, begin)  # no half row
                 raise ExecError(f"{self._partial} cannot be written: {error.strerror}") from error
         self._lines |= fresh
-        self._finished += sum(row["error"] is None for row in added.values())
 
     def finish(self) -> None:
         """Write all rows in input order. Raises ExecError where that fails."""
@@ -68,8 +65,9 @@ class Results:
 
     def keep(self) -> str:
         """Leave what is finished where it can be found after a failure; returns a line that says where."""
-        count = f"{self._finished:,} of {self._expected} rows are finished"
-        if not self._finished:  # refusals alone are not worth keeping: the next run finds them again
+        finished = sum(json.loads(line)["error"] is None for line in self._saved())
+        count = f"{finished:,} of {self._expected} rows are finished"
+        if not finished:  # refusals alone are not worth keeping: the next run finds them again
             if self._partial is not None:
                 self._partial.unlink()
             return count
@@ -81,6 +79,14 @@ class Results:
         except ExecError:
             return f"{where} took no rows"
         return f"{count} and in {where}"
+
+    def _saved(self) -> list[bytes]:
+        """The rows that are safe. The file knows best: an interrupt may come between a write and what follows it."""
+        if self._partial is None:
+            return list(self._lines.values())
+        whole = self._partial.read_bytes().rpartition(b"\n")
+        os.truncate(self._partial, len(whole[0] + whole[1]))  # no half row
+        return whole[0].splitlines()
 
     def _open(self, partial: Path) -> int:
         try:
