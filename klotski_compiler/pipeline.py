@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from klotski_compiler.bounds import critical_us
 from klotski_compiler.cost import Cost, Shape
@@ -222,7 +222,7 @@ def _phase(
         first = [us * by for us, by in zip(first, scale, strict=True)]
         growth = {n: more * scale[n] for n, more in growth.items()}
         times = simulate(steps, shape.passes, cost.processor_name, durations, quick)
-    steps = [replace(s, start_us=round(a), end_us=round(b)) for s, (a, b) in zip(steps, times.steps, strict=True)]
+    steps = [s._replace(start_us=round(a), end_us=round(b)) for s, (a, b) in zip(steps, times.steps, strict=True)]
     moved = Counter[str]()
     middle = (shape.first_context + shape.last_context) / 2
     for step in steps:
@@ -269,7 +269,7 @@ def _dump(after: str, entries: Sequence[Op | Evict], steps: Sequence[Step], name
             for e in entries
         ]
     kept = [
-        replace(s, waits=s.waits if after in ("waits", "schedule") else (), start_us=s.start_us, end_us=s.end_us)
+        s._replace(waits=s.waits if after in ("waits", "schedule") else (), start_us=s.start_us, end_us=s.end_us)
         for s in steps
     ]
     return [f"{n} {step_text(s, names)}" for n, s in enumerate(kept)]

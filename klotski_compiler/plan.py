@@ -131,8 +131,7 @@ class Wait(NamedTuple):
     back: int
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """An op as planned: its slots (one per tensor, in the target or compute tier), where staged loads read, waits, times.
 
     Times are those of one steady pass at the middle of the phase, from the pass's first op.
@@ -195,21 +194,13 @@ def step_text(step: Step, names: list[str]) -> str:
 
 def parse_step(text: str, ids: dict[str, int]) -> Step:
     """Inverse of ``step_text``. Raises ValueError or KeyError where the line is not a step."""
-    words = text.split()
-    first = next((i for i, w in enumerate(words) if i and w[0] in ">^<@"), len(words))
-    slots, sources, waits, start, end = [], [], [], 0, 0
-    for word in words[first:]:
-        mark, rest = word[0], word[1:]
-        if mark == ">":
-            slots.append(int(rest))
-        elif mark == "^":
-            sources.append(int(rest))
-        elif mark == "<":
-            waits.append(Wait(int(rest.rstrip("'")), int(rest.endswith("'"))))
-        else:
-            start, duration = (int(n) for n in rest.split("+"))
-            end = start + duration
-    return Step(parse_op(" ".join(words[:first]), ids), tuple(slots), tuple(sources), tuple(waits), start, end)
+    line, _, times = text.rpartition(" @")
+    line, *waits = line.split(" <")
+    line, *sources = line.split(" ^")
+    line, *slots = line.split(" >")
+    start, duration = map(int, times.split("+"))
+    awaited = tuple([Wait(int(w[:-1]), 1) if w.endswith("'") else Wait(int(w), 0) for w in waits])
+    return Step(parse_op(line, ids), tuple(map(int, slots)), tuple(map(int, sources)), awaited, start, start + duration)
 
 
 # ----------------------------------------------------------------------------------------------------------- the plan

@@ -16,6 +16,7 @@ from itertools import pairwise
 from klotski_compiler import errors
 from klotski_compiler.errors import PlanError
 from klotski_compiler.execute import execute
+from klotski_compiler.garbage import uncollected
 from klotski_compiler.plan import ALL, FUNCTIONS, RULES, Bind, Compute, Load, Phase, Plan, Step, Store, Tensor
 
 LOAD = "load"
@@ -30,6 +31,7 @@ class Fault(Exception):
         self.why, self.phase, self.op = why, phase, op
 
 
+@uncollected()
 def verify(plan: Plan) -> None:
     """Raises PlanError, with the name of the check that failed and the plan lines around the fault."""
     for name, check in CHECKS:
@@ -274,29 +276,29 @@ def race(plan: Plan) -> None:
 
 def _touched(
     plan: Plan, home: dict[int, int], found: dict[tuple[str, int], list[Tensor]], step: Step
-) -> tuple[list[int], list[int]]:
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The cells that an op reads and writes. A cell is a slot or, numbered after them, what a tensor has outside of any slot:
     the assignment of a pick, a KV cache on disk."""
     op, beyond, tensors = step.op, len(plan.slots), plan.tensors
     if isinstance(op, Bind):
         bound = range(op.first, op.first + op.count)
-        return [], [beyond + t.id for t in found["pick", op.layer] if t.index in bound]
-    reads = [beyond + t for t in op.tensors if tensors[t].kind == "pick"]
+        return (), tuple([beyond + t.id for t in found["pick", op.layer] if t.index in bound])
+    kinds = [tensors[t].kind for t in op.tensors]
+    reads = tuple([beyond + t for t, kind in zip(op.tensors, kinds, strict=True) if kind == "pick"])
     if isinstance(op, Load):
-        reads += step.sources or [beyond + t for t in op.tensors if tensors[t].kind == "kv"]
-        return reads, list(step.slots)
+        at_home = [beyond + t for t, kind in zip(op.tensors, kinds, strict=True) if kind == "kv"]
+        return (*reads, *(step.sources or at_home)), step.slots
     if isinstance(op, Store):
         in_memory = not op.link.endswith(">disk")
-        return [*reads, *step.slots], [home[t] if in_memory and t in home else beyond + t for t in op.tensors]
-    both = list(zip(op.tensors, step.slots, strict=True))
-    reads += [slot for t, slot in both if tensors[t].kind != "kv"]
-    return reads, [slot for t, slot in both if tensors[t].kind == "kv"]
+        return (*reads, *step.slots), tuple([home[t] if in_memory and t in home else beyond + t for t in op.tensors])
+    caches = tuple([slot for slot, kind in zip(step.slots, kinds, strict=True) if kind == "kv"])
+    return (*reads, *(slot for slot, kind in zip(step.slots, kinds, strict=True) if kind != "kv")), caches
 
 
 class _Clocks:
     """A backend whose streams know, of every stream, how many ops have surely ended."""
 
-    def __init__(self, plan: Plan, phase: Phase, touched: Sequence[tuple[list[int], list[int]]]) -> None:
+    def __init__(self, plan: Plan, phase: Phase, touched: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
         self.plan, self.phase, self.touched = plan, phase, touched
         self.lanes = {name: _Lane(self, place, len(plan.streams)) for place, name in enumerate(plan.streams)}
         self.writer: dict[int, tuple[int, int, int]] = {}  # cell -> stream, how many ops it had issued then, op

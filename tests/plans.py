@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from klotski_compiler.cost import Cost
@@ -254,7 +254,7 @@ def with_step(plan: Plan, phase: str, number: int, step: Step | None) -> Plan:
         del lines[number]
         steps = [parse_step(line, {n: i for i, n in enumerate(plan.names)}) for line in lines]
         moved = [
-            replace(s, waits=tuple(Wait(w.op - (w.op > number), w.back) for w in s.waits if w.op != number))
+            s._replace(waits=tuple(Wait(w.op - (w.op > number), w.back) for w in s.waits if w.op != number))
             for s in steps
         ]
         lines = [step_text(s, plan.names) for s in moved]

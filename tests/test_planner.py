@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klotski_compiler import planner
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.model import ModelSpec
 from klotski_compiler.plan import Candidate, Plan, Workload
 from klotski_compiler.planner import Request, compile_plan
 from klotski_compiler.policies import POLICIES, policy
 from klotski_compiler.routing import uniform
+from klotski_compiler.search import Search
 from plans import module, tiny_hardware, tiny_spec
 
 WORKLOAD = Workload(prompt_len=16, gen_len=8, num_sequences=24)
@@ -29,7 +29,7 @@ MACHINES = pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
 def small_loads() -> Iterator[None]:
     """So that experts of 0.8 MB travel one by one, as large ones do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "LOAD_BYTES", 1 << 20)
+        patch.setattr("klotski_compiler.search.LOAD_BYTES", 1 << 20)
         yield
 
 
@@ -291,7 +291,7 @@ def test_joint_is_also_tried_without_spilling_kv() -> None:
     hardware = tiny_hardware(True)
     workload = WORKLOAD.model_copy(update={"gen_len": 40, "num_sequences": 96})
     budgets = dict.fromkeys(hardware.tiers, RICH) | {"gpu": 116_000_000}
-    search = planner.Search(Request(SPEC, hardware, uniform(SPEC), workload, budgets, "bf16", "joint"))
+    search = Search(Request(SPEC, hardware, uniform(SPEC), workload, budgets, "bf16", "joint"))
     kinds = set()
     for base in search.bases("joint"):
         with suppress(Infeasible):

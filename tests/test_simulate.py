@@ -221,7 +221,7 @@ def test_transfers_that_take_no_time_leave_no_bubble(policy: str, gpu: bool, kv:
 def test_computes_that_take_no_time_leave_nothing_but_bubbles() -> None:
     steps = [s for s in decode("accelerate", False, "host") if s.op.stream == "cpu"]
     times = [3.0 if isinstance(s.op, Load) else 0.0 for s in steps]
-    found = simulate([replace(s, waits=()) for s in steps], 9, "cpu", lambda x: times)
+    found = simulate([s._replace(waits=()) for s in steps], 9, "cpu", lambda x: times)
     assert sum(found.bubble_us.values()) == pytest.approx(found.total_us) == pytest.approx(9 * sum(times))
 
 

@@ -26,9 +26,10 @@ from klotski_compiler.hardware import Hardware, to_json
 from klotski_compiler.model import Layer, ModelSpec, read_model
 from klotski_compiler.pipeline import lower
 from klotski_compiler.plan import Decision, LayerDecision, Load, Plan, Tensor, Workload, load
-from klotski_compiler.planner import Request, Search, compile_plan
+from klotski_compiler.planner import Request, compile_plan
 from klotski_compiler.policies import POLICIES, policy
 from klotski_compiler.routing import Routing, uniform
+from klotski_compiler.search import Search
 from klotski_runtime.cli.run import main as klotski_run
 from klotski_runtime.engine import Engine, Row
 from klotski_runtime.skeleton import import_model

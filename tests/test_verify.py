@@ -51,7 +51,7 @@ def test_no_wait_can_be_dropped(policy: str, gpu: bool, kv: str) -> None:
     dropped = 0
     for number, step in enumerate(plan.steps["decode"]):
         for wait in step.waits:
-            less = replace(step, waits=tuple(w for w in step.waits if w != wait))
+            less = step._replace(waits=tuple(w for w in step.waits if w != wait))
             assert caught(with_step(plan, "decode", number, less)) == "race", f"{number} without {wait}"
             dropped += 1
     assert dropped > 10
@@ -92,17 +92,17 @@ def changed(wanted: Callable[[Step], bool], change: Callable[[Step], Step]) -> P
 
 
 def op_changed(wanted: Callable[[Step], bool], **fields: object) -> Plan:
-    return changed(wanted, lambda step: replace(step, op=replace(step.op, **fields)))  # type: ignore[arg-type]
+    return changed(wanted, lambda step: step._replace(op=replace(step.op, **fields)))  # type: ignore[arg-type]
 
 
 def other_slot(step: Step) -> Step:
     """Another slot that decode streams experts through."""
     streamed = {s.slots[0] for s in STEPS if loads("expert")(s) or loads("pick")(s)}
-    return replace(step, slots=(min(streamed - {*step.slots}),))
+    return step._replace(slots=(min(streamed - {*step.slots}),))
 
 
 def resident_slot(step: Step) -> Step:
-    return replace(step, slots=(next(slot for t, slot in PLAN.placed if PLAN.tensors[t].kind == "expert"),))
+    return step._replace(slots=(next(slot for t, slot in PLAN.placed if PLAN.tensors[t].kind == "expert"),))
 
 
 def resized(by: int) -> Plan:
@@ -134,19 +134,19 @@ def twice_bound() -> Plan:
     """A second bind of a layer in the place of its next expert compute."""
     number = first(PLAN, lambda s: isinstance(s.op, Bind))
     later = next(n for n in range(number + 1, len(STEPS)) if isinstance(STEPS[n].op, Compute))
-    return with_step(PLAN, "decode", later, replace(STEPS[later], op=STEPS[number].op, slots=()))
+    return with_step(PLAN, "decode", later, STEPS[later]._replace(op=STEPS[number].op, slots=()))
 
 
 HIGHEST = max(PLAN.forecast.peak_bytes.values())
 SPOILED: dict[str, tuple[str, Callable[[], Plan]]] = {
     "a line is no step": ("text", lambda: garbled(" >x")),
-    "a slot does not exist": ("ids", lambda: changed(loads("expert"), lambda s: replace(s, slots=(len(PLAN.slots),)))),
-    "a tensor has no slot": ("ids", lambda: changed(loads("expert"), lambda s: replace(s, slots=()))),
+    "a slot does not exist": ("ids", lambda: changed(loads("expert"), lambda s: s._replace(slots=(len(PLAN.slots),)))),
+    "a tensor has no slot": ("ids", lambda: changed(loads("expert"), lambda s: s._replace(slots=()))),
     "a batch does not exist": ("ids", lambda: op_changed(computes("attention"), batch=3)),
     "a stream is unknown": ("ids", lambda: op_changed(loads("expert"), stream="wire")),
-    "a wait points forward": ("streams", lambda: changed(loads("expert"), lambda s: replace(s, waits=(Wait(len(STEPS) - 1, 0),)))),
-    "an op waits for itself": ("streams", lambda: changed(loads("pick"), lambda s: replace(s, waits=(Wait(STEPS.index(s), 0),)))),
-    "a wait points nowhere": ("streams", lambda: changed(loads("expert"), lambda s: replace(s, waits=(Wait(999, 1),)))),
+    "a wait points forward": ("streams", lambda: changed(loads("expert"), lambda s: s._replace(waits=(Wait(len(STEPS) - 1, 0),)))),
+    "an op waits for itself": ("streams", lambda: changed(loads("pick"), lambda s: s._replace(waits=(Wait(STEPS.index(s), 0),)))),
+    "a wait points nowhere": ("streams", lambda: changed(loads("expert"), lambda s: s._replace(waits=(Wait(999, 1),)))),
     "two streams compute": ("streams", lambda: op_changed(computes("router"), stream="disk>host")),
     "slots overlap": ("arena", lambda: resized(4096)),
     "the peak is too low": ("budget", lambda: reforecast(peak_bytes={"host": HIGHEST - 1})),
@@ -161,7 +161,7 @@ SPOILED: dict[str, tuple[str, Callable[[], Plan]]] = {
     "a pick is dropped": ("work", lambda: without(lambda s: computes("experts")(s) and "pick" in step_kinds(s))),
     "a batch is left out": ("work", lambda: op_changed(lambda s: computes("attention")(s) and s.op.batch == 2, batch=1)),  # type: ignore[union-attr]
     "a layer is left out": ("work", lambda: op_changed(computes("attention"), layer=1)),
-    "an op lacks its weights": ("work", lambda: changed(computes("router"), lambda s: replace(s, op=replace(s.op, tensors=()), slots=()))),  # type: ignore[arg-type]
+    "an op lacks its weights": ("work", lambda: changed(computes("router"), lambda s: s._replace(op=replace(s.op, tensors=()), slots=()))),  # type: ignore[arg-type]
     "an expert misses a batch": ("work", lambda: op_changed(lambda s: computes("experts")(s) and s.op.batch == ALL, batch=0)),  # type: ignore[union-attr]
     "the head is left out": ("work", lambda: without(computes("head"))),
     "no token is sampled": ("work", lambda: without(computes("sample"))),
@@ -187,14 +187,14 @@ def test_a_cache_must_be_written_where_it_lives() -> None:
     number = next(n for n, s in enumerate(SPILLED.steps["decode"]) if isinstance(s.op, Store))
     step = SPILLED.steps["decode"][number]
     assert isinstance(step.op, Store)
-    astray = replace(step, op=replace(step.op, link="gpu>disk"))
+    astray = step._replace(op=replace(step.op, link="gpu>disk"))
     assert caught(with_step(SPILLED, "decode", number, astray)) == "residency"
 
 
 def test_a_violation_shows_the_lines_around_it() -> None:
     number = first(PLAN, loads("pick"))
     with pytest.raises(PlanError) as refusal:
-        verify(with_step(PLAN, "decode", number, replace(STEPS[number], waits=())))
+        verify(with_step(PLAN, "decode", number, STEPS[number]._replace(waits=())))
     lines = refusal.value.window.splitlines()
     assert len(lines) == 7
     assert lines[3].startswith(f"--> decode {number} disk>host load L1.P0")

@@ -14,7 +14,6 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import date
 from itertools import count, cycle
@@ -25,24 +24,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Qwen3MoeConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.hardware import Hardware, Link, Processor, Tier
-from klotski_runtime.checkpoint import PAGE, ModuleKey
-from klotski_runtime.kernels import Chunks, Group
-from klotski_runtime.kv import KvBlock
+from klotski_runtime.checkpoint import PAGE
+from klotski_runtime.profile_block import SMALL, Block
 from klotski_runtime.profile_disk import MIB, Found, Turns, fill, rounded, scratch_file
-from klotski_runtime.skeleton import Skeleton
 
 Report = Callable[[str, float], None]
 """Called with what is being measured and the share (0 to 1) of the work that is done."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-# Width of the matmuls that stand for "no work": what remains is the cost of the calls.
-SMALL = 128
 
 # The attention of Qwen3-30B-A3B: 32 query heads share 4 key and value heads.
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 4, 128
@@ -74,7 +67,6 @@ class Sizes:
 CACHE_BYTES = 64 * MIB  # more than caches hold
 SHORT_PROMPT = 32  # tokens: of prompts whose attention is mostly elementwise work
 SHARED_ROWS = 32  # tokens of the expert that computes while the disk is read
-CACHED = 16  # positions before the one token of a decode step
 
 FULL = Sizes(
     hidden=2048,
@@ -452,93 +444,6 @@ def _hidden_rate(device: torch.device, sizes: Sizes) -> tuple[float, str]:
     nbytes = batch * SHORT_PROMPT * (sizes.hidden + heads * width) * torch.bfloat16.itemsize
     how = f"attention of transformers' Qwen3-MoE by the runtime's ops, {batch} prompts of {SHORT_PROMPT} tokens"
     return rounded(nbytes / max(left, 0.05 * whole)), f"{how}, less matmuls, SDPA and calls"
-
-
-class Block:
-    """One layer of transformers' Qwen3-MoE with random weights, through the runtime's ops: ``batch`` sequences of ``queries``
-    new tokens each; a single one has CACHED positions before it.
-
-    heads: query heads, key and value heads, width of a head.
-    """
-
-    def __init__(
-        self, device: torch.device, hidden: int, heads: tuple[int, int, int], batch: int, queries: int
-    ) -> None:
-        query_heads, kv_heads, width = heads
-        # Fresh tensors of the ops belong on the device; on the CPU, where they are anyway, the context would cost time.
-        self._here: AbstractContextManager[object] = nullcontext() if device.type == "cpu" else device
-        settings: dict[str, Any] = {
-            "hidden_size": hidden,
-            "num_hidden_layers": 1,
-            "num_attention_heads": query_heads,
-            "num_key_value_heads": kv_heads,
-            "head_dim": width,
-            "vocab_size": 8,
-            "num_experts": 16,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": SMALL,
-        }
-        with self._here:
-            skeleton = Skeleton(Qwen3MoeConfig(**settings), torch.bfloat16)
-            shape = skeleton.kv_shape(0)
-            for kind, part in (
-                ("attention", "self_attn"),
-                ("attention", "input_"),
-                ("router", "mlp"),
-                ("router", "post_"),
-            ):
-                shapes = {n: p.shape for n, p in skeleton.model.named_parameters() if f"layers.0.{part}" in n}
-                weights = {n: torch.randn(shape) / 32 for n, shape in shapes.items() if "experts" not in n}
-                skeleton.bind(ModuleKey(kind, 0), weights)
-            tokens, past = batch * queries, CACHED if queries == 1 else 0
-            self._group = Group(skeleton, [[[1] * max(queries, past)] * batch], Chunks(batch, batch, tokens, tokens))
-            if past:
-                self._group.batches[0].advance(torch.ones(batch, dtype=torch.long))
-            self._group.begin(torch.randn(tokens, hidden), torch.randn(tokens, hidden, dtype=torch.bfloat16))
-            capacity = past + queries
-            storage = torch.zeros(batch * capacity * shape.elements, dtype=torch.bfloat16)
-            self._kv = KvBlock(storage, shape, batch, capacity)
-            self._parts = {
-                name: torch.randn(size, dtype=torch.bfloat16) / 32
-                for name, size in (("gate", (SMALL, hidden)), ("up", (SMALL, hidden)), ("down", (hidden, SMALL)))
-            }
-            self._query = torch.randn(batch, query_heads, queries, width, dtype=torch.bfloat16)
-            self._mask = torch.ones(batch, 1, queries, capacity, dtype=torch.bool).tril(past)
-            self._state = torch.randn(tokens, hidden, dtype=torch.bfloat16)
-            self._mixed = torch.randn(tokens, query_heads * width, dtype=torch.bfloat16)
-            layer = skeleton.model.get_submodule("model.layers.0.self_attn")
-            self._matmuls = [part.weight for part in (layer.q_proj, layer.k_proj, layer.v_proj)], layer.o_proj.weight
-            self._scaling = width**-0.5
-            self.router()
-
-    def attention(self) -> None:
-        """The whole op."""
-        with self._here:
-            self._group.attention(0, 0, self._kv)
-
-    def router(self) -> None:
-        """The whole op."""
-        with self._here:
-            self._group.router(0, 0)
-
-    def expert(self) -> None:
-        """The op of the expert that most tokens chose."""
-        with self._here:
-            counts = self._group.counts(0, None)
-            self._group.experts(0, [(counts.index(max(counts)), self._parts)], None)
-
-    def projections(self) -> None:
-        """The matmuls of attention."""
-        first, last = self._matmuls
-        for weight in first:
-            F.linear(self._state, weight)
-        F.linear(self._mixed, last)
-
-    def core(self) -> None:
-        """The keys and values of attention."""
-        groups = self._query.shape[1] // self._kv.keys.shape[1]
-        heads: Any = SimpleNamespace(num_key_value_groups=groups, is_causal=True)
-        sdpa_attention_forward(heads, self._query, self._kv.keys, self._kv.values, self._mask, scaling=self._scaling)
 
 
 # Copies between host and GPU

@@ -1,0 +1,102 @@
+"""What a search found, as a plan: the schedule with its forecast, its bounds, and what would make it faster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from klotski_compiler.bounds import bound_tokens_per_s
+from klotski_compiler.errors import Infeasible
+from klotski_compiler.pipeline import Lowered, phase_record
+from klotski_compiler.plan import SCHEMA_VERSION, Candidate, Envelope, Forecast, Plan
+from klotski_compiler.policies import policy
+from klotski_compiler.search import Best, Search
+
+
+def record(search: Search, best: Best, candidates: list[Candidate]) -> Plan:
+    """The record of the winner, sealed."""
+    request, lowered = search.request, best.lowered
+    names = [t.name for t in lowered.tensors]
+    predicted = forecast(search, lowered)
+    decision, workload = best.decision, request.workload
+    return Plan(
+        schema_version=SCHEMA_VERSION,
+        model=request.spec.name,
+        model_digest=request.model_digest,
+        dtype=request.dtype,
+        hardware=request.hardware.name,
+        compute_tier=search.tier,
+        budgets=request.budgets,
+        workload=workload,
+        envelope=Envelope(sequences=decision.sequences, prompt_len=workload.prompt_len, gen_len=workload.gen_len),
+        policy=best.policy,
+        decision=decision,
+        tensors=tuple(lowered.tensors),
+        slots=tuple(lowered.slots),
+        placed=tuple(lowered.placed),
+        streams=tuple(sorted({s.op.stream for p in lowered.phases.values() for s in p.steps})),
+        phases=tuple(phase_record(phase, names) for phase in lowered.phases.values()),
+        workspace=lowered.workspace,
+        predictor=request.routing.successors if best.policy == "klotski" else (),
+        forecast=predicted,
+        candidates=tuple(candidates),
+        notes=tuple(notes(search, best, predicted)),
+        truncated=search.truncated,
+        digest="",
+    ).sealed()
+
+
+def forecast(search: Search, lowered: Lowered) -> Forecast:
+    """Pass times, busy times, bubbles and both bounds of a whole schedule."""
+    request, groups = search.request, lowered.groups
+    work = {name: phase for name, phase in lowered.phases.items() if name != "load"}
+    busy = {s: sum(p.times.busy_us[s] for p in work.values()) for p in work.values() for s in p.times.busy_us}
+    bubble = {c: sum(p.times.bubble_us[c] for p in work.values()) for p in work.values() for c in p.times.bubble_us}
+    links = {n: p.link_bytes[n] for p in lowered.phases.values() for n in p.link_bytes}
+    for link in links:
+        links[link] = sum(p.link_bytes[link] * (1 if name == "load" else groups) for name, p in lowered.phases.items())
+    rate = search.rate(lowered)
+    bound_us = sum(max(p.critical_us, *p.times.busy_us.values()) for p in work.values())
+    ceiling = max(rate, bound_tokens_per_s(search.cost, request.workload, request.budgets))
+    return Forecast(
+        makespan_us=round(groups * lowered.group_us),
+        load_us=round(lowered.load_us),
+        pass_us={name: round(phase.times.pass_us) for name, phase in work.items()},
+        phase_us={name: round(phase.times.total_us) for name, phase in work.items()},
+        bound_us=round(groups * bound_us),
+        tokens_per_s=rate,
+        bound_tokens_per_s=ceiling,
+        gap=ceiling / rate - 1,
+        bubble_fraction=sum(bubble.values()) / lowered.group_us,
+        bubble_us={c: round(groups * v) for c, v in sorted(bubble.items())},
+        busy_us={s: round(groups * v) for s, v in sorted(busy.items())},
+        peak_bytes=lowered.peak_bytes,
+        link_bytes=links,
+    )
+
+
+def notes(search: Search, best: Best, predicted: Forecast) -> Iterator[str]:
+    """What binds, and what one more GiB or one more batch would buy, by solving again."""
+    slowest = max(predicted.busy_us, key=lambda s: predicted.busy_us[s])
+    share = predicted.busy_us[slowest] / predicted.makespan_us
+    yield f"{slowest} binds: it is busy {share:.0%} of the time"
+    yield f"routing: {search.request.routing.source}"
+    decision, request = best.decision, search.request
+    roomier = replace(request, budgets={**request.budgets, search.tier: request.budgets[search.tier] + (1 << 30)})
+    for what, tried, num_batches in (
+        (f"one more GiB of {search.tier}", Search(roomier), decision.num_batches),
+        ("one more batch", search, decision.num_batches + 1),
+    ):
+        if what == "one more batch" and decision.sequences >= search.request.workload.num_sequences:
+            yield "one more batch: the workload already fits in one group"
+            continue
+        experts = policy(best.policy).EXPERTS
+        base = tried.base(
+            experts, num_batches, decision.batch_size, decision.lead, decision.unit, decision.prefill_groups
+        )
+        try:
+            rate = tried.estimate(best.policy, tried.fill(best.policy, base)[1])
+        except Infeasible as refusal:
+            yield f"{what}: does not fit ({str(refusal).splitlines()[0]})"
+            continue
+        yield f"{what}: {rate / predicted.tokens_per_s - 1:+.1%} tokens/s"

@@ -1,0 +1,518 @@
+"""The search: for every policy the best (n, batch size) that fits.
+
+Sizes are enumerated outside, residency is solved inside (``milp``) for ``joint`` and filled greedily for the others; each candidate is
+timed by the same simulator on its distinct layer periods, and each policy's best is lowered whole. Nobody is handicapped: all
+policies see the same grid, the same readers, the same memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import inf
+from types import MappingProxyType
+
+from klotski_compiler.cost import Cost
+from klotski_compiler.errors import Infeasible
+from klotski_compiler.hardware import Hardware
+from klotski_compiler.milp.solve import residency
+from klotski_compiler.model import ModelSpec, Module
+from klotski_compiler.pipeline import Lowered, lower, shapes
+from klotski_compiler.plan import (
+    PAGE_BYTES,
+    Decision,
+    LayerDecision,
+    Workload,
+    align_up,
+)
+from klotski_compiler.policies import policy
+from klotski_compiler.routing import Routing
+from klotski_compiler.tensors import MODULES, kv_bytes, state_bytes
+from klotski_compiler.workspace import decode_attention_bytes, prefill_attention_bytes, spill_bytes, workspace
+
+LOAD_BYTES = 32 << 20  # a load aims at this many bytes: below, latency and per-op cost show
+SMALL_SHARE = 0.03  # head and embedding stay resident where they take less than this of the budget
+ATTENTION_SHARE = 0.08  # of the budget for what one attention call allocates
+EXPERT_ROWS = {"host": 512, "gpu": 8192}  # tokens per matmul: where its rate has long stopped growing
+SPILLED_BATCHES = 3  # of one layer's KV in flight where KV does not live in the compute tier
+SAMPLED = 2  # layers of the short model on which candidates are timed; a second one has twice as many
+KEPT_SIZES = 4  # group sizes per policy that are scored, the largest that fit first
+KEPT_SCORED = 6  # candidates per policy that are timed on short models
+KEPT_WHOLE = 2  # and of those, that may be lowered whole
+ESTIMATE_ERROR = 0.05  # how far a short model's time may be off
+LARGE_WHOLE = 2  # schedules of a large model that are lowered whole
+WHOLE_EXPERTS = 600  # a model of so many experts is timed whole at once
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compile. ``batch_size``, ``num_batches``: fixed, or None to be solved. ``max_latency_s``: of one decode pass."""
+
+    spec: ModelSpec
+    hardware: Hardware
+    routing: Routing
+    workload: Workload
+    budgets: dict[str, int]
+    dtype: str
+    policy: str = "auto"
+    batch_size: int | None = None
+    num_batches: int | None = None
+    max_latency_s: float | None = None
+    time_limit_s: float = 60.0
+    model_digest: str = ""
+
+
+@dataclass(slots=True)
+class Best:
+    """A policy's best schedule so far."""
+
+    policy: str
+    decision: Decision
+    tokens_per_s: float
+    lowered: Lowered
+
+
+class Search:
+    """One request under search."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.cost = Cost(request.spec, request.hardware, request.routing, request.dtype)
+        self.tier = request.hardware.compute_tier
+        self.deadline = time.monotonic() + request.time_limit_s
+        self.truncated = False
+        self._experts = sum(layer.num_experts for layer in request.spec.layers)
+        self._most = request.workload.num_sequences
+
+    # ---------------------------------------------------------------------------------------------------- candidates
+
+    def timed(self, name: str) -> list[tuple[float, str, Decision]]:
+        """A policy's best candidates by estimated tokens per second. Raises Infeasible."""
+        if policy(name).ONE_BATCH and (self.request.num_batches or 1) > 1:
+            raise Infeasible(
+                {}, f"{name} computes one batch at a time; leave out --num-batches, or choose another --policy"
+            )
+        scored: list[tuple[float, Decision]] = []
+        refusal: Infeasible | None = None
+        sizes: set[int] = set()
+        for base in self.bases(name):
+            if base.sequences not in sizes and len(sizes) >= KEPT_SIZES:
+                break
+            if scored and time.monotonic() > self.deadline:
+                self.truncated = True
+                break
+            try:
+                scored += self.fills(name, base)
+            except Infeasible as fault:
+                if refusal is None or sum(fault.shortfalls.values()) < sum(refusal.shortfalls.values()):
+                    refusal = fault
+                continue
+            sizes.add(base.sequences)
+        scored.sort(key=lambda entry: -entry[0])
+        rated = [(self.estimate(name, decision), name, decision) for _, decision in scored[:KEPT_SCORED]]
+        kept = sorted((entry for entry in rated if entry[0] > 0), key=lambda entry: -entry[0])[:KEPT_WHOLE]
+        if not kept:
+            raise self._too_slow() if scored or refusal is None else refusal
+        return kept
+
+    def whole_best(self, timed: list[tuple[float, str, Decision]], refusals: dict[str, Infeasible]) -> list[Best]:
+        """Candidates lowered whole, fastest first: all that may win given how far an estimate can be off. Raises Infeasible."""
+        whole: list[Best] = []
+        for rate, name, decision in sorted(timed, key=lambda entry: -entry[0]):
+            enough = len(whole) == LARGE_WHOLE and self._experts > WHOLE_EXPERTS
+            if whole and (enough or rate < max(b.tokens_per_s for b in whole) * (1 - ESTIMATE_ERROR)):
+                break
+            try:
+                lowered, fitted = self.whole(name, decision)
+                whole.append(Best(name, fitted, self.rate(lowered), lowered))
+            except Infeasible as refusal:
+                refusals[name] = refusal
+        if not whole:
+            raise min(refusals.values(), key=lambda r: sum(r.shortfalls.values()))
+        return sorted(whole, key=lambda best: -best.tokens_per_s)
+
+    def narrow(self, timed: list[tuple[float, str, Decision]]) -> bool:
+        """After all these turned out not to fit when lowered whole: go on with smaller groups; False where there are none."""
+        tried = min((decision.sequences for _, _, decision in timed), default=1)
+        self._most = tried - 1
+        return tried > 1 and not (self.request.batch_size and self.request.num_batches)
+
+    def leanest(self, names: Sequence[str], refusals: dict[str, Infeasible]) -> list[Best]:
+        """One sequence at a time and nothing resident: what fits if anything does. Raises Infeasible with what even that lacks."""
+        found: list[Best] = []
+        for name in names:
+            if name in refusals and not refusals[name].shortfalls:  # for another reason than memory
+                continue
+            if not (bases := list(self._bases_of(name, [self.request.batch_size or 1]))):
+                continue
+            decision = self._stream_all(name, min(bases, key=lambda base: base.lead))
+            lowered = lower(self.cost, name, decision, self.request.workload)
+            if over := self._over(lowered):
+                refusals[name] = self._shortfall(over)
+            elif rate := self.rate(lowered):
+                found.append(Best(name, decision, rate, lowered))
+        if not found:
+            raise min(refusals.values(), key=lambda r: sum(r.shortfalls.values()) or inf)
+        return sorted(found, key=lambda best: -best.tokens_per_s)
+
+    def _stream_all(self, name: str, base: Decision) -> Decision:
+        """Nothing resident, KV where it takes the least of the compute tier, experts on disk where that is possible."""
+        spilled = self.least_kv_bytes(base) < sum(self._kv_bytes(base))
+        kv = {"gpu": "host", "host": "disk"}[self.tier] if spilled else self.tier
+        far = self.tier == "gpu" and policy(name).EXPERTS != "picks"
+        layers = (
+            layer.model_copy(update={"kv": kv, "on_disk": tuple(sorted(layer.static)) if far else ()})
+            for layer in base.layers
+        )
+        return base.model_copy(update={"layers": tuple(layers)})
+
+    def _over(self, lowered: Lowered) -> dict[str, int]:
+        """By how much a schedule exceeds each budget that it does."""
+        budgets = self.request.budgets.items()
+        return {
+            tier: lowered.peak_bytes[tier] - budget
+            for tier, budget in budgets
+            if lowered.peak_bytes.get(tier, 0) > budget
+        }
+
+    def bases(self, name: str) -> Iterator[Decision]:
+        """Sizes and leads to try, largest groups first; nothing resident yet."""
+        return self._bases_of(name, self.group_sizes())
+
+    def _bases_of(self, name: str, sizes: Sequence[int]) -> Iterator[Decision]:
+        module, request = policy(name), self.request
+        for sequences in sizes:
+            for num_batches in (1,) if module.ONE_BATCH else self.batch_counts(sequences):
+                batch_size = request.batch_size or -(-sequences // num_batches)
+                if module.ONE_BATCH and request.batch_size is None and num_batches * batch_size > sequences:
+                    continue
+                for lead, unit in self.leads(module.EXPERTS):
+                    for parts in self.prefill_parts(num_batches, batch_size):
+                        yield self.base(module.EXPERTS, num_batches, batch_size, lead, unit, parts)
+
+    def group_sizes(self) -> list[int]:
+        """Sequences per group: the workload in 1, 2, 3, ... equal groups, thinned out geometrically."""
+        request, total = self.request, self.request.workload.num_sequences
+        if request.batch_size and request.num_batches:
+            return [request.batch_size * request.num_batches]
+        sizes, groups = list[int](), 1
+        while groups <= total:
+            size = -(-total // groups)
+            if not sizes or size < sizes[-1]:
+                sizes.append(size)
+            groups = max(groups + 1, int(groups * 1.5))
+        return [size for size in ([*sizes, 1] if sizes[-1] > 1 else sizes) if size <= self._most]
+
+    def batch_counts(self, sequences: int) -> list[int]:
+        """Batches of a group: few large ones cost least, more of them overlap KV and bound workspace."""
+        request = self.request
+        if request.num_batches:
+            return [request.num_batches]
+        if request.batch_size:
+            return [max(1, sequences // request.batch_size)]
+        return [n for n in (1, 4, 8, 16) if n == 1 or sequences // n >= 8]
+
+    def leads(self, experts: str) -> list[tuple[int, int]]:
+        """(expert slots, experts per load)."""
+        layer = next(layer for layer in self.request.spec.layers if layer.expert)
+        assert layer.expert is not None
+        unit = max(1, min(layer.num_experts, round(LOAD_BYTES / layer.expert.nbytes)))
+        if experts == "static":
+            return [(layer.num_experts, unit)]
+        if experts == "picks":
+            return [(layer.num_experts, unit), (max(layer.top_k + unit, layer.num_experts // 4), unit)]
+        return [(ahead * unit, unit) for ahead in (2, 4, 8, 16) if ahead * unit <= 2 * layer.num_experts]
+
+    def prefill_parts(self, num_batches: int, batch_size: int) -> list[int]:
+        """Sub-groups of prefill: whole, and split until the hidden states take a sixth of the budget."""
+        workload, parts = self.request.workload, [1]
+        tokens = num_batches * batch_size * workload.prompt_len
+        budget = self.request.budgets[self.tier]
+        while (
+            parts[-1] < num_batches
+            and state_bytes(self.request.spec, tokens // parts[-1], self.request.dtype) > budget / 6
+        ):
+            parts.append(min(num_batches, parts[-1] * 2))
+        return parts
+
+    def base(self, experts: str, num_batches: int, batch_size: int, lead: int, unit: int, parts: int) -> Decision:
+        """A decision in which nothing is resident and KV lives in the compute tier."""
+        spec, budget = self.request.spec, self.request.budgets[self.tier]
+        small, solved = SMALL_SHARE * budget, experts == "solved"
+        layers = []
+        for number, layer in enumerate(spec.layers):
+            order = tuple(self.cost.popular(number)) if layer.expert else ()
+            static = order if experts != "picks" else ()
+            layers.append(LayerDecision(static=static, late=() if static else order, kv=self.tier))
+        top_k = max(layer.top_k for layer in spec.layers)
+        workload = self.request.workload
+        context = workload.prompt_len + workload.gen_len
+        room = ATTENTION_SHARE * budget
+        rows = EXPERT_ROWS[self.tier]
+        return Decision(
+            num_batches=num_batches,
+            batch_size=batch_size,
+            lead=lead,
+            unit=unit,
+            head_pages=0
+            if spec.head.nbytes <= small and not solved
+            else max(1, -(-spec.head.nbytes // (2 * LOAD_BYTES))),
+            prefill_groups=parts,
+            attention_batch=largest(
+                batch_size, lambda a: prefill_attention_bytes(self.cost, a, workload.prompt_len) <= room
+            ),
+            decode_batch=largest(batch_size, lambda a: decode_attention_bytes(self.cost, a, context) <= room),
+            expert_rows=min(rows, num_batches * batch_size * workload.prompt_len),
+            hot=top_k if experts == "picks" else 0,
+            embedding=self.tier == "host" and spec.embedding.nbytes <= small and not solved,
+            layers=tuple(layers),
+        )
+
+    # ------------------------------------------------------------------------------------------------------ residency
+
+    def fills(self, name: str, base: Decision) -> Iterator[tuple[float, Decision]]:
+        """What ``fill`` finds and, where that spills KV which would fit, what it finds without: the residency problem takes a
+        spill for a matter of link time, while in a schedule attention may wait for it. Raises Infeasible."""
+        first = self.fill(name, base)
+        yield first
+        if policy(name).EXPERTS == "solved" and not self._keeps_kv(first[1]):
+            with suppress(Infeasible):
+                yield self.fill(name, base, may_spill=False)
+
+    def _keeps_kv(self, decision: Decision) -> bool:
+        return all(layer.kv == self.tier for layer in decision.layers)
+
+    def fill(
+        self,
+        name: str,
+        base: Decision,
+        reserve: Mapping[str, int] = MappingProxyType({}),
+        may_spill: bool = True,
+    ) -> tuple[float, Decision]:
+        """What is resident, and a score by which candidates of one policy compare. Raises Infeasible where not even streaming
+        everything fits.
+
+        reserve: bytes per tier to leave free beyond what the slots of a short model showed. may_spill: KV, as far as it is solved.
+        """
+        capacity = self.capacity(name, base, reserve)
+        if policy(name).EXPERTS == "solved":
+            solved = residency(self.cost, self.request.workload, base, capacity, may_spill)
+            self.truncated |= solved.truncated
+            return -solved.objective_us - solved.load_us, solved.decide(base)
+        filled = self.greedy(name, base, capacity)
+        # Sweeps over the weights that are not resident: what such a schedule spends its time on.
+        groups = -(-self.request.workload.num_sequences // base.sequences)
+        passes = base.prefill_groups + self.request.workload.gen_len - 1
+        residents = sum(len(layer.resident_experts) for layer in filled.layers)
+        return -groups * passes * (1 + sum(layer.num_experts for layer in self.request.spec.layers) - residents), filled
+
+    def capacity(self, name: str, base: Decision, reserve: Mapping[str, int]) -> dict[str, int]:
+        """Bytes of each tier for residents and KV: the budget without slots, hidden states, workspace and fixed residents."""
+        spec, workload = self.request.spec, self.request.workload
+        fixed = 0
+        if policy(name).EXPERTS != "solved":  # the residency problem counts these itself
+            fixed += spec.norm.nbytes + 4 * PAGE_BYTES
+            fixed += 0 if base.head_pages else spec.head.nbytes + 2 * PAGE_BYTES
+            fixed += spec.embedding.nbytes + 2 * PAGE_BYTES if base.embedding else 0
+            fixed += self.least_kv_bytes(base)
+        free = {}
+        for tier, budget in self.request.budgets.items():
+            slots = self.streaming(name, base.lead, base.unit, base.head_pages, tier)
+            states = 0
+            if tier == self.tier:
+                states = max(
+                    align_up(state_bytes(spec, s.sequences * s.tokens, self.request.dtype))
+                    for s in shapes(base, workload)
+                )
+            free[tier] = (
+                budget
+                - reserve.get(tier, 0)
+                - slots
+                - states
+                - sum(workspace(self.cost, base, workload).get(tier, {}).values())
+            )
+        free[self.tier] -= fixed
+        if short := {tier: -nbytes for tier, nbytes in free.items() if nbytes < 0}:
+            raise self._shortfall(short)
+        if policy(name).EXPERTS != "solved":
+            free[self.tier] += self.least_kv_bytes(base)
+        return free
+
+    def least_kv_bytes(self, base: Decision) -> int:
+        """KV of one layer's batches in flight and what packs it, or all of it where that is less."""
+        cache = self._kv_bytes(base)
+        in_flight = SPILLED_BATCHES * max(cache) // base.num_batches
+        return min(sum(cache), in_flight + spill_bytes(self.cost, base, self.request.workload))
+
+    def _kv_bytes(self, base: Decision) -> list[int]:
+        """KV of the whole group in each layer."""
+        workload, dtype = self.request.workload, self.request.dtype
+        positions, spec = workload.prompt_len + workload.gen_len, self.request.spec
+        return [
+            base.num_batches * kv_bytes(spec, n, base.batch_size, positions, dtype) for n in range(len(spec.layers))
+        ]
+
+    @lru_cache  # noqa: B019 - a Search lives as long as its compilation
+    def streaming(self, name: str, lead: int, unit: int, head_pages: int, tier: str) -> int:
+        """Bytes of a tier's slots when nothing is resident, found by lowering a short model: independent of the group's size."""
+        base = self.base(policy(name).EXPERTS, 1 if policy(name).ONE_BATCH else 2, 1, lead, unit, 1)
+        cut, cost = self.short(base.model_copy(update={"head_pages": head_pages, "embedding": False}), SAMPLED)
+        trial = lower(cost, name, cut, Workload(prompt_len=2, gen_len=4, num_sequences=2), quick=True)
+        kept = {slot for _, slot in trial.placed}
+        states = {slot for phase in trial.phases.values() for _, slot in phase.placed}
+        first = max((s.offset + s.nbytes for s in trial.slots if s.id in kept and s.tier == tier), default=0)
+        return (
+            max((s.offset + s.nbytes for s in trial.slots if s.tier == tier and s.id not in states), default=first)
+            - first
+        )
+
+    def greedy(self, name: str, base: Decision, capacity: dict[str, int]) -> Decision:
+        """Ours for policies whose paper states no fill: KV, then routers, attention, shared experts, then popular experts."""
+        spec, free = self.request.spec, capacity[self.tier]
+        cache, kv_tier = self._kv_bytes(base), self.tier
+        if sum(cache) > free:
+            kv_tier = "host" if self.tier == "gpu" else "disk"
+            free -= self.least_kv_bytes(base)
+        else:
+            free -= sum(cache)
+        resident: list[list[str]] = [[] for _ in spec.layers]
+        for kind in ("router", "attention", "shared", "dense"):
+            for number, layer in enumerate(spec.layers):
+                module = getattr(layer, kind)
+                if module and module.nbytes + 8192 * module.segments <= free:
+                    resident[number].append(kind)
+                    free -= module.nbytes + 8192 * module.segments
+        moe = [n for n, layer in enumerate(spec.layers) if layer.expert]
+        expert = spec.layers[moe[0]].expert
+        assert expert is not None
+        total = max(0, free) // (expert.nbytes + 8192 * expert.segments)
+        share = {
+            n: min(spec.layers[n].num_experts, total // len(moe) + (i < total % len(moe))) for i, n in enumerate(moe)
+        }
+        layers = tuple(
+            LayerDecision(
+                resident=tuple(sorted(kinds, key=MODULES.index)),
+                resident_experts=tuple(sorted(self.cost.popular(n)[: share.get(n, 0)])),
+                static=tuple(e for e in old.static if e not in self.cost.popular(n)[: share.get(n, 0)]),
+                late=tuple(e for e in old.late if e not in self.cost.popular(n)[: share.get(n, 0)]),
+                kv=kv_tier,
+            )
+            for n, (kinds, old) in enumerate(zip(resident, base.layers, strict=True))
+        )
+        if self.tier == "gpu":
+            layers = self._homes(name, layers, capacity["host"] - (sum(cache) if kv_tier == "host" else 0))
+        return base.model_copy(update={"layers": layers})
+
+    def _homes(self, name: str, layers: tuple[LayerDecision, ...], free: int) -> tuple[LayerDecision, ...]:
+        """What host memory cannot hold lives on disk: the least popular streamed experts of every layer alike.
+
+        Raises Infeasible where even that is not enough, or where experts are bound at run time: those must be in host memory.
+        """
+        spec = self.request.spec
+        for layer, chosen in zip(spec.layers, layers, strict=True):
+            modules = {kind: getattr(layer, kind) for kind in MODULES if kind not in chosen.resident}
+            free -= sum(_slot_bytes(module) for module in modules.values() if module)
+        streamed = [(n, layer.expert) for n, layer in enumerate(spec.layers) if layer.expert]
+        moving = {n: [*layers[n].static, *layers[n].late] for n, _ in streamed}
+        each = max(_slot_bytes(expert) for _, expert in streamed)
+        kept = max(0, free) // each
+        total = sum(map(len, moving.values()))
+        if free < 0 or (kept < total and policy(name).EXPERTS == "picks"):
+            raise self._shortfall({"host": total * each - free if policy(name).EXPERTS == "picks" else -free})
+        if kept >= total:
+            return layers
+        share = {n: kept * len(moving[n]) // total for n in moving}
+        return tuple(
+            layer.model_copy(update={"on_disk": tuple(sorted(moving[n][share[n] :]))}) if n in moving else layer
+            for n, layer in enumerate(layers)
+        )
+
+    def _shortfall(self, short: dict[str, int]) -> Infeasible:
+        where = " ".join(f"{tier}=..." for tier in short)
+        return Infeasible(short, f"give --memory {where} that much more, or fewer or shorter sequences")
+
+    def _too_slow(self) -> Infeasible:
+        return Infeasible({}, f"no schedule has a decode pass within --max-latency {self.request.max_latency_s} s")
+
+    # --------------------------------------------------------------------------------------------------------- timing
+
+    def short(self, decision: Decision, count: int) -> tuple[Decision, Cost]:
+        """The model cut to its dense layers' first and ``count`` MoE layers, evenly spaced, with their decisions."""
+        spec = self.request.spec
+        moe = [n for n, layer in enumerate(spec.layers) if layer.expert]
+        dense = [n for n, layer in enumerate(spec.layers) if not layer.expert][:1]
+        count = min(count, len(moe))
+        kept = dense + [moe[(2 * i + 1) * len(moe) // (2 * count)] for i in range(count)]
+        routing = self.request.routing.model_copy(
+            update={"popularity": tuple(self.request.routing.popularity[n] for n in kept), "successors": ()}
+        )
+        cut = replace(spec, layers=tuple(spec.layers[n] for n in kept))
+        cost = Cost(cut, self.request.hardware, routing, self.request.dtype)
+        return decision.model_copy(update={"layers": tuple(decision.layers[n] for n in kept)}), cost
+
+    def estimate(self, name: str, decision: Decision) -> float:
+        """Tokens per second, timed on distinct layer periods: what L layers take from what 2 and 4 of them take."""
+        moe = self.request.spec.moe_layers
+        if self._experts <= WHOLE_EXPERTS or len(moe) <= 2 * SAMPLED:
+            return self.rate(lower(self.cost, name, decision, self.request.workload, quick=True))
+        runs = []
+        for count in (SAMPLED, 2 * SAMPLED):
+            cut, cost = self.short(decision, count)
+            runs.append(lower(cost, name, cut, self.request.workload, quick=True))
+        few, more = runs
+        grown = {
+            phase: more.phases[phase].times.total_us
+            + (len(moe) - 2 * SAMPLED)
+            * (more.phases[phase].times.total_us - few.phases[phase].times.total_us)
+            / SAMPLED
+            for phase in more.phases
+        }
+        decode = more.phases.get("decode")
+        if decode and self._late(grown["decode"] / decode.shape.passes):
+            return 0.0
+        return self._rate(more.groups * sum(us for phase, us in grown.items() if phase != "load") + grown["load"])
+
+    def whole(self, name: str, decision: Decision) -> tuple[Lowered, Decision]:
+        """The whole schedule. Where it needs more slots than the short model showed, residents make room."""
+        d, reserve = decision, Counter[str]()
+        base = self.base(policy(name).EXPERTS, d.num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups)
+        while True:
+            lowered = lower(self.cost, name, decision, self.request.workload)
+            over = self._over(lowered)
+            if not over:
+                break
+            reserve.update(over)
+            decision = self.fill(name, base, reserve, may_spill=not self._keeps_kv(decision))[1]
+        if (decode := lowered.phases.get("decode")) and self._late(decode.times.pass_us):
+            raise self._too_slow()
+        return lowered, decision
+
+    def rate(self, lowered: Lowered) -> float:
+        """Generated tokens per second of a whole schedule, from the first weight byte on; 0 beyond the latency ceiling."""
+        if (decode := lowered.phases.get("decode")) and self._late(decode.times.pass_us):
+            return 0.0
+        return self._rate(lowered.load_us + lowered.groups * lowered.group_us)
+
+    def _rate(self, total_us: float) -> float:
+        workload = self.request.workload
+        return 1e6 * workload.num_sequences * workload.gen_len / total_us
+
+    def _late(self, pass_us: float) -> bool:
+        ceiling = self.request.max_latency_s
+        return ceiling is not None and pass_us > 1e6 * ceiling
+
+
+def _slot_bytes(module: Module) -> int:
+    """Room that a module takes in an arena."""
+    return align_up(module.nbytes + 2 * PAGE_BYTES * module.segments)
+
+
+def largest(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest of limit, limit/2, limit/4, ... that fits, at least 1."""
+    while limit > 1 and not fits(limit):
+        limit = -(-limit // 2)
+    return limit

@@ -1,0 +1,107 @@
+"""A layer of a model on which the profile times the runtime's own ops, so that their small costs are in the numbers."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import Qwen3MoeConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from klotski_runtime.checkpoint import ModuleKey
+from klotski_runtime.kernels import Chunks, Group
+from klotski_runtime.kv import KvBlock
+from klotski_runtime.skeleton import Skeleton
+
+SMALL = 128  # width of the matmuls that stand for "no work": what remains is the cost of the calls
+CACHED = 16  # positions before the one token of a decode step
+
+
+class Block:
+    """One layer of transformers' Qwen3-MoE with random weights, through the runtime's ops: ``batch`` sequences of ``queries``
+    new tokens each; a single one has CACHED positions before it.
+
+    heads: query heads, key and value heads, width of a head.
+    """
+
+    def __init__(
+        self, device: torch.device, hidden: int, heads: tuple[int, int, int], batch: int, queries: int
+    ) -> None:
+        query_heads, kv_heads, width = heads
+        # Fresh tensors of the ops belong on the device; on the CPU, where they are anyway, the context would cost time.
+        self._here: AbstractContextManager[object] = nullcontext() if device.type == "cpu" else device
+        settings: dict[str, Any] = {
+            "hidden_size": hidden,
+            "num_hidden_layers": 1,
+            "num_attention_heads": query_heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": width,
+            "vocab_size": 8,
+            "num_experts": 16,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": SMALL,
+        }
+        with self._here:
+            skeleton = Skeleton(Qwen3MoeConfig(**settings), torch.bfloat16)
+            shape = skeleton.kv_shape(0)
+            for kind, part in (
+                ("attention", "self_attn"),
+                ("attention", "input_"),
+                ("router", "mlp"),
+                ("router", "post_"),
+            ):
+                shapes = {n: p.shape for n, p in skeleton.model.named_parameters() if f"layers.0.{part}" in n}
+                weights = {n: torch.randn(shape) / 32 for n, shape in shapes.items() if "experts" not in n}
+                skeleton.bind(ModuleKey(kind, 0), weights)
+            tokens, past = batch * queries, CACHED if queries == 1 else 0
+            self._group = Group(skeleton, [[[1] * max(queries, past)] * batch], Chunks(batch, batch, tokens, tokens))
+            if past:
+                self._group.batches[0].advance(torch.ones(batch, dtype=torch.long))
+            self._group.begin(torch.randn(tokens, hidden), torch.randn(tokens, hidden, dtype=torch.bfloat16))
+            capacity = past + queries
+            storage = torch.zeros(batch * capacity * shape.elements, dtype=torch.bfloat16)
+            self._kv = KvBlock(storage, shape, batch, capacity)
+            self._parts = {
+                name: torch.randn(size, dtype=torch.bfloat16) / 32
+                for name, size in (("gate", (SMALL, hidden)), ("up", (SMALL, hidden)), ("down", (hidden, SMALL)))
+            }
+            self._query = torch.randn(batch, query_heads, queries, width, dtype=torch.bfloat16)
+            self._mask = torch.ones(batch, 1, queries, capacity, dtype=torch.bool).tril(past)
+            self._state = torch.randn(tokens, hidden, dtype=torch.bfloat16)
+            self._mixed = torch.randn(tokens, query_heads * width, dtype=torch.bfloat16)
+            layer = skeleton.model.get_submodule("model.layers.0.self_attn")
+            self._matmuls = [part.weight for part in (layer.q_proj, layer.k_proj, layer.v_proj)], layer.o_proj.weight
+            self._scaling = width**-0.5
+            self.router()
+
+    def attention(self) -> None:
+        """The whole op."""
+        with self._here:
+            self._group.attention(0, 0, self._kv)
+
+    def router(self) -> None:
+        """The whole op."""
+        with self._here:
+            self._group.router(0, 0)
+
+    def expert(self) -> None:
+        """The op of the expert that most tokens chose."""
+        with self._here:
+            counts = self._group.counts(0, None)
+            self._group.experts(0, [(counts.index(max(counts)), self._parts)], None)
+
+    def projections(self) -> None:
+        """The matmuls of attention."""
+        first, last = self._matmuls
+        for weight in first:
+            F.linear(self._state, weight)
+        F.linear(self._mixed, last)
+
+    def core(self) -> None:
+        """The keys and values of attention."""
+        groups = self._query.shape[1] // self._kv.keys.shape[1]
+        heads: Any = SimpleNamespace(num_key_value_groups=groups, is_causal=True)
+        sdpa_attention_forward(heads, self._query, self._kv.keys, self._kv.values, self._mask, scaling=self._scaling)
