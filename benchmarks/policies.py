@@ -3,7 +3,8 @@
 Every policy runs at the best size that fits the budget, with the same readers and kernels; ``accelerate`` also with eight
 prompts at a time, as a person would type it. Two workloads: the demo's, where decode waits for the disk and prefill computes,
 and one of short prompts, as many as make a decode pass compute as long as it reads. Every repeat profiles the machine anew,
-compiles, and runs all in turn: ratios are between neighbours in time, and a forecast is no older than its repeat.
+finds that number, compiles, and runs all in turn: ratios are between neighbours in time, and a forecast is no older than its
+repeat.
 
     python benchmarks/policies.py [--repeats 5] [--json FILE] [--output FILE]        eight minutes per repeat
 """
@@ -99,16 +100,15 @@ def main(argv: list[str] | None = None) -> int:
     setting = Setting(model, machine, routing, budget)
 
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    rows: list[Row] = []
+    rows = [Row("disk binds", PROMPTS, PROMPT_LEN), Row("transfer = compute", 2 * PROMPTS, SHORT_PROMPT_LEN)]
     for _ in range(arguments.repeats):
         run(*command("klotski_runtime.cli.profile"), "-o", machine, "--scratch", folder, quiet=True)
         with tempfile.TemporaryDirectory(dir=folder) as plans:
-            if not rows:
-                rows = [Row("disk binds", PROMPTS, PROMPT_LEN), balanced(setting, Path(plans))]
+            rows[1] = balanced(setting, rows[1], Path(plans))
             for row in rows:
                 contenders = compiled(setting, row, Path(plans) / row.name.replace(" ", "-"))
                 for name, report in measured(contenders, model):
-                    found.setdefault(row.name, {}).setdefault(name, []).append(report)
+                    found.setdefault(row.name, {}).setdefault(name, []).append(report | {"prompts": row.prompts})
         # What is measured is kept, whatever happens next.
         text = summary(rows, found, budget, argv if argv is not None else sys.argv[1:])
         if arguments.json:
@@ -128,7 +128,9 @@ def summary(rows: list[Row], found: dict[str, dict[str, list[dict[str, Any]]]], 
     ]
     for row in rows:
         reports = found[row.name]
-        title = f"{row.name}: {row.prompts} prompts of {row.prompt_len} tokens, {GEN_LEN} new tokens each"
+        counts = sorted({report["prompts"] for report in reports["joint"]})
+        prompts = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
+        title = f"{row.name}: {prompts} prompts of {row.prompt_len} tokens, {GEN_LEN} new tokens each"
         lines += table(f"{title}; medians of {len(reports['joint'])}", reports)
     return "\n".join([*lines, *LEGEND]) + "\n"
 
@@ -151,9 +153,8 @@ def compile_plan(setting: Setting, name: str, row: Row, folder: Path, *options: 
     return Contender(name, plan)
 
 
-def balanced(setting: Setting, folder: Path) -> Row:
-    """As many short prompts as make joint's decode pass compute about as long as it reads, by forecast."""
-    row = Row("transfer = compute", 2 * PROMPTS, SHORT_PROMPT_LEN)
+def balanced(setting: Setting, row: Row, folder: Path) -> Row:
+    """The row with as many prompts as make joint's decode pass compute about as long as it reads, by forecast."""
     for attempt in range(5):
         plan = load(compile_plan(setting, f"balance-{attempt}", row, folder, "--policy", "joint").plan)
         busy = Counter[str]()

@@ -74,6 +74,7 @@ class Engine:
         self._check_model()
         self.reader = DiskReader()
         self.arena = Arena(max((s.offset + s.nbytes for s in plan.slots if s.tier == "host"), default=0))
+        self.arena.populate()
         self._resident = dict(plan.placed)
         self._layouts: dict[int, tuple[ModuleKey, tuple[Segment, ...], Layout]] = {}
         self._occupant: dict[int, ModuleKey] = {}
@@ -91,7 +92,6 @@ class Engine:
     def load(self) -> None:
         """Bring in what is resident."""
         began = time.perf_counter()
-        self.arena.populate()
         self._run_phase(self.plan.phase("load"), None, 0)
         gc.freeze()  # plan, modules and libraries stay: to look through them for garbage takes 0.2 s in the middle of a pass
         self.measured.load_s = time.perf_counter() - began
