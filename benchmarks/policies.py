@@ -6,7 +6,8 @@ and one of short prompts, as many as make a decode pass compute as long as it re
 finds that number, compiles, and runs all in turn: ratios are between neighbours in time, and a forecast is no older than its
 repeat.
 
-    python benchmarks/policies.py [--repeats 5] [--json FILE] [--output FILE]        eight minutes per repeat
+    python benchmarks/policies.py [--row disk|balanced] [--repeats 5] [--json FILE] [--output FILE]
+                                                                        five minutes per row and repeat
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ from klotski_compiler.plan import load  # noqa: E402
 from klotski_compiler.policies import POLICIES  # noqa: E402
 
 TYPED = f"accelerate, batch {TYPED_BATCH}"
-SHORT_PROMPT_LEN = 4  # its prefill computes not much longer than it reads, either
+SHORT_PROMPT_LEN = 2  # a beginning and nothing else: prefill, too, computes not much longer than it reads
+DISK, BALANCED = "disk", "balanced"
+TITLES = {DISK: "disk binds", BALANCED: "transfer = compute"}
 
 
 LEGEND = [
@@ -83,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--folder", type=Path, default=ROOT / "demo", help="has or gets the demo's model (default: demo)"
     )
+    parser.add_argument("--row", choices=tuple(TITLES), help="one workload only")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, help="write the tables here, with command, date and machine")
     parser.add_argument("--json", type=Path, help="write every measurement here")
@@ -100,13 +104,14 @@ def main(argv: list[str] | None = None) -> int:
     setting = Setting(model, machine, routing, budget)
 
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    rows = [Row("disk binds", PROMPTS, PROMPT_LEN), Row("transfer = compute", 2 * PROMPTS, SHORT_PROMPT_LEN)]
+    rows = [Row(DISK, PROMPTS, PROMPT_LEN), Row(BALANCED, 2 * PROMPTS, SHORT_PROMPT_LEN)]
+    rows = [row for row in rows if arguments.row in (None, row.name)]
     for _ in range(arguments.repeats):
         run(*command("klotski_runtime.cli.profile"), "-o", machine, "--scratch", folder, quiet=True)
         with tempfile.TemporaryDirectory(dir=folder) as plans:
-            rows[1] = balanced(setting, rows[1], Path(plans))
+            rows = [balanced(setting, row, Path(plans)) if row.name == BALANCED else row for row in rows]
             for row in rows:
-                contenders = compiled(setting, row, Path(plans) / row.name.replace(" ", "-"))
+                contenders = compiled(setting, row, Path(plans) / row.name)
                 for name, report in measured(contenders, model):
                     found.setdefault(row.name, {}).setdefault(name, []).append(report | {"prompts": row.prompts})
         # What is measured is kept, whatever happens next.
@@ -130,7 +135,7 @@ def summary(rows: list[Row], found: dict[str, dict[str, list[dict[str, Any]]]], 
         reports = found[row.name]
         counts = sorted({report["prompts"] for report in reports["joint"]})
         prompts = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
-        title = f"{row.name}: {prompts} prompts of {row.prompt_len} tokens, {GEN_LEN} new tokens each"
+        title = f"{TITLES[row.name]}: {prompts} prompts of {row.prompt_len} tokens, {GEN_LEN} new tokens each"
         lines += table(f"{title}; medians of {len(reports['joint'])}", reports)
     return "\n".join([*lines, *LEGEND]) + "\n"
 
