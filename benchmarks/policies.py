@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import platform
-import shlex
 import statistics
 import sys
 import tempfile
@@ -115,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
                 for name, report in measured(contenders, model):
                     found.setdefault(row.name, {}).setdefault(name, []).append(report | {"prompts": row.prompts})
         # What is measured is kept, whatever happens next.
-        text = summary(rows, found, budget, argv if argv is not None else sys.argv[1:])
+        text = summary(rows, found, budget, arguments)
         if arguments.json:
             write_whole(arguments.json, json.dumps(found, indent=1) + "\n")
         if arguments.output:
@@ -124,10 +123,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def summary(rows: list[Row], found: dict[str, dict[str, list[dict[str, Any]]]], budget: int, argv: list[str]) -> str:
+def summary(
+    rows: list[Row], found: dict[str, dict[str, list[dict[str, Any]]]], budget: int, asked: argparse.Namespace
+) -> str:
     """A table per row, under command, date and machine."""
     lines = [
-        f"{date.today()}: python benchmarks/policies.py {shlex.join(argv)}",
+        f"{date.today()}: python benchmarks/policies.py {f'--row {asked.row} ' if asked.row else ''}--repeats {asked.repeats}",
         f"{platform.machine()}, {os.cpu_count()} cores; memory budget {budget / 1e6:.0f} MB, a quarter of the weights",
         "",
     ]
