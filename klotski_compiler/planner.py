@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from klotski_compiler.errors import Infeasible
+from klotski_compiler.explain import explained
 from klotski_compiler.garbage import uncollected
 from klotski_compiler.plan import Candidate, Decision, Plan
 from klotski_compiler.policies import POLICIES
@@ -34,9 +35,13 @@ def compile_plan(request: Request, progress: Callable[[str, float], None] | None
             best = search.whole_best(timed, refusals)
             break
         except Infeasible:
-            if not search.narrow(timed):
+            if search.narrow(timed):
+                continue
+            try:
                 best = search.leanest(names, refusals)
                 break
+            except Infeasible as refusal:
+                raise explained(request, refusal) from None
     plan = record(search, best[0], candidates(best, timed, refusals))
     verify(plan)
     return plan
