@@ -1,56 +1,32 @@
-"""Lower bounds on time (design 7.2): the critical path of a decision's program, and a relaxation over all decisions."""
+"""A lower bound on time over all decisions (design 7.2): a relaxation in which only work and memory count."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
-from itertools import product
 from math import floor, inf, isinf, log
 
 from klotski_compiler.cost import Cost
-from klotski_compiler.hardware import matmul_us
+from klotski_compiler.hardware import Processor, matmul_us
+from klotski_compiler.milp.formulation import Model, Row, Terms, Variable
+from klotski_compiler.milp.solve import Solver
 from klotski_compiler.model import Layer
-from klotski_compiler.passes.depend import Cell, Cells
-from klotski_compiler.plan import Decision, Workload
+from klotski_compiler.plan import CPU, Decision, Workload
 from klotski_compiler.tensors import MODULES, state_bytes
 from klotski_compiler.workspace import workspace
 
 EXACT_SHARES = 256  # so many different experts are bounded one by one
 ROUNDING = 1.01
-SEARCH_STEPS = 10  # each keeps 62 % of the interval of weights
-
-
-def critical_us(cells: Sequence[Cells], duration_us: Sequence[float]) -> float:
-    """Longest path of one pass over read-after-write edges only, from the token ids on: no stream, no slot can make it
-    shorter.
-
-    cells: what each op reads and writes (``depend``). The next pass starts from the ids that this one ends with, so
-    such paths add up over passes. Paths that start with a load would not: it may run while the pass before computes.
-    Hidden states that an op updates in place count as read.
-    """
-    ready: dict[Cell, float] = {"tokens": 0.0}
-    longest = 0.0
-    for (reads, writes), took in zip(cells, duration_us, strict=True):
-        updated = [cell for cell in writes if (isinstance(cell, tuple) and cell[0] == "hidden") or cell == "last"]
-        starts = [ready[cell] for cell in (*reads, *updated) if cell in ready]
-        for cell in writes:
-            if starts:
-                ready[cell] = max(starts) + took
-            else:
-                ready.pop(cell, None)
-        if starts:
-            longest = max(longest, max(starts) + took)
-    return longest
-
-
-# ------------------------------------------------------------------------------------------- over all decisions
+SCALE_US = 1e6  # of times in the linear program
+GIB = 1 << 30  # and of memory
+TOLERANCE = 1e-6  # of its solver
 
 
 def bound_tokens_per_s(cost: Cost, workload: Workload, budgets: dict[str, int]) -> float:
-    """No schedule of this kind (phases apart, all compute on the compute tier's processor) generates tokens faster.
+    """No schedule of this kind (phases apart) generates tokens faster.
 
     A schedule in k groups has at least ceil(N / k) sequences in each, so all that matters is k. Intervals of k are
     bounded (``Relaxation.least_us``), best first, and the most promising one is split until it is a single k. 0 if
@@ -71,29 +47,31 @@ def bound_tokens_per_s(cost: Cost, workload: Workload, budgets: dict[str, int]) 
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """What a tier may keep. nbytes: room. moved_bytes: what crosses the link in each phase of the whole workload if it
-    is not kept. load_bytes: what crosses it once before, if it is."""
+class Weight:
+    """What a tier may keep. nbytes: room. moved_bytes: what crosses a link in each phase of the whole workload if it is not kept.
+    compute_us: work of the compute tier's processor in each phase. cpu_us: of the CPU, were decode to compute it there; infinite
+    where it cannot."""
 
     nbytes: float
     moved_bytes: tuple[float, ...]
-    load_bytes: float
+    compute_us: tuple[float, ...] = (0.0, 0.0)
+    cpu_us: float = inf
 
 
 class Relaxation:
-    """The least work on every resource if the workload runs in ``first`` to ``last`` groups (design 7.2).
+    """The least work on every resource if the workload runs in ``first`` to ``last`` groups (design 7.2), as a linear program.
 
     With S sequences per group, S between low = ceil(N / last) and high = ceil(N / first):
 
     *Phases* follow one another, so each takes as long as its own busiest resource.
     *Compute.* An op's time grows with its tokens and falls per token (``hardware.matmul_us``; for an expert, tokens per
     touch grow with tokens), so k groups take at least first f(low) and N f(high) / high, however they are split into
-    batches, prefill parts or chunks.
+    batches, prefill parts or chunks. On a machine with a GPU, in decode, the CPU may compute any share of an expert that lives in
+    host memory, and attend to any share of the KV that does.
     *Links.* What is not kept in the tier crosses its link in every pass: weights whole, experts at least if they are
     touched, which is least likely at low; KV as written and read back. Latencies are left out.
-    *Memory* at S = low: states, least workspace, one expert slot, KV. Keeping is relaxed to a fractional knapsack, one
-    per link.
-    *Load.* What is kept is read from disk once, before all else.
+    *Memory* at S = low: states, least workspace, one expert slot, KV. Keeping is relaxed to fractions.
+    *Load.* What memory keeps is read from disk once, before all else.
     """
 
     def __init__(self, cost: Cost, workload: Workload, budgets: dict[str, int]) -> None:
@@ -108,6 +86,7 @@ class Relaxation:
         self.experts = self._experts()
         width = cost.compute_bytes
         self.kv_position = sum(layer.kv_elements for layer in spec.layers) * width
+        self.mixed_position = sum(layer.attention_flops // 4 for layer in spec.layers) * width
         modules = [m for layer in spec.layers for kind in MODULES if (m := getattr(layer, kind))]
         self.module_bytes = sum(m.nbytes for m in modules) + spec.head.nbytes
         self.expert_bytes = sum(layer.num_experts * layer.expert.nbytes for layer in spec.layers if layer.expert)
@@ -132,26 +111,102 @@ class Relaxation:
         room = self.room(low)
         if room < 0:
             return inf
-        prompt, width = self.workload.prompt_len, self.kv_position
-        kv = Item(low * self.positions * width, (0.0, total * self.passes * sum(self.contexts) / 2 * width), 0.0)
-        weights = self.weights(first, low)
-        links = self.cost.hardware.links
-        other = self.compute_us(first, low, high)
-        if back := links.get("gpu>host" if self.tier == "gpu" else "host>disk"):
-            spilled = 1e6 * total * width * max(0.0, 1.0 - room / kv.nbytes) / back.bandwidth_bytes_per_s
-            other = (max(other[0], spilled * prompt), max(other[1], spilled * self.passes))
-        elif kv.nbytes > room:
-            return inf
-        disk = 1e6 / links["disk>host"].bandwidth_bytes_per_s
-        if self.tier != "gpu":
-            return least_time_us([*weights, kv], room, other, disk)
-        kept = [Item(w.nbytes, w.moved_bytes, 0.0) for w in weights]  # what fills the GPU is priced by the disk, below
-        into = least_time_us([*kept, kv], room, other, 1e6 / links["host>gpu"].bandwidth_bytes_per_s)
-        room += self.budget["host"] - kv.nbytes
-        if room < 0:
-            return inf
-        whole = [Item(w.nbytes, (sum(w.moved_bytes),), w.load_bytes) for w in weights]
-        return least_time_us(whole, room, (into,), disk)
+        answer = Solver(self.program(first, low, high, room)).relaxed()
+        return inf if answer.status == "infeasible" else SCALE_US * answer.objective * (1 - TOLERANCE)
+
+    def program(self, first: int, low: int, high: int, room: float) -> Model:
+        """min load + sum over phases of T, subject to T >= the work of each resource, and to the memory of each tier.
+
+        Variables, all shares of a weight i or of the KV cache: kept[i] in the compute tier, near[i] in host memory before a GPU
+        (the rest lives on disk), cpu[i] computed there in decode, far[i.p] read from disk in a pass; kept[kv], cpu[kv].
+        """
+        model, total = Model(), self.workload.num_sequences
+        links, on_gpu = self.cost.hardware.links, self.tier == "gpu"
+        into, back = ("host>gpu", "gpu>host") if on_gpu else ("disk>host", "host>disk")
+        weights = self.weights(first, low, high)
+        kv_bytes, kv_read = (
+            low * self.positions * self.kv_position,
+            total * self.passes * sum(self.contexts) / 2 * self.kv_position,
+        )
+        other, core, core_cpu = self.compute_us(first, low, high)
+
+        def share(name: str, most: float = 1.0) -> str:
+            model.variables[name] = Variable(name, 0.0, most, False)
+            return name
+
+        def row(name: str, terms: Terms, lower: float = -inf, upper: float = inf) -> None:
+            constant = terms.pop("", 0.0)
+            model.rows.append(Row(name, terms, lower - constant, upper - constant))
+
+        for name in ("load", "prefill", "decode"):
+            share(name, inf)
+            model.objective[name] = 1.0
+        kept_kv = share("kept[kv]")
+        cpu_kv = share("cpu[kv]", 1.0 if core_cpu < inf else 0.0)
+        row("kv", {kept_kv: 1.0, cpu_kv: 1.0}, upper=1.0)
+        spilling = back in links
+        if not spilling:
+            row("kv_stays", {kept_kv: 1.0}, lower=1.0)
+
+        here: Terms = {kept_kv: kv_bytes / GIB}
+        host: Terms = {"": kv_bytes / GIB, kept_kv: -kv_bytes / GIB}
+        disk_us = 1e6 / links["disk>host"].bandwidth_bytes_per_s / SCALE_US
+        load: Terms = {"": 0.0}
+        work: dict[str, list[Terms]] = {}
+        for number, phase in enumerate(("prefill", "decode")):
+            moved_kv = kv_read if phase == "decode" else 0.0
+            new_kv = total * self.kv_position * (self.passes if phase == "decode" else self.workload.prompt_len)
+            link_us, back_us = (
+                1e6 / links[n].bandwidth_bytes_per_s / SCALE_US if n in links else 0.0 for n in (into, back)
+            )
+            enter: Terms = {"": moved_kv * link_us, kept_kv: -moved_kv * link_us, cpu_kv: -moved_kv * link_us}
+            leave: Terms = {"": new_kv * back_us, kept_kv: -new_kv * back_us}
+            compute: Terms = {"": other[number] / SCALE_US}
+            cpu: Terms = {"": 0.0}
+            far: Terms = {"": 0.0}
+            if phase == "decode" and core_cpu < inf:
+                enter[cpu_kv] += total * self.passes * self.mixed_position * link_us
+                leave[cpu_kv] = total * self.passes * self.mixed_position * back_us
+                compute[cpu_kv] = -core / SCALE_US
+                cpu[cpu_kv] = core_cpu / SCALE_US
+            for i, weight in enumerate(weights):
+                kept, moved_us = share(f"kept[{i}]"), weight.moved_bytes[number] * link_us
+                enter[""] += moved_us
+                enter[kept] = -moved_us
+                compute[""] += weight.compute_us[number] / SCALE_US
+                helped = phase == "decode" and weight.cpu_us < inf
+                if helped:
+                    by_cpu = share(f"cpu[{i}]")
+                    enter[by_cpu] = -moved_us
+                    compute[by_cpu] = -weight.compute_us[number] / SCALE_US
+                    cpu[by_cpu] = weight.cpu_us / SCALE_US
+                    row(f"once[{i}]", {kept: 1.0, by_cpu: 1.0}, upper=1.0)
+                if on_gpu:
+                    near, away = share(f"near[{i}]"), share(f"far[{i}.{phase}]")
+                    row(
+                        f"far[{i}.{phase}]",
+                        {away: 1.0, kept: 1.0, near: 1.0} | ({by_cpu: 1.0} if helped else {}),
+                        lower=1.0,
+                    )
+                    if helped:
+                        row(f"near[{i}]", {near: 1.0, by_cpu: -1.0}, lower=0.0)
+                    far[away] = weight.moved_bytes[number] * disk_us
+            work[phase] = [enter, leave, compute, cpu, far]
+        for i, weight in enumerate(weights):
+            here[f"kept[{i}]"] = weight.nbytes / GIB
+            if on_gpu:
+                row(f"one_place[{i}]", {f"kept[{i}]": 1.0, f"near[{i}]": 1.0}, upper=1.0)
+                host[f"near[{i}]"] = weight.nbytes / GIB
+                load[f"kept[{i}]"] = load[f"near[{i}]"] = weight.nbytes * disk_us
+            else:
+                load[f"kept[{i}]"] = weight.nbytes * disk_us
+        row("memory", here, upper=room / GIB)
+        if on_gpu:
+            row("host", host, upper=self.budget["host"] / GIB)
+        for phase, resources in (("load", [load]), *work.items()):
+            for number, terms in enumerate(resources):
+                row(f"work[{phase}.{number}]", {phase: 1.0} | {n: -v for n, v in terms.items()}, lower=0.0)
+        return model
 
     # -------------------------------------------------------------------------------------------------------- memory
 
@@ -187,40 +242,56 @@ class Relaxation:
 
     # --------------------------------------------------------------------------------------------------------- links
 
-    def weights(self, groups: int, sequences: int) -> list[Item]:
+    def weights(self, first: int, low: int, high: int) -> list[Weight]:
         """Every weight, by kind: modules and head cross in every pass; an expert if it is touched."""
-        modules = float(self.module_bytes)
-        out = [Item(modules, (groups * modules, groups * self.passes * modules), modules)]
-        prompt = sequences * self.workload.prompt_len
+        modules, prompt = float(self.module_bytes), low * self.workload.prompt_len
+        out = [Weight(modules, (first * modules, first * self.passes * modules))]
+        helped = self.tier == "gpu" and CPU in self.cost.hardware.processors
         for layer, q, count in self.experts:
             assert layer.expert is not None
             nbytes = float(count * layer.expert.nbytes)
-            touched = 1 - (1 - q) ** prompt, self.passes * (1 - (1 - q) ** sequences)
-            out.append(Item(nbytes, (groups * touched[0] * nbytes, groups * touched[1] * nbytes), nbytes))
+            touched = 1 - (1 - q) ** prompt, self.passes * (1 - (1 - q) ** low)
+
+            def least(tokens: int, processor: str, layer: Layer = layer, q: float = q, count: int = count) -> float:
+                return self._least(lambda m: count * self._expert_us(layer, q, m, processor), tokens, first, low, high)
+
+            out.append(
+                Weight(
+                    nbytes,
+                    (first * touched[0] * nbytes, first * touched[1] * nbytes),
+                    (least(self.workload.prompt_len, ""), self.passes * least(1, "")),
+                    self.passes * least(1, CPU) if helped else inf,
+                )
+            )
         return out
 
     # ------------------------------------------------------------------------------------------------------- compute
 
-    def compute_us(self, first: int, low: int, high: int) -> tuple[float, float]:
-        """Least work of the processor in all prefills and in all decodes."""
-        total, cost = self.workload.num_sequences, self.cost
+    def _least(self, per_pass: Callable[[int], float], tokens: int, first: int, low: int, high: int) -> float:
+        """Of what every group does on all its sequences, ``tokens`` of each."""
+        return max(first * per_pass(low * tokens), self.workload.num_sequences * per_pass(high * tokens) / high)
+
+    def compute_us(self, first: int, low: int, high: int) -> tuple[tuple[float, float], float, float]:
+        """Least work of the processor outside the experts, in all prefills and in all decodes; of the latter, what reads keys and
+        values; and what that would take the CPU, infinite where it cannot."""
+        cost = self.cost
         attention = [0.0, 0.0]
         for layer, count in self.layers:
-            for phase, time_us in enumerate(self._attention_us(layer, high)):
+            for phase, time_us in enumerate(self._attention_us(layer, high, cost.processor)):
                 attention[phase] += count * time_us
-
-        def least(per_pass: Callable[[int], float], tokens: int) -> float:
-            """Of what every group does on all its sequences, ``tokens`` of each."""
-            return max(first * per_pass(low * tokens), total * per_pass(high * tokens) / high)
 
         def ops(tokens: int) -> float:
             time_us = 4 * cost.processor.op_us + cost.embed_us(tokens, True)
-            time_us += sum(count * self._layer_us(layer, tokens) for layer, count in self.layers)
-            return time_us + sum(count * self._expert_us(layer, q, tokens) for layer, q, count in self.experts)
+            return time_us + sum(count * self._layer_us(layer, tokens) for layer, count in self.layers)
 
-        head = least(partial(cost.module_us, cost.spec.head), 1)
-        prefill = least(ops, self.workload.prompt_len) + head + attention[0]
-        return prefill, self.passes * (least(ops, 1) + head) + attention[1] if self.passes else 0.0
+        head = self._least(partial(cost.module_us, cost.spec.head), 1, first, low, high)
+        prefill = self._least(ops, self.workload.prompt_len, first, low, high) + head + attention[0]
+        decode = self.passes * (self._least(ops, 1, first, low, high) + head) + attention[1] if self.passes else 0.0
+        elsewhere = inf
+        if self.tier == "gpu" and CPU in cost.hardware.processors and not any(x.expand_flops for x, _ in self.layers):
+            cpu = cost.hardware.processors[CPU]
+            elsewhere = sum(count * self._attention_us(layer, high, cpu)[1] for layer, count in self.layers)
+        return (prefill, decode), attention[1], elsewhere
 
     def _layer_us(self, layer: Layer, tokens: int) -> float:
         """Projections of attention, then router and shared expert, or the dense MLP."""
@@ -230,9 +301,9 @@ class Relaxation:
             self.cost.router_us(layer, tokens) + op_us if layer.expert else self.cost.dense_us(layer, tokens)
         )
 
-    def _attention_us(self, layer: Layer, high: int) -> tuple[float, float]:
+    def _attention_us(self, layer: Layer, high: int, processor: Processor) -> tuple[float, float]:
         """Keys and values of all sequences: linear in sequences, but for the expansion of latent ones."""
-        total, prompt, processor = self.workload.num_sequences, self.workload.prompt_len, self.cost.processor
+        total, prompt = self.workload.num_sequences, self.workload.prompt_len
         prefill = 1e6 * total * prompt * prompt * layer.attention_flops / processor.prefill_attention_flops_per_s
         decode = 0.0
         if self.passes:
@@ -245,56 +316,5 @@ class Relaxation:
                 decode += total * read * whole / rows
         return prefill, decode
 
-    def _expert_us(self, layer: Layer, q: float, tokens: int) -> float:
-        return self.cost._expert_us(layer, tokens * q, 1.0 - (1.0 - q) ** tokens)
-
-
-def least_time_us(items: Sequence[Item], room: float, other_us: tuple[float, ...], us_per_byte: float) -> float:
-    """min over what is kept (y in 0 .. 1, at most ``room`` bytes) of load(y) + sum over phases p of max(link_p(y),
-    other_p).
-
-    max(a, b) >= w a + (1 - w) b for every weight w in 0 .. 1, and for fixed weights the rest is a fractional knapsack:
-    so any weights give a lower bound. It is concave in the weights, and the best ones give the minimum itself
-    (duality).
-    """
-    phases = range(len(other_us))
-
-    def weighted(weights: Sequence[float]) -> tuple[float, list[float]]:
-        """The bound at these weights, and its slopes: link_p(y) - other_p."""
-        gains = [
-            ((sum(w * m for w, m in zip(weights, i.moved_bytes, strict=True)) - i.load_bytes) / i.nbytes, number)
-            for number, i in enumerate(items)
-            if i.nbytes
-        ]
-        link = [sum(i.moved_bytes[p] for i in items) for p in phases]
-        left, load = room, 0.0
-        for gain, number in sorted(gains, reverse=True):
-            if gain <= 0 or left <= 0:
-                break
-            share = min(1.0, left / items[number].nbytes)
-            left -= items[number].nbytes
-            load += share * items[number].load_bytes
-            link = [link[p] - share * items[number].moved_bytes[p] for p in phases]
-        slopes = [link[p] * us_per_byte - other_us[p] for p in phases]
-        return load * us_per_byte + sum(other_us) + sum(w * s for w, s in zip(weights, slopes, strict=True)), slopes
-
-    best = 0.0
-    for corner in product((1.0, 0.0), repeat=len(other_us)):
-        value, slopes = weighted(corner)
-        best = max(best, value)
-        if all(slope >= 0 if w else slope <= 0 for w, slope in zip(corner, slopes, strict=True)):
-            return value  # no weight wants to move: this is the maximum
-
-    def highest(fixed: tuple[float, ...]) -> float:
-        """The maximum over the weights that follow the fixed ones, by golden section in one after another."""
-        if len(fixed) == len(other_us):
-            return weighted(fixed)[0]
-        low, high, most = 0.0, 1.0, 0.0
-        for _ in range(SEARCH_STEPS):
-            a, b = low + (high - low) * 0.382, low + (high - low) * 0.618
-            at_a, at_b = highest((*fixed, a)), highest((*fixed, b))
-            most = max(most, at_a, at_b)
-            low, high = (a, high) if at_a < at_b else (low, b)
-        return most
-
-    return max(best, highest(()))
+    def _expert_us(self, layer: Layer, q: float, tokens: int, processor: str) -> float:
+        return self.cost._expert_us(layer, tokens * q, 1.0 - (1.0 - q) ** tokens, processor)

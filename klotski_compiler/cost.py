@@ -44,6 +44,11 @@ class Shape:
     attention_batch: int
 
     @property
+    def decoding(self) -> bool:
+        """Whether this is decode: the phase in which a CPU may help a GPU."""
+        return self.name == "decode"
+
+    @property
     def sequences(self) -> int:
         """Sequences of one pass."""
         return self.batches * self.batch_size
@@ -97,18 +102,27 @@ class Cost:
     def sharing(self, utilisation: dict[str, float]) -> dict[str, float]:
         """How many times as long ops take on each stream, given the share of time for which each stream is busy.
 
-        A processor and the links into its memory slow each other down while both are busy; on average an op of one meets the
-        other as often as that is busy.
+        Streams that use one memory slow each other down while both are busy; on average an op of one meets the other as often as
+        that is busy.
         """
-        into = {n: link for n, link in self.hardware.links.items() if n.endswith(f">{self.hardware.compute_tier}")}
-        name, slower = self.processor_name, dict[str, float]()
-        busiest = max((utilisation.get(link, 0.0) for link in into), default=0.0)
-        if self.processor.shared_speed < 1 and busiest:
-            slower[name] = 1 + min(1.0, busiest) * (1 / self.processor.shared_speed - 1)
-        for link, engine in into.items():
-            if engine.shared_speed < 1 and utilisation.get(name):
-                slower[link] = 1 + min(1.0, utilisation[name]) * (1 / engine.shared_speed - 1)
+        slower = dict[str, float]()
+        for stream in utilisation:
+            more = max(min(1.0, share) * self._slowdown(stream, other) for other, share in utilisation.items())
+            if more and utilisation[stream]:
+                slower[stream] = 1 + more
         return slower
+
+    def _slowdown(self, stream: str, other: str) -> float:
+        """By what share of its time an op of a stream takes longer while the other stream is busy: measured for the processor of
+        the compute tier and the links into it; else what both together ask of host memory beyond its rate."""
+        processors, links = self.hardware.processors, self.hardware.links
+        for name, link in ((stream, other), (other, stream)):
+            if name == self.processor_name and link in links and link.endswith(f">{self.hardware.compute_tier}"):
+                return 1 / (processors[name] if name == stream else links[link]).shared_speed - 1
+            if name in processors and processors[name].tier == "host" and link in links and "host" in link.split(">"):
+                asked = processors[name].kv_bytes_per_s + links[link].bandwidth_bytes_per_s
+                return max(0.0, asked / processors[name].memory_bytes_per_s - 1)
+        return 0.0
 
     # ------------------------------------------------------------------------------------------ single modules
 
@@ -122,12 +136,12 @@ class Cost:
         packing = SPILL_OPS * self.processor.op_us if "disk" in link and nbytes > 0 else 0.0
         return self.transfer_us(link, nbytes) + packing
 
-    def module_us(self, module: Module, tokens: float) -> float:
-        """The matmuls of a module over ``tokens`` tokens; weights are read once from the compute tier."""
+    def module_us(self, module: Module, tokens: float, processor: Processor | None = None) -> float:
+        """The matmuls of a module over ``tokens`` tokens; weights are read once from the processor's tier."""
         if module.flops_per_token == 0:
             return 0.0
         params = module.flops_per_token // 2
-        return matmul_us(self.processor, self.dtype, tokens, params, params * self.compute_bytes)
+        return matmul_us(processor or self.processor, self.dtype, tokens, params, params * self.compute_bytes)
 
     def elementwise_us(self, elements: float) -> float:
         """Norm, residual and copies of one block over its input's ``elements``."""
@@ -143,35 +157,59 @@ class Cost:
     def attention_us(self, layer: Layer, shape: Shape, context: float) -> float:
         """One batch through attention: projections, then keys and values of ``context`` positions (decode) or all pairs."""
         calls = -(-shape.batch_size // shape.attention_batch)
-        sequences = shape.batch_size / calls
-        tokens = sequences * shape.tokens
-        seen = min(context, layer.sliding_window) if layer.sliding_window and shape.tokens == 1 else context
+        tokens = shape.batch_size / calls * shape.tokens
+        fixed = self.processor.attention_op_us + self.projections_us(layer, tokens)
         if shape.tokens == 1:
-            kv_bytes = sequences * seen * layer.kv_elements * self.compute_bytes
-            core = 1e6 * kv_bytes / self.processor.kv_bytes_per_s
-            core += self._flops_us(sequences * seen * layer.expand_flops, sequences * seen)
-        else:
-            flops = tokens * seen * layer.attention_flops
-            core = 1e6 * flops / self.processor.prefill_attention_flops_per_s
-        return calls * (self.processor.attention_op_us + self.projections_us(layer, tokens) + core)
+            return calls * (fixed + self.attend_us(layer, shape.batch_size / calls, context, self.processor))
+        flops = tokens * context * layer.attention_flops
+        return calls * (fixed + 1e6 * flops / self.processor.prefill_attention_flops_per_s)
 
-    def _flops_us(self, flops: float, rows: float) -> float:
-        return matmul_us(self.processor, self.dtype, rows, int(flops / rows / 2), 0) if flops else 0.0
+    def project_us(self, layer: Layer, shape: Shape) -> float:
+        """The first part of a block whose keys and values the CPU reads: norm, queries, keys and values of the new tokens."""
+        return (
+            self.processor.attention_op_us / 2
+            + self.projections_us(layer, shape.batch_size)
+            - self._mixing_us(layer, shape)
+        )
 
-    def expert_us(self, layer: int, expert: int, tokens: int) -> float:
+    def output_us(self, layer: Layer, shape: Shape) -> float:
+        """The last part of such a block: the output projection."""
+        return self.processor.attention_op_us / 2 + self._mixing_us(layer, shape)
+
+    def _mixing_us(self, layer: Layer, shape: Shape) -> float:
+        """The output projection's share of the projections, by its parameters."""
+        params = layer.attention_flops // 4 * self.spec.hidden_size
+        return self.module_us(layer.attention, shape.batch_size) * params / layer.attention.params
+
+    def sums_us(self, tokens: float) -> float:
+        """Adding what experts on the CPU computed: two reads and a write in twice the compute width."""
+        nbytes = 6 * tokens * self.spec.hidden_size * self.compute_bytes
+        return 1e6 * nbytes / self.processor.memory_bytes_per_s
+
+    def attend_us(self, layer: Layer, sequences: float, context: float, processor: Processor) -> float:
+        """Keys and values of ``context`` positions, one new token of each sequence: what a processor reads, and expands."""
+        seen = min(context, layer.sliding_window) if layer.sliding_window else context
+        kv_bytes = sequences * seen * layer.kv_elements * self.compute_bytes
+        core = 1e6 * kv_bytes / processor.kv_bytes_per_s
+        if layer.expand_flops:
+            core += matmul_us(processor, self.dtype, sequences * seen, layer.expand_flops // 2, 0)
+        return core
+
+    def expert_us(self, layer: int, expert: int, tokens: int, processor: str = "") -> float:
         """One expert over its share of ``tokens`` routed tokens: expected cost, gather and scatter included."""
         share, touched = self.experts(layer, tokens)[expert]
-        return self._expert_us(self.spec.layers[layer], share, touched)
+        return self._expert_us(self.spec.layers[layer], share, touched, processor)
 
-    def _expert_us(self, layer: Layer, share: float, touched: float) -> float:
+    def _expert_us(self, layer: Layer, share: float, touched: float, name: str = "") -> float:
         if touched <= 0 or layer.expert is None:
             return 0.0
+        processor = self.hardware.processors[name] if name else self.processor
         moved = share * self.spec.hidden_size * 8 * self.compute_bytes  # gather (2) and add in twice the width (6)
         rows = share / touched
-        if self.hardware.compute_tier == "host" and rows > FEW_ROWS:
+        if processor.tier == "host" and rows > FEW_ROWS:
             rows += ROW_STEP / 2
-        busy = self.processor.expert_op_us + self.module_us(layer.expert, rows)
-        return touched * busy + 1e6 * moved / self.processor.memory_bytes_per_s
+        busy = processor.expert_op_us + self.module_us(layer.expert, rows, processor)
+        return touched * busy + 1e6 * moved / processor.memory_bytes_per_s
 
     # ------------------------------------------------------------------------------------------------------------ ops
 
@@ -201,6 +239,8 @@ class Cost:
                     context - shape.tokens if isinstance(op, Load) else shape.tokens
                 )  # what is cached, what is new
                 total += shape.batch_size * positions * self.spec.layers[tensor.layer].kv_elements * self.compute_bytes
+            elif tensor.kind == "query" and isinstance(op, Load):
+                total += shape.batch_size * max(x.attention_flops for x in self.spec.layers) // 4 * self.compute_bytes
             elif tensor.kind == "pick":
                 expert = late[tensor.layer][tensor.index]
                 total += tensor.nbytes * self.experts(tensor.layer, shape.scope_tokens(ALL))[expert][1]
@@ -211,19 +251,30 @@ class Cost:
     def _compute_us(
         self, op: Compute, tensors: list[Tensor], shape: Shape, context: float, late: dict[int, list[int]]
     ) -> float:
-        fixed, tokens = self.processor.op_us, shape.scope_tokens(op.batch)
+        processor, tokens = self.hardware.processors[op.stream], shape.scope_tokens(op.batch)
+        fixed = processor.op_us
         match op.fn:
             case "attention":
                 return self.attention_us(self.spec.layers[op.layer], shape, context)
+            case "project":
+                return self.project_us(self.spec.layers[op.layer], shape)
+            case "attend":
+                return fixed + self.attend_us(self.spec.layers[op.layer], shape.batch_size, context, processor)
+            case "output":
+                return self.output_us(self.spec.layers[op.layer], shape)
+            case "add":
+                return fixed + self.sums_us(tokens)
             case "router":
                 return self.router_us(self.spec.layers[op.layer], tokens)
             case "dense":
                 return self.dense_us(self.spec.layers[op.layer], tokens)
             case "experts":
                 chosen = [
-                    late[op.layer][t.index] if t.kind == "pick" else t.index for t in (tensors[i] for i in op.tensors)
+                    late[op.layer][t.index] if t.kind == "pick" else t.index
+                    for t in (tensors[i] for i in op.tensors)
+                    if t.kind in ("expert", "pick")
                 ]
-                return fixed + sum(self.expert_us(op.layer, e, tokens) for e in chosen)
+                return fixed + sum(self.expert_us(op.layer, e, tokens, op.stream) for e in chosen)
             case "head":
                 pages = sum(t.kind == "head" for t in tensors)
                 return fixed + self.module_us(self.spec.head, shape.sequences) / pages

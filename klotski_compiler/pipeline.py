@@ -6,8 +6,8 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from klotski_compiler.bounds import critical_us
 from klotski_compiler.cost import Cost, Shape
+from klotski_compiler.passes.critical import critical_us
 from klotski_compiler.passes.depend import cells_of, depend
 from klotski_compiler.passes.slots import Placed, Pool, slots
 from klotski_compiler.passes.waits import waits
@@ -124,19 +124,25 @@ class Arena:
 
     slots: list[Slot]
 
-    def phase(self, pools: Sequence[Pool], states: Sequence[Tensor], tier: str) -> dict[int, int]:
-        """Lay out the pools and states of one phase after the permanent slots. Returns state tensor -> slot."""
+    def phase(
+        self, exchanged: Sequence[tuple[str, Tensor]], pools: Sequence[Pool], states: Sequence[Tensor], tier: str
+    ) -> list[tuple[int, int]]:
+        """Lay out what one phase needs after the permanent slots: exchanges by tier, pools, states. Returns (tensor, slot) of
+        what keeps its place."""
         end = Counter[str]()
         for slot in self.slots:
             if slot.id < self.permanent:
                 end[slot.tier] = max(end[slot.tier], slot.offset + slot.nbytes)
+        found = []
+        for where, tensor in exchanged:
+            found.append((tensor.id, len(self.slots)))
+            self._add(where, end, align_up(tensor.nbytes))
         for pool in pools:
             for member in pool.members:
                 assert member == len(self.slots)
                 self._add(pool.tier, end, align_up(pool.nbytes))
-        found = {}
         for state in states:
-            found[state.id] = len(self.slots)
+            found.append((state.id, len(self.slots)))
             self._add(tier, end, align_up(state.nbytes))
         return found
 
@@ -195,9 +201,13 @@ def _phase(
     quick: bool = False,
 ) -> LoweredPhase:
     states = [table.state(shape.name, shape.sequences * shape.tokens)] if shape.tokens else []
-    ops, pools = slots(entries, table.all, fixed, cost.hardware.compute_tier, len(arena.slots))
-    renumbered = _renumber(ops, pools, len(arena.slots))
-    placed = arena.phase(pools, states, cost.hardware.compute_tier)
+    exchanged = _exchanged(table, shape)
+    place = len(arena.slots)
+    kept = fixed | {(tier, tensor.id): place + i for i, (tier, tensor) in enumerate(exchanged)}
+    processors = {name: processor.tier for name, processor in cost.hardware.processors.items()}
+    ops, pools = slots(entries, table.all, kept, processors, place + len(exchanged))
+    renumbered = _renumber(ops, pools, place + len(exchanged))
+    placed = arena.phase(exchanged, pools, states, cost.hardware.compute_tier)
     cells = [cells_of(p, table.all, shape.batches) for p in renumbered]
     after = waits(renumbered, depend(renumbered, cells, shape.passes))
     steps = [Step(p.op, p.slots, p.sources, w, 0, 0) for p, w in zip(renumbered, after, strict=True)]
@@ -233,13 +243,21 @@ def _phase(
         out.dumps[shape.name] = _dump(dump_after, entries, steps, [t.name for t in table.all])
     chain = 0.0 if quick else critical_us(cells, durations(0.5))
     repeats = shape.passes if shape.name == "decode" else 1  # sub-groups of prefill do not depend on one another
-    return LoweredPhase(shape, steps, times, list(placed.items()), chain * repeats, moved)
+    return LoweredPhase(shape, steps, times, placed, chain * repeats, moved)
+
+
+def _exchanged(table: TensorTable, shape: Shape) -> list[tuple[str, Tensor]]:
+    """What GPU and CPU exchange in this phase, by tier: the hidden states themselves are what is sent as rows."""
+    if not shape.decoding:
+        return []
+    chosen = [table.all[number] for number in table.exchanged]
+    return [(tier, t) for tier in ("gpu", "host") for t in chosen if tier == "host" or t.kind != "rows"]
 
 
 def _grows(op: Op, tensors: Sequence[Tensor]) -> bool:
     """Whether an op's time depends on the position: attention, and KV on its way."""
     if isinstance(op, Compute):
-        return op.fn == "attention"
+        return op.fn in ("attention", "attend")
     return not isinstance(op, Bind) and tensors[op.tensors[0]].kind == "kv"
 
 

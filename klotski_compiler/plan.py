@@ -23,9 +23,11 @@ from klotski_compiler.errors import PlanError
 if TYPE_CHECKING:
     import networkx
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PAGE_BYTES = 4096
 ALL = -1  # the batch of an op that covers the whole group
+CPU = "cpu"  # the processor of host memory, and its stream
+NOWHERE = -1  # the slot of a pick that is computed where its expert lives
 
 
 def align_up(nbytes: int, unit: int = PAGE_BYTES) -> int:
@@ -37,10 +39,12 @@ def align_up(nbytes: int, unit: int = PAGE_BYTES) -> int:
 
 
 class Tensor(NamedTuple):
-    """What moves as a whole. ``kind``: a module, a late-bound expert (``pick``), KV cache or hidden state (``kv``, ``state``).
+    """What moves as a whole. ``kind``: a module, a late-bound expert (``pick``), KV cache (``kv``), hidden states of a phase
+    (``state``), or what a GPU and the CPU exchange: ``query`` of a batch (queries, keys and values of its new tokens on the way
+    there, mixed values on the way back), ``rows`` of a group (its experts' input, and how it is routed) and their ``sums``.
 
     index: expert, pick, batch or page number. nbytes: what crosses a link. segments: pieces in the checkpoint.
-    home: the tier in which it lives when nobody needs it (``none`` for states).
+    home: the tier in which it lives when nobody needs it (``none`` for states and exchanges).
     """
 
     id: int
@@ -57,7 +61,7 @@ class Tensor(NamedTuple):
         where = f"L{self.layer}." if self.layer >= 0 else ""
         if self.kind in ("expert", "pick"):
             return f"{where}{'E' if self.kind == 'expert' else 'P'}{self.index}"
-        return f"{where}{self.kind}" + (f".{self.index}" if self.kind in ("head", "kv", "state") else "")
+        return f"{where}{self.kind}" + (f".{self.index}" if self.kind in ("head", "kv", "state", "query") else "")
 
     @property
     def slot_bytes(self) -> int:
@@ -89,7 +93,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """Write tensors (KV) one hop over ``link``."""
+    """Take tensors (KV, or what goes to the CPU) one hop away from the compute tier over ``link``."""
 
     stream: str
     link: str
@@ -98,7 +102,12 @@ class Store:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Run ``fn`` of a layer (-1: outside the layers) on one batch or on ``ALL``, reading ``tensors`` in the compute tier."""
+    """Run ``fn`` of a layer (-1: outside the layers) on one batch or on ``ALL``, with ``tensors`` in the tier of the processor
+    that the stream is named after.
+
+    ``attention`` is a whole block; ``project``, ``attend`` (on the CPU) and ``output`` are its three parts. ``experts`` on the
+    CPU add into ``sums``, which ``add`` adds to the hidden states.
+    """
 
     stream: str
     fn: str
@@ -120,8 +129,17 @@ class Bind:
 
 
 Op = Load | Store | Compute | Bind
-FUNCTIONS = ("embed", "attention", "router", "dense", "experts", "norm", "head", "sample")
+FUNCTIONS = (
+    "embed", "attention", "project", "attend", "output", "router", "dense", "experts", "add", "norm", "head", "sample",
+)  # fmt: skip
+OVERWRITE = ("attention", "project", "router")
+"""Functions that write where the experts of a layer find their input."""
 RULES = ("rank", "arrival", "predicted")
+
+
+def writes(fn: str, kind: str) -> bool:
+    """Whether a compute op of that function writes its tensors of a kind; the others it reads."""
+    return kind == "kv" or (fn, kind) in (("project", "query"), ("attend", "query"), ("experts", "sums"))
 
 
 class Wait(NamedTuple):
@@ -132,7 +150,9 @@ class Wait(NamedTuple):
 
 
 class Step(NamedTuple):
-    """An op as planned: its slots (one per tensor, in the target or compute tier), where staged loads read, waits, times.
+    """An op as planned: slots, one per tensor, where a processor reads and a transfer writes; sources, where a transfer reads;
+    waits; times. A transfer has no slots towards the disk and no sources from it. A pick that is computed where it lives has slot
+    NOWHERE: only its binding knows.
 
     Times are those of one steady pass at the middle of the phase, from the pass's first op.
     """
@@ -229,15 +249,19 @@ class Envelope(_Record):
 class LayerDecision(_Record):
     """One layer: its resident modules and experts, the experts streamed by name (in compute order), the late ones, KV tier.
 
-    ``resident`` names modules among attention, router, shared, dense; ``late`` the experts that the layer's picks range over, most
-    popular first (as many picks as there are); ``on_disk`` the experts whose home is the disk although the machine has host memory
-    between disk and compute tier. Every expert is in exactly one of ``resident_experts``, ``static`` and ``late``.
+    ``cpu``: experts that the CPU computes in decode where they live (in prefill they stream, as static ones do); ``cpu_picks``:
+    how many of the late ones, those picked last, it computes likewise. ``resident`` names modules among attention, router, shared,
+    dense; ``late`` the experts that the layer's picks range over, most popular first (as many picks as there are); ``on_disk``
+    the experts whose home is the disk although the machine has host memory between disk and compute tier. Every expert
+    is in exactly one of ``resident_experts``, ``static``, ``late`` and ``cpu``.
     """
 
     resident: tuple[str, ...] = ()
     resident_experts: tuple[int, ...] = ()
     static: tuple[int, ...] = ()
     late: tuple[int, ...] = ()
+    cpu: tuple[int, ...] = ()
+    cpu_picks: int = 0
     on_disk: tuple[int, ...] = ()
     kv: str = ""
 
@@ -248,7 +272,8 @@ class Decision(_Record):
     lead: experts that may be in flight or waiting (slots) at once. unit: experts per load. head_pages: loads of the head (0:
     resident). prefill_groups: sub-groups that prefill runs in, each re-reading the weights. attention_batch, decode_batch:
     sequences whose attention runs at once in prefill and in decode. expert_rows: tokens per matmul of an expert, router or
-    dense MLP at most. hot: experts per layer that are prefetched (policy klotski). embedding: whether its rows are resident.
+    dense MLP at most. cpu_batches: batches, the last ones, whose decode attention the CPU computes where the KV lives. hot:
+    experts per layer that are prefetched (policy klotski). embedding: whether its rows are resident.
     """
 
     num_batches: int
@@ -260,6 +285,7 @@ class Decision(_Record):
     attention_batch: int
     decode_batch: int
     expert_rows: int
+    cpu_batches: int = 0
     hot: int
     embedding: bool
     layers: tuple[LayerDecision, ...]
@@ -319,7 +345,8 @@ class Candidate(_Record):
 
 
 class Plan(_Record):
-    """Everything that running and reading a schedule takes. See ``load`` and ``dumps`` for the file."""
+    """Everything that running and reading a schedule takes. processors: the tier in which each of them computes. See ``load``
+    and ``dumps`` for the file."""
 
     schema_version: int
     model: str
@@ -327,6 +354,7 @@ class Plan(_Record):
     dtype: str
     hardware: str
     compute_tier: str
+    processors: dict[str, str]
     budgets: dict[str, int]
     workload: Workload
     envelope: Envelope

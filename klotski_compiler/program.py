@@ -7,12 +7,12 @@ wait or an address. Loading or evicting what is resident, and moving KV that is,
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 from klotski_compiler.cost import ALWAYS, Cost, Shape
-from klotski_compiler.plan import ALL, Bind, Compute, Load, Op, Store
+from klotski_compiler.plan import ALL, CPU, Bind, Compute, Load, Op, Store
 from klotski_compiler.tensors import TensorTable
 
 HEAD_SLOTS = 2  # pages of a streamed head: one computes while the next arrives
@@ -33,6 +33,8 @@ class Program:
         self.cost, self.table, self.shape = cost, table, shape
         self.spec, self.decision = cost.spec, table.decision
         self.compute_tier, self.processor = cost.hardware.compute_tier, cost.processor_name
+        # Prefill is the GPU's alone: prompts keep it busy, and the CPU has nothing to read yet.
+        self._helped = shape.decoding and self.compute_tier == "gpu"
         self.entries: list[Op | Evict] = []
         self.late = {number: list(chosen.late) for number, chosen in enumerate(self.decision.layers)}
         self._resident = frozenset(table.resident)
@@ -74,11 +76,33 @@ class Program:
 
     def static_experts(self, layer: int) -> list[int]:
         """Streamed experts that are loaded by name, in compute order."""
-        return self._present(*(("expert", layer, e) for e in self.decision.layers[layer].static))
+        chosen = self.decision.layers[layer]
+        named = chosen.static if self._helped else (*chosen.static, *chosen.cpu)
+        return self._present(*(("expert", layer, e) for e in named))
 
     def picks(self, layer: int) -> list[int]:
-        """Late-bound experts in pick order."""
+        """Late-bound experts that are loaded, in pick order."""
+        return self._picks(layer)[: self._loaded_picks(layer)]
+
+    def cpu_experts(self, layer: int) -> list[int]:
+        """What the CPU computes where it lives: experts by name, then the last picks."""
+        named = self.decision.layers[layer].cpu if self._helped else ()
+        return [
+            *self._present(*(("expert", layer, e) for e in named)),
+            *self._picks(layer)[self._loaded_picks(layer) :],
+        ]
+
+    def _picks(self, layer: int) -> list[int]:
         return self._present(*(("pick", layer, r) for r in range(len(self.decision.layers[layer].late))))
+
+    def _loaded_picks(self, layer: int) -> int:
+        chosen = self.decision.layers[layer]
+        return len(chosen.late) - (chosen.cpu_picks if self._helped else 0)
+
+    def on_cpu(self, layer: int, batch: int) -> bool:
+        """Whether the CPU attends to this batch: in decode, where its KV lives in host memory."""
+        last = batch >= self.decision.num_batches - self.decision.cpu_batches
+        return self._helped and last and self.decision.layers[layer].kv == "host"
 
     def is_moe(self, layer: int) -> bool:
         """Whether the layer routes."""
@@ -137,22 +161,61 @@ class Program:
         """Hidden states of all batches from their token ids."""
         self.compute("embed", -1, ALL, *self._present(("embedding", -1, 0)))
 
-    def attend(self, layer: int, sync: bool = False) -> Iterator[int]:
-        """Attention batch by batch, the KV of the next batch in flight, new KV written back; yields after each batch.
+    def attend(self, layer: int, sync: bool = False, batches: Sequence[int] | None = None) -> Iterator[int]:
+        """Attention batch by batch (all, or those given), the KV of the next batch in flight, new KV written back; yields after
+        each batch. What the CPU attends to is waited for.
 
         ``sync``: KV is copied when it is needed, by copies that block the compute stream.
         """
+        chosen = list(self.batches if batches is None else batches)
         ahead = 0 if sync else 1
-        for batch in self.batches:
-            for coming in (
-                self.batches[batch : batch + 1 + ahead]
-                if batch == 0
-                else self.batches[batch + ahead : batch + ahead + 1]
-            ):
+        for number, batch in enumerate(chosen):
+            for coming in chosen[: 1 + ahead] if number == 0 else chosen[number + ahead : number + ahead + 1]:
                 self._load_kv(layer, coming, sync)
-            self.compute("attention", layer, batch, *self.attention_weights(layer), *self._kv(layer, batch))
-            self._store_kv(layer, batch, sync)
+            if self.on_cpu(layer, batch):
+                self.project(layer, batch)
+                self.attend_on_cpu(layer, batch)
+                self.fetch_mixed(batch)
+                self.output(layer, batch)
+            else:
+                self.compute("attention", layer, batch, *self.attention_weights(layer), *self._kv(layer, batch))
+                self._store_kv(layer, batch, sync)
             yield batch
+
+    def attend_one(self, layer: int, batch: int) -> None:
+        """Attention of one batch, with nothing ahead."""
+        for _ in self.attend(layer, batches=[batch]):
+            pass
+
+    def attend_with_cpu(self, layer: int) -> Iterator[int]:
+        """Attention of all batches, the CPU's share of them while the GPU does the others; yields after each batch."""
+        shared = [batch for batch in self.batches if self.on_cpu(layer, batch)]
+        for batch in shared:
+            self.project(layer, batch)
+            self.attend_on_cpu(layer, batch)
+        yield from self.attend(layer, batches=[batch for batch in self.batches if batch not in shared])
+        for batch in shared:
+            self.fetch_mixed(batch)
+            self.output(layer, batch)
+            yield batch
+
+    def project(self, layer: int, batch: int) -> None:
+        """Queries, keys and values of a batch, and their way to the host."""
+        query = self._present(("query", -1, batch))
+        self.compute("project", layer, batch, *self.attention_weights(layer), *query)
+        self.entries.append(Store("gpu>host", "gpu>host", tuple(query)))
+
+    def attend_on_cpu(self, layer: int, batch: int) -> None:
+        """Attention over keys and values where they live."""
+        self.compute("attend", layer, batch, *self._present(("kv", layer, batch), ("query", -1, batch)), on=CPU)
+
+    def fetch_mixed(self, batch: int) -> None:
+        """The mixed values' way back."""
+        self.entries.append(Load("host>gpu", "host>gpu", tuple(self._present(("query", -1, batch)))))
+
+    def output(self, layer: int, batch: int) -> None:
+        """The output projection of what came back."""
+        self.compute("output", layer, batch, *self.attention_weights(layer), *self._present(("query", -1, batch)))
 
     def route(self, layer: int, batch: int) -> None:
         """Router and shared expert, or the dense MLP, of one batch."""
@@ -168,6 +231,38 @@ class Program:
         chosen, unit = list(tensors), self.decision.unit if batch == ALL else 1 << 30
         for i in range(0, len(chosen), unit):
             self.compute("experts", layer, batch, *chosen[i : i + unit])
+
+    def stream(
+        self, layer: int, tensors: Sequence[int], ready: Sequence[int] = (), then: Callable[[], None] = lambda: None
+    ) -> None:
+        """Experts through ``lead`` slots, each computed once and evicted, those that are ``ready`` first. ``then`` is called as
+        soon as no further load of these has to be written."""
+        ahead, size = max(self.decision.lead, self.decision.unit), self.decision.unit
+        self.load(*tensors[:ahead])
+        if len(tensors) <= ahead:
+            then()
+        self.experts(layer, ready)
+        self.evict(*ready)
+        for first in range(0, len(tensors), size):
+            self.experts(layer, tensors[first : first + size])
+            self.evict(*tensors[first : first + size])
+            self.load(*tensors[first + ahead : first + ahead + size])
+            if first < len(tensors) - ahead <= first + size:
+                then()
+
+    def experts_on_cpu(self, layer: int) -> None:
+        """The CPU's experts, one op, once their input has come; ``add_sums`` brings back what they add."""
+        if chosen := self.cpu_experts(layer):
+            rows, sums = self._present(("rows", -1, 0), ("sums", -1, 0))
+            self.entries.append(Store("gpu>host", "gpu>host", (rows,)))
+            self.compute("experts", layer, ALL, *chosen, rows, sums, on=CPU)
+
+    def add_sums(self, layer: int) -> None:
+        """Adds what the CPU's experts computed."""
+        if self.cpu_experts(layer):
+            sums = self._present(("sums", -1, 0))
+            self.entries.append(Load("host>gpu", "host>gpu", tuple(sums)))
+            self.compute("add", layer, ALL, *sums)
 
     def head_pages(self) -> list[int]:
         """The head in the order of its pages."""
@@ -192,9 +287,9 @@ class Program:
                 next_page()
         self.compute("sample", -1, ALL)
 
-    def compute(self, fn: str, layer: int, batch: int, *tensors: int) -> None:
-        """One op on the compute stream."""
-        self.entries.append(Compute(self.processor, fn, layer, batch, tensors))
+    def compute(self, fn: str, layer: int, batch: int, *tensors: int, on: str = "") -> None:
+        """One op on the compute stream, or on that of another processor."""
+        self.entries.append(Compute(on or self.processor, fn, layer, batch, tensors))
 
     # ------------------------------------------------------------------------------------------------------------ KV
 
@@ -214,7 +309,7 @@ class Program:
         return [t for t in self._present(("kv", layer, batch)) if t not in self._resident]
 
     def _load_kv(self, layer: int, batch: int, sync: bool) -> None:
-        for tensor in self._kv(layer, batch):
+        for tensor in () if self.on_cpu(layer, batch) else self._kv(layer, batch):
             hops = self._hops(self.table.all[tensor].home)
             for link in hops:
                 self.entries.append(Load(self.processor if sync else link, link, (tensor,)))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from klotski_compiler.bounds import bound_tokens_per_s
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.pipeline import Lowered, phase_record
-from klotski_compiler.plan import SCHEMA_VERSION, Candidate, Envelope, Forecast, Plan
+from klotski_compiler.plan import SCHEMA_VERSION, Bind, Candidate, Envelope, Forecast, Plan
 from klotski_compiler.policies import policy
 from klotski_compiler.search import Best, Search
 
@@ -26,6 +26,7 @@ def record(search: Search, best: Best, candidates: list[Candidate]) -> Plan:
         dtype=request.dtype,
         hardware=request.hardware.name,
         compute_tier=search.tier,
+        processors={name: processor.tier for name, processor in request.hardware.processors.items()},
         budgets=request.budgets,
         workload=workload,
         envelope=Envelope(sequences=decision.sequences, prompt_len=workload.prompt_len, gen_len=workload.gen_len),
@@ -37,13 +38,19 @@ def record(search: Search, best: Best, candidates: list[Candidate]) -> Plan:
         streams=tuple(sorted({s.op.stream for p in lowered.phases.values() for s in p.steps})),
         phases=tuple(phase_record(phase, names) for phase in lowered.phases.values()),
         workspace=lowered.workspace,
-        predictor=request.routing.successors if best.policy == "klotski" else (),
+        predictor=request.routing.successors if _predicts(lowered) else (),
         forecast=predicted,
         candidates=tuple(candidates),
         notes=tuple(notes(search, best, predicted)),
         truncated=search.truncated,
         digest="",
     ).sealed()
+
+
+def _predicts(lowered: Lowered) -> bool:
+    """Whether any pick is bound before its router has spoken."""
+    ops = (step.op for phase in lowered.phases.values() for step in phase.steps)
+    return any(isinstance(op, Bind) and op.rule == "predicted" for op in ops)
 
 
 def forecast(search: Search, lowered: Lowered) -> Forecast:
@@ -90,12 +97,11 @@ def notes(search: Search, best: Best, predicted: Forecast) -> Iterator[str]:
         if what == "one more batch" and decision.sequences >= search.request.workload.num_sequences:
             yield "one more batch: the workload already fits in one group"
             continue
-        experts = policy(best.policy).EXPERTS
-        base = tried.base(
-            experts, num_batches, decision.batch_size, decision.lead, decision.unit, decision.prefill_groups
-        )
+        d = decision
+        base = tried.base(policy(best.policy).EXPERTS, num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups)
+        base = base.model_copy(update={"cpu_batches": min(d.cpu_batches, num_batches)})
         try:
-            rate = tried.estimate(best.policy, tried.fill(best.policy, base)[1])
+            rate = tried.estimate(best.policy, tried.fill(best.policy, base))
         except Infeasible as refusal:
             yield f"{what}: does not fit ({str(refusal).splitlines()[0]})"
             continue

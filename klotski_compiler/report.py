@@ -112,6 +112,7 @@ def decision(plan: Plan) -> str:
         ("resident", _residents(plan)),
         *_streamed(plan),
         ("KV cache", _kv_places(plan)),
+        *_on_cpu(plan),
     ]
     experts = next((t.nbytes for t in plan.tensors if t.kind == "expert"), 0)
     if any(layer.static or layer.late for layer in d.layers):
@@ -124,6 +125,17 @@ def decision(plan: Plan) -> str:
     head = "resident" if d.head_pages == 0 else f"streamed in {_count(d.head_pages, 'page')}"
     rows.append(("vocabulary", f"head {head}, embedding {'resident' if d.embedding else 'gathered row by row'}"))
     return "\n".join([f"Decided (policy {plan.policy})", *_table(rows)])
+
+
+def _on_cpu(plan: Plan) -> Iterator[tuple[str, str]]:
+    """What the CPU computes beside a GPU in decode."""
+    d = plan.decision
+    experts = sum(len(layer.cpu) + layer.cpu_picks for layer in d.layers)
+    if plan.compute_tier != "gpu" or not (d.cpu_batches or experts):
+        return
+    parts = [f"attention of {d.cpu_batches} of {_count(d.num_batches, 'batch')}"] if d.cpu_batches else []
+    parts += [f"{_count(experts, 'expert')}"] if experts else []
+    yield "CPU", f"{' and '.join(parts)} in decode, where their KV and weights are"
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
@@ -451,9 +463,10 @@ def _label(kind: str, verb: str) -> str:
 def _streaming(plan: Plan, phase: Phase, tier: str) -> Counter[str]:
     """Bytes of the slots that a phase alone uses, by what passes through them."""
     permanent = {slot for _, slot in plan.placed}
-    through: dict[int, str] = {slot: "hidden states" for _, slot in phase.placed}
+    kept = {"state": "hidden states"}
+    through = {slot: kept.get(plan.tensors[t].kind, "exchanged with the CPU") for t, slot in phase.placed}
     for step in plan.steps[phase.name]:
-        if isinstance(step.op, Bind):
+        if not isinstance(step.op, Load | Compute):
             continue
         for tensor, slot in zip(step.op.tensors, step.slots, strict=True):
             kind = plan.tensors[tensor].kind

@@ -14,15 +14,16 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import inf
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 
 from klotski_compiler.cost import Cost
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.hardware import Hardware
-from klotski_compiler.milp.solve import residency
+from klotski_compiler.milp.solve import relaxed_us, residency
 from klotski_compiler.model import ModelSpec, Module
 from klotski_compiler.pipeline import Lowered, lower, shapes
 from klotski_compiler.plan import (
+    CPU,
     PAGE_BYTES,
     Decision,
     LayerDecision,
@@ -30,8 +31,9 @@ from klotski_compiler.plan import (
     align_up,
 )
 from klotski_compiler.policies import policy
+from klotski_compiler.rough import rough_us
 from klotski_compiler.routing import Routing
-from klotski_compiler.tensors import MODULES, kv_bytes, state_bytes
+from klotski_compiler.tensors import MODULES, kv_bytes, query_bytes, state_bytes
 from klotski_compiler.workspace import decode_attention_bytes, prefill_attention_bytes, spill_bytes, workspace
 
 LOAD_BYTES = 32 << 20  # a load aims at this many bytes: below, latency and per-op cost show
@@ -41,7 +43,8 @@ EXPERT_ROWS = {"host": 512, "gpu": 8192}  # tokens per matmul: where its rate ha
 SPILLED_BATCHES = 3  # of one layer's KV in flight where KV does not live in the compute tier
 SAMPLED = 2  # layers of the short model on which candidates are timed; a second one has twice as many
 KEPT_SIZES = 4  # group sizes per policy that are scored, the largest that fit first
-KEPT_SCORED = 6  # candidates per policy that are timed on short models
+KEPT_SCORED = 2  # sizes per policy that are timed on short models
+KEPT_SOLVED = 5  # and of the policy whose residency is solved
 KEPT_WHOLE = 2  # and of those, that may be lowered whole
 ESTIMATE_ERROR = 0.05  # how far a short model's time may be off
 LARGE_WHOLE = 2  # schedules of a large model that are lowered whole
@@ -97,7 +100,7 @@ class Search:
                 {}, f"{name} computes one batch at a time; leave out --num-batches, or choose another --policy"
             )
         scored: list[tuple[float, Decision]] = []
-        refusal: Infeasible | None = None
+        module, refusal = policy(name), None
         sizes: set[int] = set()
         for base in self.bases(name):
             if base.sequences not in sizes and len(sizes) >= KEPT_SIZES:
@@ -106,14 +109,16 @@ class Search:
                 self.truncated = True
                 break
             try:
-                scored += self.fills(name, base)
+                scored.append((self.score(name, base), base))
             except Infeasible as fault:
                 if refusal is None or sum(fault.shortfalls.values()) < sum(refusal.shortfalls.values()):
                     refusal = fault
                 continue
             sizes.add(base.sequences)
-        scored.sort(key=lambda entry: -entry[0])
-        rated = [(self.estimate(name, decision), name, decision) for _, decision in scored[:KEPT_SCORED]]
+        scored.sort(key=lambda entry: entry[0])
+        tried = KEPT_SOLVED if module.EXPERTS == "solved" else KEPT_SCORED
+        decisions = [decision for _, base in scored[:tried] for decision in self.fills(name, base)]
+        rated = [(self.estimate(name, decision), name, decision) for decision in decisions]
         kept = sorted((entry for entry in rated if entry[0] > 0), key=lambda entry: -entry[0])[:KEPT_WHOLE]
         if not kept:
             raise self._too_slow() if scored or refusal is None else refusal
@@ -147,7 +152,7 @@ class Search:
         for name in names:
             if name in refusals and not refusals[name].shortfalls:  # for another reason than memory
                 continue
-            if not (bases := list(self._bases_of(name, [self.request.batch_size or 1]))):
+            if not (bases := list(self.bases_of(name, [self.request.batch_size or 1]))):
                 continue
             decision = self._stream_all(name, min(bases, key=lambda base: base.lead))
             lowered = lower(self.cost, name, decision, self.request.workload)
@@ -181,9 +186,10 @@ class Search:
 
     def bases(self, name: str) -> Iterator[Decision]:
         """Sizes and leads to try, largest groups first; nothing resident yet."""
-        return self._bases_of(name, self.group_sizes())
+        return self.bases_of(name, self.group_sizes())
 
-    def _bases_of(self, name: str, sizes: Sequence[int]) -> Iterator[Decision]:
+    def bases_of(self, name: str, sizes: Sequence[int]) -> Iterator[Decision]:
+        """The same for given sizes of the group."""
         module, request = policy(name), self.request
         for sequences in sizes:
             for num_batches in (1,) if module.ONE_BATCH else self.batch_counts(sequences):
@@ -192,7 +198,9 @@ class Search:
                     continue
                 for lead, unit in self.leads(module.EXPERTS):
                     for parts in self.prefill_parts(num_batches, batch_size):
-                        yield self.base(module.EXPERTS, num_batches, batch_size, lead, unit, parts)
+                        base = self.base(module.EXPERTS, num_batches, batch_size, lead, unit, parts)
+                        for cpu_batches in self.cpu_batches(module, num_batches):
+                            yield base.model_copy(update={"cpu_batches": cpu_batches})
 
     def group_sizes(self) -> list[int]:
         """Sequences per group: the workload in 1, 2, 3, ... equal groups, thinned out geometrically."""
@@ -215,6 +223,17 @@ class Search:
         if request.batch_size:
             return [max(1, sequences // request.batch_size)]
         return [n for n in (1, 4, 8, 16) if n == 1 or sequences // n >= 8]
+
+    def cpu_batches(self, module: ModuleType, num_batches: int) -> list[int]:
+        """Batches whose decode attention the CPU computes: the shares that the policy may choose from."""
+        if (
+            self.tier != "gpu"
+            or CPU not in self.request.hardware.processors
+            or any(x.expand_flops for x in self.request.spec.layers)
+        ):
+            return [0]  # a latent cache would have to be expanded on the CPU: some 70 times its size
+        shares = getattr(module, "CPU_ATTENTION", (0.0,))
+        return sorted({round(share * num_batches) for share in shares})
 
     def leads(self, experts: str) -> list[tuple[int, int]]:
         """(expert slots, experts per load)."""
@@ -274,12 +293,22 @@ class Search:
 
     # ------------------------------------------------------------------------------------------------------ residency
 
-    def fills(self, name: str, base: Decision) -> Iterator[tuple[float, Decision]]:
+    def score(self, name: str, base: Decision) -> float:
+        """About how many microseconds the workload takes with the best residency, by which the sizes of one policy compare. Raises
+        Infeasible where not even streaming everything fits."""
+        if policy(name).EXPERTS == "solved":
+            return relaxed_us(self.cost, self.request.workload, base, self.capacity(name, base, {}))
+        return rough_us(self.cost, policy(name), self.fill(name, base), self.request.workload)
+
+    def fills(self, name: str, base: Decision) -> Iterator[Decision]:
         """What ``fill`` finds and, where that spills KV which would fit, what it finds without: the residency problem takes a
-        spill for a matter of link time, while in a schedule attention may wait for it. Raises Infeasible."""
-        first = self.fill(name, base)
+        spill for a matter of link time, while in a schedule attention may wait for it. Nothing where only shares of experts fit."""
+        try:
+            first = self.fill(name, base)
+        except Infeasible:
+            return
         yield first
-        if policy(name).EXPERTS == "solved" and not self._keeps_kv(first[1]):
+        if policy(name).EXPERTS == "solved" and not self._keeps_kv(first):
             with suppress(Infeasible):
                 yield self.fill(name, base, may_spill=False)
 
@@ -292,9 +321,8 @@ class Search:
         base: Decision,
         reserve: Mapping[str, int] = MappingProxyType({}),
         may_spill: bool = True,
-    ) -> tuple[float, Decision]:
-        """What is resident, and a score by which candidates of one policy compare. Raises Infeasible where not even streaming
-        everything fits.
+    ) -> Decision:
+        """What is resident. Raises Infeasible where not even streaming everything fits.
 
         reserve: bytes per tier to leave free beyond what the slots of a short model showed. may_spill: KV, as far as it is solved.
         """
@@ -302,13 +330,11 @@ class Search:
         if policy(name).EXPERTS == "solved":
             solved = residency(self.cost, self.request.workload, base, capacity, may_spill)
             self.truncated |= solved.truncated
-            return -solved.objective_us - solved.load_us, solved.decide(base)
+            return solved.decide(base)
         filled = self.greedy(name, base, capacity)
-        # Sweeps over the weights that are not resident: what such a schedule spends its time on.
-        groups = -(-self.request.workload.num_sequences // base.sequences)
-        passes = base.prefill_groups + self.request.workload.gen_len - 1
-        residents = sum(len(layer.resident_experts) for layer in filled.layers)
-        return -groups * passes * (1 + sum(layer.num_experts for layer in self.request.spec.layers) - residents), filled
+        if decide := getattr(policy(name), "decide", None):
+            filled = decide(self.cost, filled)
+        return filled
 
     def capacity(self, name: str, base: Decision, reserve: Mapping[str, int]) -> dict[str, int]:
         """Bytes of each tier for residents and KV: the budget without slots, hidden states, workspace and fixed residents."""
@@ -323,8 +349,10 @@ class Search:
         for tier, budget in self.request.budgets.items():
             slots = self.streaming(name, base.lead, base.unit, base.head_pages, tier)
             states = 0
+            if base.cpu_batches:
+                states += base.cpu_batches * align_up(query_bytes(spec, base.batch_size, self.request.dtype))
             if tier == self.tier:
-                states = max(
+                states += max(
                     align_up(state_bytes(spec, s.sequences * s.tokens, self.request.dtype))
                     for s in shapes(base, workload)
                 )
@@ -374,7 +402,9 @@ class Search:
         """Ours for policies whose paper states no fill: KV, then routers, attention, shared experts, then popular experts."""
         spec, free = self.request.spec, capacity[self.tier]
         cache, kv_tier = self._kv_bytes(base), self.tier
-        if sum(cache) > free:
+        if sum(cache) > free or (
+            self.tier == "gpu" and (base.cpu_batches or getattr(policy(name), "KV", "") == "host")
+        ):
             kv_tier = "host" if self.tier == "gpu" else "disk"
             free -= self.least_kv_bytes(base)
         else:
@@ -393,6 +423,10 @@ class Search:
         share = {
             n: min(spec.layers[n].num_experts, total // len(moe) + (i < total % len(moe))) for i, n in enumerate(moe)
         }
+        if getattr(policy(name), "RESIDENT_EXPERTS", "") == "first layers":
+            for n in moe:
+                share[n] = min(spec.layers[n].num_experts, total)
+                total -= share[n]
         layers = tuple(
             LayerDecision(
                 resident=tuple(sorted(kinds, key=MODULES.index)),
@@ -486,7 +520,7 @@ class Search:
             if not over:
                 break
             reserve.update(over)
-            decision = self.fill(name, base, reserve, may_spill=not self._keeps_kv(decision))[1]
+            decision = self.fill(name, base, reserve, may_spill=not self._keeps_kv(decision))
         if (decode := lowered.phases.get("decode")) and self._late(decode.times.pass_us):
             raise self._too_slow()
         return lowered, decision

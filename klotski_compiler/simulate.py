@@ -141,9 +141,9 @@ def cause_of(step: Step) -> str:
     """The kind of bubble that ends when this op starts."""
     op = step.op
     if isinstance(op, Compute):
-        if op.fn == "experts":
+        if op.fn in ("experts", "add"):
             return "intra_layer"
-        if op.fn == "attention" and len(op.tensors) > 1:  # weights and spilled KV
+        if op.fn == "output" or (op.fn == "attention" and len(op.tensors) > 1):  # spilled KV, here or on the CPU
             return "kv"
         if op.layer < 0:
             return "end_of_pass"

@@ -21,6 +21,23 @@ def state_bytes(spec: ModelSpec, tokens: int, dtype: str) -> int:
     return tokens * spec.hidden_size * 3 * DTYPE_BYTES[dtype]
 
 
+def query_bytes(spec: ModelSpec, batch_size: int, dtype: str) -> int:
+    """Queries, keys and values of one new token of every sequence of a batch; the mixed values that come back take less."""
+    widest = max(layer.attention_flops // 4 + layer.kv_elements for layer in spec.layers)
+    return batch_size * widest * DTYPE_BYTES[dtype]
+
+
+def rows_bytes(spec: ModelSpec, tokens: int, dtype: str) -> int:
+    """The experts' input of ``tokens`` tokens, with the number (4) and weight (twice the width) of each chosen expert."""
+    top_k = max(layer.top_k for layer in spec.layers)
+    return tokens * (spec.hidden_size * DTYPE_BYTES[dtype] + top_k * (4 + 2 * DTYPE_BYTES[dtype]))
+
+
+def sums_bytes(spec: ModelSpec, tokens: int, dtype: str) -> int:
+    """What experts add to ``tokens`` tokens, in twice the compute width."""
+    return tokens * spec.hidden_size * 2 * DTYPE_BYTES[dtype]
+
+
 @dataclass
 class TensorTable:
     """Every tensor that the plan may name, in a fixed order, found by kind, layer and index."""
@@ -32,6 +49,7 @@ class TensorTable:
     compute_tier: str
     all: list[Tensor] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)
+    exchanged: list[int] = field(default_factory=list)
     _ids: dict[tuple[str, int, int], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -58,6 +76,20 @@ class TensorTable:
             for batch in range(decision.num_batches):
                 nbytes = kv_bytes(spec, number, decision.batch_size, positions, self.dtype)
                 self._add("kv", number, batch, nbytes, 0, chosen.kv == self.compute_tier, chosen.kv)
+        self._exchanges()
+
+    def _exchanges(self) -> None:
+        """What a GPU and the CPU exchange in decode; their places are kept for the whole phase."""
+        spec, decision = self.spec, self.decision
+        if self.compute_tier != "gpu":  # the CPU computes everything
+            return
+        first = len(self.all)
+        for batch in range(decision.num_batches - decision.cpu_batches, decision.num_batches):
+            self._add("query", -1, batch, query_bytes(spec, decision.batch_size, self.dtype), 0, False, "none")
+        if any(layer.cpu or layer.cpu_picks for layer in decision.layers):
+            self._add("rows", -1, 0, rows_bytes(spec, decision.sequences, self.dtype), 0, False, "none")
+            self._add("sums", -1, 0, sums_bytes(spec, decision.sequences, self.dtype), 0, False, "none")
+        self.exchanged += range(first, len(self.all))
 
     def _module(self, kind: str, layer: int, index: int, module: Module, resident: bool, home: str = "") -> None:
         self._add(kind, layer, index, module.nbytes, module.segments, resident, home)

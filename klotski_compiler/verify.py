@@ -17,7 +17,22 @@ from klotski_compiler import errors
 from klotski_compiler.errors import PlanError
 from klotski_compiler.execute import execute
 from klotski_compiler.garbage import uncollected
-from klotski_compiler.plan import ALL, FUNCTIONS, RULES, Bind, Compute, Load, Phase, Plan, Step, Store, Tensor
+from klotski_compiler.plan import (
+    ALL,
+    FUNCTIONS,
+    NOWHERE,
+    OVERWRITE,
+    RULES,
+    Bind,
+    Compute,
+    Load,
+    Phase,
+    Plan,
+    Step,
+    Store,
+    Tensor,
+    writes,
+)
 
 LOAD = "load"
 UNROLLED = 3
@@ -74,13 +89,21 @@ def _out_of_range(plan: Plan, phase: Phase, step: Step) -> str:
     op = step.op
     if op.stream not in plan.streams:
         return f"stream {op.stream} is not among {', '.join(plan.streams)}"
-    if any(not 0 <= slot < len(plan.slots) for slot in (*step.slots, *step.sources)):
+    if any(not 0 <= slot < len(plan.slots) for slot in (*step.slots, *step.sources) if slot != NOWHERE):
         return f"names a slot beyond the {len(plan.slots)} of the plan"
+    if NOWHERE in step.slots and any(
+        slot == NOWHERE and plan.tensors[t].kind != "pick"
+        for t, slot in zip(op.tensors, step.slots, strict=False)  # type: ignore[union-attr]
+    ):
+        return "has a tensor without a slot that is no pick"
     wanted = 0 if isinstance(op, Bind) else len(op.tensors)
-    if len(step.slots) != wanted or len(step.sources) not in (0, wanted):
+    slots, sources = ({0, wanted} if isinstance(op, Store) else {wanted}), {0, wanted}
+    if len(step.slots) not in slots or len(step.sources) not in sources:
         return f"has {len(step.slots)} slots and {len(step.sources)} source slots for {wanted} tensors"
     if isinstance(op, Load | Store):
         return "" if op.link.count(">") == 1 else f"link {op.link} is not of the form tier>tier"
+    if op.stream not in plan.processors:
+        return f"computes on {op.stream}, which is no processor"
     if not (-1 <= op.layer < len(plan.decision.layers) and (op.batch == ALL or 0 <= op.batch < phase.batches)):
         return f"layer {op.layer} or batch {op.batch} does not exist"
     if isinstance(op, Bind):
@@ -90,9 +113,9 @@ def _out_of_range(plan: Plan, phase: Phase, step: Step) -> str:
 
 def streams(plan: Plan) -> None:
     """Every wait points backwards, so FIFO streams cannot deadlock; kernels and binds share one stream, so that hidden states
-    and routing are read and written in the order of the lines."""
+    and routing are read and written in the order of the lines: another processor has only what it is sent."""
     for phase, steps in _phases(plan):
-        compute = {step.op.stream for step in steps if isinstance(step.op, Compute | Bind)}
+        compute = {step.op.stream for step in steps if isinstance(step.op, Compute | Bind) and not _sent(plan, step.op)}
         if len(compute) > 1:
             raise Fault(
                 f"phase {phase.name} computes on {' and '.join(sorted(compute))}: hidden states would have no order"
@@ -107,6 +130,13 @@ def streams(plan: Plan) -> None:
                     raise Fault(f"waits for op {wait.op}, which does not come before it", phase.name, number)
 
 
+def _sent(plan: Plan, op: Compute | Bind) -> bool:
+    """Whether an op works on what was sent to it, not on hidden states."""
+    return isinstance(op, Compute) and (
+        op.fn == "attend" or (op.fn == "experts" and any(plan.tensors[t].kind == "sums" for t in op.tensors))
+    )
+
+
 # -------------------------------------------------------------------------------------------------------------- memory
 
 
@@ -117,6 +147,7 @@ def arena(plan: Plan) -> None:
         used = permanent | {slot for _, slot in phase.placed}
         for step in steps:
             used.update(step.slots, step.sources)
+        used.discard(NOWHERE)
         ordered = sorted((plan.slots[slot] for slot in used), key=lambda s: (s.tier, s.offset))
         for low, high in pairwise(ordered):
             if low.tier == high.tier and low.offset + low.nbytes > high.offset:
@@ -184,12 +215,12 @@ class _Memory:
     def __init__(self, plan: Plan, phase: Phase) -> None:
         self.plan, self.phase = plan, phase
         self.permanent = {slot: tensor for tensor, slot in plan.placed}
-        # Before the load phase no weight is anywhere but at home; a KV cache needs only its place.
+        # Before the load phase no weight is anywhere but at home; a KV cache needs only its place, as what is exchanged does.
         self.content = {
             slot: tensor
             for slot, tensor in self.permanent.items()
             if phase.name != LOAD or plan.tensors[tensor].kind == "kv"
-        }
+        } | {slot: tensor for tensor, slot in phase.placed}
         self.ends = {
             link: tuple(link.split(">"))
             for link in {s.op.link for s in plan.steps[phase.name] if isinstance(s.op, Load | Store)}
@@ -212,7 +243,7 @@ class _Memory:
     def run(self, number: int, step: Step, at: int) -> None:
         match step.op:
             case Compute(tensors=tensors):
-                why = self._read(tensors, step.slots, self.plan.compute_tier)
+                why = self._read(tensors, step.slots, self.plan.processors[step.op.stream])
             case Load():
                 why = self._load(step.op, step)
             case Store():
@@ -224,6 +255,10 @@ class _Memory:
 
     def _read(self, tensors: Sequence[int], slots: Sequence[int], tier: str) -> str:
         for tensor, slot in zip(tensors, slots, strict=True):
+            if slot == NOWHERE:
+                if self.plan.tensors[tensor].home != tier:
+                    return f"reads {self.plan.names[tensor]} where it lives, which is not {tier}"
+                continue
             if self.content.get(slot) != tensor:
                 held = self.content.get(slot)
                 name = "nothing" if held is None else self.plan.names[held]
@@ -258,9 +293,16 @@ class _Memory:
     def _store(self, op: Store, step: Step) -> str:
         source, target = self.ends[op.link]
         for number in op.tensors:
-            if self.plan.tensors[number].home != target:
-                return f"writes {self.plan.names[number]} to {target}, but it lives in {self.plan.tensors[number].home}"
-        return self._read(op.tensors, step.slots, source)
+            tensor = self.plan.tensors[number]
+            if tensor.home not in (target, "none"):
+                return f"writes {tensor.name} to {target}, but it lives in {tensor.home}"
+            if not step.sources and tensor.kind != "rows":
+                return f"writes {tensor.name} without naming where it is"
+            if not step.slots and target != "disk":
+                return f"writes {tensor.name} to {target} without naming its slot there"
+        if why := self._read(op.tensors, step.sources, source) if step.sources else "":
+            return why
+        return self._read(op.tensors, step.slots, target) if step.slots else ""
 
 
 # --------------------------------------------------------------------------------------------------------------- order
@@ -268,18 +310,19 @@ class _Memory:
 
 def race(plan: Plan) -> None:
     """Of any two ops that touch the same memory, one of them writing, FIFO streams and waits order the two."""
-    home, found = dict(plan.placed), _by_layer(plan)
+    found = _by_layer(plan)
     for phase, steps in _phases(plan):
-        touched = [_touched(plan, home, found, step) for step in steps]
+        touched = [_touched(plan, found, step) for step in steps]
         execute(steps, min(phase.passes, UNROLLED), _Clocks(plan, phase, touched))
 
 
 def _touched(
-    plan: Plan, home: dict[int, int], found: dict[tuple[str, int], list[Tensor]], step: Step
+    plan: Plan, found: dict[tuple[str, int], list[Tensor]], step: Step
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The cells that an op reads and writes. A cell is a slot or, numbered after them, what a tensor has outside of any slot:
-    the assignment of a pick, a KV cache on disk."""
+    the assignment of a pick, a KV cache on disk; one more is the experts' input."""
     op, beyond, tensors = step.op, len(plan.slots), plan.tensors
+    inputs = beyond + len(tensors)
     if isinstance(op, Bind):
         bound = range(op.first, op.first + op.count)
         return (), tuple([beyond + t.id for t in found["pick", op.layer] if t.index in bound])
@@ -289,10 +332,11 @@ def _touched(
         at_home = [beyond + t for t, kind in zip(op.tensors, kinds, strict=True) if kind == "kv"]
         return (*reads, *(step.sources or at_home)), step.slots
     if isinstance(op, Store):
-        in_memory = not op.link.endswith(">disk")
-        return (*reads, *step.slots), tuple([home[t] if in_memory and t in home else beyond + t for t in op.tensors])
-    caches = tuple([slot for slot, kind in zip(step.slots, kinds, strict=True) if kind == "kv"])
-    return (*reads, *(slot for slot, kind in zip(step.slots, kinds, strict=True) if kind != "kv")), caches
+        return step.sources or (inputs,), step.slots or tuple([beyond + t for t in op.tensors])
+    both = [(slot, writes(op.fn, kind)) for slot, kind in zip(step.slots, kinds, strict=True) if slot != NOWHERE]
+    cells = tuple([slot for slot, written in both if written])
+    reads = (*reads, *(slot for slot, written in both if not written))
+    return reads, (*cells, inputs) if op.fn in OVERWRITE else cells
 
 
 class _Clocks:
@@ -342,7 +386,8 @@ class _Lane:
 
     def _fault(self, number: int, cell: int, other: int, does: str, done: str) -> None:
         plan, phase = self.clocks.plan, self.clocks.phase
-        what = f"slot {cell}" if cell < len(plan.slots) else f"the contents of {plan.names[cell - len(plan.slots)]}"
+        beyond = ["the contents of " + name for name in plan.names] + ["the experts' input"]
+        what = f"slot {cell}" if cell < len(plan.slots) else beyond[cell - len(plan.slots)]
         raise Fault(f"{does} {what} without waiting until op {other} has {done} it", phase.name, number)
 
 
@@ -355,8 +400,9 @@ def picks(plan: Plan) -> None:
     found = _by_layer(plan)
     for layer, chosen in enumerate(plan.decision.layers):
         experts, tensors = found["expert", layer], found["pick", layer]
-        if sorted((*chosen.resident_experts, *chosen.static, *chosen.late)) != sorted(t.index for t in experts):
-            raise Fault(f"L{layer}: not every expert is exactly one of resident, static and late")
+        kinds = (*chosen.resident_experts, *chosen.static, *chosen.late, *chosen.cpu)
+        if sorted(kinds) != sorted(t.index for t in experts):
+            raise Fault(f"L{layer}: not every expert is exactly one of resident, static, late and the CPU's")
         if sorted(t.index for t in tensors) != list(range(len(chosen.late))):
             raise Fault(f"L{layer} has {len(tensors)} picks for {len(chosen.late)} late experts")
         if odd := [t.name for t in experts if t.index in chosen.late and t.home != tensors[0].home]:
@@ -377,10 +423,10 @@ def picks(plan: Plan) -> None:
                 if bound & new:
                     raise Fault("binds a pick twice", phase.name, number)
                 bound |= new
-            elif isinstance(op, Load):
+            if isinstance(op, Load | Compute):
                 for tensor in (plan.tensors[t] for t in op.tensors):
                     if tensor.kind == "pick" and (tensor.layer, tensor.index) not in bound:
-                        raise Fault(f"loads {tensor.name}, which is not bound yet", phase.name, number)
+                        raise Fault(f"takes {tensor.name}, which is not bound yet", phase.name, number)
         for tensor in plan.tensors:
             if tensor.kind == "pick" and (tensor.layer, tensor.index) not in bound:
                 raise Fault(f"phase {phase.name} never binds {tensor.name}")
@@ -420,6 +466,8 @@ class _Pass:
         self.met: dict[tuple[int, int], set[int]] = {}  # (layer, batch or ALL) -> experts computed
         self.ending = ["norm", *["head"] * sum(t.kind == "head" for t in plan.tensors), "sample"]
         self.pages: set[int] = set()
+        self.begun: dict[tuple[int, int], str] = {}  # (layer, batch) -> the last part of attention that is done
+        self.owed: set[int] = set()  # layers whose sums are not added yet
 
     def follow(self, steps: Sequence[Step]) -> None:
         for number, step in enumerate(steps):
@@ -435,12 +483,23 @@ class _Pass:
             return self._end(op)
         if set(op.tensors) != (needs := self.needs(op)):
             return f"{op.fn} needs {', '.join(self.plan.names[t] for t in sorted(needs)) or 'no tensor'}"
+        if op.fn == "add":
+            self.owed.discard(op.layer)
+            return ""
         for batch in _scope(op.batch, self.phase):
             if why := self._leave_experts(batch):
                 return why
-            if self.place.get((op.fn, op.layer)) != self.stands[batch]:
+            fn = "attention" if op.fn in PARTS else op.fn
+            if op.fn in PARTS:
+                before = PARTS[PARTS.index(op.fn) - 1] if op.fn != PARTS[0] else ""
+                if self.begun.get((op.layer, batch), "") != before:
+                    return f"batch {batch} has {before or 'no part of attention'} of L{op.layer} before it"
+                self.begun[op.layer, batch] = op.fn
+            if self.place.get((fn, op.layer)) != self.stands[batch]:
                 fn, layer = self.course[self.stands[batch]] if self.stands[batch] < len(self.course) else ("norm", -1)
                 return f"batch {batch} has {fn} L{layer} before it"
+            if op.fn in PARTS[:-1]:
+                continue
             self.stands[batch] += 1
             if op.fn == "router":
                 self.waiting[op.layer] += 1
@@ -455,7 +514,9 @@ class _Pass:
             return f"a batch is not yet routed in L{op.layer}, or has left it"
         # A set per scope, and one of all batches' sets together, so that no op asks every batch.
         others = (ALL, op.batch) if op.batch != ALL else (ALL, ALL - 1)
-        for tensor in op.tensors:
+        if _sent(self.plan, op):
+            self.owed.add(op.layer)
+        for tensor in (t for t in op.tensors if self.plan.tensors[t].kind in ("expert", "pick")):
             if tensor not in self.experts[op.layer]:
                 return f"{self.plan.names[tensor]} is no expert that L{op.layer} computes by that name"
             if any(tensor in self.met.get((op.layer, scope), ()) for scope in others):
@@ -474,6 +535,8 @@ class _Pass:
         met = self.met.get((layer, ALL), set()) | self.met.get((layer, batch), set())
         if missing := self.experts[layer] - met:
             return f"batch {batch} goes on without {self.plan.names[min(missing)]}"
+        if layer in self.owed:
+            return f"batch {batch} goes on without the sums of L{layer}"
         self.stands[batch] += 1
         return ""
 
@@ -497,12 +560,17 @@ class _Pass:
 
 _READ_BY = {
     "embed": ("embedding",), "attention": ("attention", "kv"), "router": ("router", "shared"), "dense": ("dense",), "norm": ("norm",),
+    "project": ("attention", "query"), "attend": ("kv", "query"), "output": ("attention", "query"), "add": ("sums",),
 }  # fmt: skip
+PARTS = ("project", "attend", "output")
 
 
 def _needs(plan: Plan, ids: dict[tuple[str, int, int], int], in_place: set[int], op: Compute) -> set[int]:
     """The tensors that an op must name: its weights, and a KV cache that does not live in the compute tier."""
-    keys = [(kind, op.layer, op.batch if kind == "kv" else 0) for kind in _READ_BY.get(op.fn, ())]
+    keys = [
+        (kind, -1 if kind in ("query", "sums") else op.layer, op.batch if kind in ("kv", "query") else 0)
+        for kind in _READ_BY.get(op.fn, ())
+    ]
     found = {ids[key] for key in keys if key in ids}
     return {t for t in found if plan.tensors[t].kind != "kv" or t not in in_place}
 

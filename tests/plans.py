@@ -152,6 +152,11 @@ def tiny_decision(
         embedding=True,
         layers=tuple(layers),
     )
+    if kv == "host" and max(getattr(module_, "CPU_ATTENTION", (0.0,))) > 0:
+        decision = decision.model_copy(update={"cpu_batches": min(2, decision.num_batches)})
+    if getattr(module_, "CPU_EXPERTS", False):
+        chosen = [layer.model_copy(update={"cpu_picks": len(layer.late) // 2}) for layer in decision.layers]
+        decision = decision.model_copy(update={"layers": tuple(chosen)})
     return decision.model_copy(update=changes)
 
 
@@ -206,6 +211,7 @@ def make_plan(spec: ModelSpec, hardware: Hardware, policy_name: str, decision: D
         dtype=spec.compute_dtype,
         hardware=hardware.name,
         compute_tier=hardware.compute_tier,
+        processors={name: processor.tier for name, processor in hardware.processors.items()},
         budgets={tier: t.capacity_bytes for tier, t in hardware.tiers.items()},
         workload=workload,
         envelope=Envelope(sequences=decision.sequences, prompt_len=workload.prompt_len, gen_len=workload.gen_len),

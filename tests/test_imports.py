@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER, RUNTIME = ROOT / "klotski_compiler", ROOT / "runtime" / "klotski_runtime"
 SOLVERS = ("ortools", "networkx", "pulp", "highspy")
-NEEDS_SOLVERS = tuple(f"klotski_compiler.{name}" for name in ("milp", "search", "record", "planner", "cli.compile"))
+NEEDS_SOLVERS = tuple(
+    f"klotski_compiler.{name}" for name in ("milp", "bounds", "search", "explain", "record", "planner", "cli.compile")
+)
 
 HIDE = """
 import sys

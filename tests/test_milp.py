@@ -11,7 +11,7 @@ import pytest
 
 from klotski_compiler.cost import Cost
 from klotski_compiler.errors import Infeasible
-from klotski_compiler.hardware import read_hardware
+from klotski_compiler.hardware import Hardware, read_hardware
 from klotski_compiler.milp.formulation import Formulation
 from klotski_compiler.milp.problem import HEAD_SLOTS, MAX_CLASSES, Group, Problem, build
 from klotski_compiler.milp.solve import RELATIVE_GAP, Solved, johnson, residency, spread
@@ -23,6 +23,12 @@ from plans import tiny_hardware, tiny_spec
 
 SEEDS = range(10)
 Case = tuple[Cost, Workload, Decision, dict[str, int]]
+
+
+def alone(hardware: Hardware) -> Hardware:
+    """The machine without a CPU that helps a GPU: what the formulations that are written out here cover."""
+    kept = {name: p for name, p in hardware.processors.items() if p.tier == hardware.compute_tier}
+    return hardware.model_copy(update={"processors": kept})
 
 
 def base_decision(layers: int, **sizes: int) -> Decision:
@@ -61,7 +67,7 @@ def random_case(seed: int) -> Case:
     rng = random.Random(seed)
     gpu = seed % 2 == 1
     spec = tiny_spec(layers=rng.choice([2, 3]), experts=rng.choice([2, 3, 4]))
-    hardware = tiny_hardware(gpu)
+    hardware = alone(tiny_hardware(gpu))
     routing = (
         uniform(spec) if rng.random() < 0.4 else uniform(spec).model_copy(update={"popularity": skewed(spec, rng)})
     )
@@ -385,7 +391,7 @@ def test_equals_cbc_on_another_formulation(seed: int) -> None:
 
 def whole_case(model: str, machine: str, gpu_bytes: int, **sizes: int) -> Case:
     """A shipped model on a shipped machine, uniformly routed."""
-    spec, hardware = read_model(model), read_hardware(machine)
+    spec, hardware = read_model(model), alone(read_hardware(machine))
     cost = Cost(spec, hardware, uniform(spec), spec.compute_dtype)
     decision = base_decision(len(spec.layers), **sizes)
     workload = Workload(prompt_len=512, gen_len=32, num_sequences=decision.sequences)
@@ -451,7 +457,7 @@ def test_shadow_price_is_the_finite_difference() -> None:
 @pytest.mark.parametrize("gpu", [False, True])
 def test_shortfall_is_what_is_missing(gpu: bool) -> None:
     """To the byte: so much more is enough, one byte less is not."""
-    spec, hardware = tiny_spec(), tiny_hardware(gpu)
+    spec, hardware = tiny_spec(), alone(tiny_hardware(gpu))
     cost = Cost(spec, hardware, uniform(spec), "bf16")
     decision = base_decision(len(spec.layers), num_batches=3, batch_size=2, lead=2, unit=1)
     workload = Workload(prompt_len=16, gen_len=8, num_sequences=12)
@@ -477,7 +483,7 @@ def test_experts_stay_on_disk_where_host_memory_ends() -> None:
 
 def test_many_different_layers_stay_a_small_model() -> None:
     """58 layers of 256 experts, no two alike."""
-    spec, hardware = read_model("deepseek-v3"), read_hardware("h800")
+    spec, hardware = read_model("deepseek-v3"), alone(read_hardware("h800"))
     routing = Routing(model=spec.name, source="random", tokens=0, popularity=skewed(spec, random.Random(0)))
     decision = base_decision(len(spec.layers), num_batches=4, batch_size=8, lead=8, unit=1)
     capacity = {"gpu": 60 << 30, "host": 1 << 40}

@@ -33,8 +33,11 @@ Key = tuple[str, int]  # tier, tensor
 Instance = tuple[int, int]  # pass (-1: the opening), op
 
 
+PROCESSORS = {"cpu": "host", "gpu": "gpu"}
+
+
 def place(program: RandomProgram) -> tuple[list[Placed], list[Pool]]:
-    return slots(program.entries, program.tensors, program.fixed, program.tier, len(program.fixed))
+    return slots(program.entries, program.tensors, program.fixed, PROCESSORS, len(program.fixed))
 
 
 def lowered(program: RandomProgram, passes: int) -> list[Step]:
@@ -81,7 +84,8 @@ class Memory:
                 self._load(entry, placed)
             elif not isinstance(entry, Bind):
                 tier = self.program.tier if isinstance(entry, Compute) else entry.link.split(">")[0]
-                assert placed.slots == tuple(self._where(tier, t) for t in entry.tensors)
+                read = placed.slots if isinstance(entry, Compute) else placed.sources
+                assert read == tuple(self._where(tier, t) for t in entry.tensors)
 
     def _load(self, entry: Load, placed: Placed) -> None:
         source, target = entry.link.split(">")
@@ -151,7 +155,7 @@ def test_the_slot_that_has_been_free_for_longest_is_reused() -> None:
     """So that a load waits for the oldest reader."""
     loads = [loading(t) for t in range(3)]
     entries = [*loads, evicting(1), evicting(0), evicting(2), loading(3), evicting(3)]
-    placed, _ = slots(entries, experts(4), {}, "host", 0)
+    placed, _ = slots(entries, experts(4), {}, PROCESSORS, 0)
     assert [p.slots for p in placed] == [(0,), (1,), (2,), (1,)]
 
 
@@ -174,7 +178,7 @@ def touched(step: Step, tensors: Sequence[Tensor], batches: int) -> tuple[set[ob
     if isinstance(op, Load):
         return picks | (set(step.sources) or caches), set(step.slots)
     if isinstance(op, Store):
-        return set(step.slots), caches
+        return set(step.sources), set(step.slots) or caches
     placed = list(zip(op.tensors, step.slots, strict=True))
     both: set[object] = {slot for n, slot in placed if tensors[n].kind == "kv"}
     reads |= picks | {slot for n, slot in placed if tensors[n].kind != "kv"}
@@ -362,5 +366,5 @@ WRONG: dict[str, tuple[list[Op | Evict], str]] = {
 def test_a_program_that_is_not_sound_is_refused_by_name(what: str) -> None:
     entries, why = WRONG[what]
     with pytest.raises(PlanError) as refusal:
-        slots(entries, experts(2), {}, "host", 0)
+        slots(entries, experts(2), {}, PROCESSORS, 0)
     assert (refusal.value.check, refusal.value.why) == ("slots", why)

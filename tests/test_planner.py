@@ -295,7 +295,7 @@ def test_joint_is_also_tried_without_spilling_kv() -> None:
     kinds = set()
     for base in search.bases("joint"):
         with suppress(Infeasible):
-            found = [{layer.kv for layer in decision.layers} for _, decision in search.fills("joint", base)]
-            assert len(found) == 1 or found[1] == {"gpu"} != found[0]
+            found = [{layer.kv for layer in decision.layers} for decision in search.fills("joint", base)]
+            assert len(found) < 2 or found[1] == {"gpu"} != found[0]
             kinds.add(len(found))
     assert 2 in kinds

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from klotski_compiler import report
 from klotski_compiler.plan import (
     ALL,
     Compute,
@@ -103,7 +104,9 @@ def experts_once(plan: Plan, phase: Phase) -> None:
     for step in plan.steps[phase.name]:
         if isinstance(step.op, Compute) and step.op.fn == "experts":
             for batch in range(phase.batches) if step.op.batch == ALL else [step.op.batch]:
-                met.update((step.op.layer, batch, tensor) for tensor in step.op.tensors)
+                met.update(
+                    (step.op.layer, batch, tensor) for tensor in step.op.tensors if plan.tensors[tensor].layer >= 0
+                )
     expected = Counter[tuple[int, int, int]]()
     for tensor in plan.tensors:
         if tensor.kind == "pick" or (
@@ -114,12 +117,13 @@ def experts_once(plan: Plan, phase: Phase) -> None:
 
 
 def streamed_slots(plan: Plan, phase: Phase) -> Counter[str]:
-    """Slots of the compute tier that loads of a phase write, by kind."""
+    """Slots of the compute tier that loads of a phase write, by kind; those of exchanges are there all the time."""
     found = {
         (plan.tensors[tensor].kind.replace("pick", "expert"), slot)
         for step in plan.steps[phase.name]
         if isinstance(step.op, Load) and step.op.link.endswith(f">{plan.compute_tier}")
         for tensor, slot in zip(step.op.tensors, step.slots, strict=True)
+        if plan.tensors[tensor].home != "none"
     }
     return Counter(kind for kind, _ in found)
 
@@ -133,7 +137,8 @@ def lifetimes(plan: Plan, phase: Phase) -> tuple[Counter[str], Counter[str]]:
     for number, step in enumerate(steps):
         if isinstance(step.op, Load) and step.op.link.endswith(f">{plan.compute_tier}"):
             for tensor in step.op.tensors:
-                loads.setdefault(tensor, []).append(number)
+                if plan.tensors[tensor].home != "none":
+                    loads.setdefault(tensor, []).append(number)
         elif isinstance(step.op, Compute | Store):
             for tensor in step.op.tensors:
                 readers.setdefault(tensor, []).append(number)
@@ -210,9 +215,16 @@ def test_experts_on_disk_pass_through_two_staging_slots_of_host_memory(name: str
 @pytest.mark.parametrize(("gpu", "kv"), PLACES)
 @pytest.mark.parametrize("name", POLICIES)
 def test_caches_that_do_not_live_in_the_compute_tier_travel_there_and_back(name: str, gpu: bool, kv: str) -> None:
-    """In decode: each once in a pass. Prefill makes them, and a load then moves no byte."""
+    """In decode: each once in a pass, but for those that the CPU attends to. Prefill makes them, and a load then moves no byte."""
     plan = tiny_plan(name, gpu, kv)
-    caches = Counter(t.id for t in plan.tensors if t.kind == "kv" and kv != plan.compute_tier)
+    attended = {
+        tensor
+        for step in plan.steps["decode"]
+        if isinstance(step.op, Compute) and step.op.fn == "attend"
+        for tensor in step.op.tensors
+    }
+    streamed = (t.id for t in plan.tensors if t.kind == "kv" and kv != plan.compute_tier)
+    caches = Counter(t for t in streamed if t not in attended)
     for verb in (Load, Store):
         moved = Counter(
             tensor
@@ -270,17 +282,26 @@ def test_the_plan_does_not_depend_on_the_hash_seed() -> None:
 
 
 def golden(name: str) -> str:
-    """Decode of a toy on a machine without a GPU: two layers of four experts, one of them resident, two batches, three slots for
-    experts. Ops in order with slots and waits; no numbers and times, so that a difference shows the change alone."""
+    """Decode of a toy: two layers of four experts, one of them resident, two batches, three slots for experts; on a machine with
+    a GPU where the policy gives the CPU work beside one. One layer as it is drawn, then all ops in order with slots and waits; no
+    numbers, so that a difference shows the change alone."""
     layer = replace(BARE, num_experts=4)
     spec = replace(tiny_spec(), layers=(layer, layer))
     late = {"static": 0, "solved": 1, "picks": 3}[policy(name).EXPERTS]
     streamed = (1, 2, 3)
-    chosen = LayerDecision(resident_experts=(0,), static=streamed[: 3 - late], late=streamed[3 - late :], kv="host")
+    chosen = LayerDecision(
+        resident_experts=(0,),
+        static=streamed[: 3 - late],
+        late=streamed[3 - late :],
+        cpu_picks=int(getattr(policy(name), "CPU_EXPERTS", False)),
+        kv="host",
+    )
     decision = tiny_decision(name, spec, "host", 2, 8, layers=(chosen, chosen), lead=3, hot=late // 3)
-    plan = tiny_plan(name, spec=spec, decision=decision)
+    gpu = any(hasattr(policy(name), what) for what in ("CPU_ATTENTION", "CPU_EXPERTS"))
+    plan = tiny_plan(name, gpu, spec=spec, decision=decision)
+    drawn = report.timeline(plan, "decode", 1).splitlines()[2 : 2 + len({s.op.stream for s in plan.steps["decode"]})]
     ops = [op_text(step.op, plan.names) for step in plan.steps["decode"]]
-    lines = [f"decode, {plan.phase('decode').batches} batches"]
+    lines = [f"decode, {plan.phase('decode').batches} batches, layer 1", *drawn, ""]
     for op, step in zip(ops, plan.steps["decode"], strict=True):
         waits = [f"after {ops[wait.op]}{' of the pass before' * wait.back}" for wait in step.waits]
         lines.append("; ".join([" ".join([op, *(f">{slot}" for slot in step.slots)]), *waits]))
@@ -301,4 +322,6 @@ def test_every_golden_file_has_its_policy_and_every_policy_its_timeline() -> Non
     assert {file.stem for file in GOLDEN.glob("*.txt")} == set(POLICIES)
     for name in POLICIES:
         drawn = [line.strip() for line in (inspect.getdoc(policy(name)) or "").splitlines()]
-        assert any(line.startswith("link ") for line in drawn) and any(line.startswith("compute ") for line in drawn)
+        assert any(line.startswith("link ") for line in drawn) and any(
+            line.startswith(("compute ", "gpu ")) for line in drawn
+        )

@@ -466,3 +466,30 @@ def test_a_plan_that_does_not_say_where_its_model_is(tiny: SimpleNamespace, caps
         main([str(tiny.path), "--threads", "0"])
     assert exit_.value.code == 2
     assert "'0' is not a positive number" in capsys.readouterr().err
+
+
+def test_a_plan_for_a_gpu_runs_where_there_is_none(
+    tiny: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused with a way out; with it, the same texts as those of a plan for this machine."""
+    hardware = read_hardware("rtx3090")
+    spec = read_model(tiny.folder)
+    request = Request(
+        spec,
+        hardware,
+        uniform(spec),
+        tiny.plan.workload,
+        {t: m.capacity_bytes for t, m in hardware.tiers.items()},
+        tiny.plan.dtype,
+    )
+    path = tmp_path / "gpu.json"
+    compile_plan(request).save(path)
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": p} for p in prompts(9, 5, 7)])
+    command = [str(path), "--model", str(tiny.folder), "--input", source]
+    assert main(command) == 2
+    assert "--emulate" in capsys.readouterr().err
+    texts = []
+    for arguments in ([*command, "--emulate"], [*tiny.run, "--input", source]):
+        assert main(arguments) == 0
+        texts.append([json.loads(line)["response"]["body"]["choices"] for line in capsys.readouterr().out.splitlines()])
+    assert texts[0] == texts[1]

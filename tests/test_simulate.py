@@ -18,7 +18,7 @@ from klotski_compiler.execute import execute
 from klotski_compiler.hardware import read_hardware
 from klotski_compiler.model import read_model
 from klotski_compiler.pipeline import Lowered, LoweredPhase, lower
-from klotski_compiler.plan import Bind, Compute, LayerDecision, Load, Step, Store, Workload
+from klotski_compiler.plan import Bind, Compute, LayerDecision, Load, Step, Workload
 from klotski_compiler.policies import POLICIES
 from klotski_compiler.routing import uniform
 from klotski_compiler.simulate import NEGLIGIBLE, SIMULATED_PASSES, Simulation, bubbles, simulate
@@ -201,7 +201,9 @@ def test_bubbles_and_computing_fill_the_span_of_the_compute_stream(
     steps, compute = decode(policy, gpu, kv), "gpu" if gpu else "cpu"
     times = random_times(steps, seed)
     log = simulated(steps, passes, times)
-    computing = sum(times[n] * passes for n, s in enumerate(steps) if isinstance(s.op, Compute | Bind))
+    computing = sum(
+        times[n] * passes for n, s in enumerate(steps) if s.op.stream == compute and isinstance(s.op, Compute | Bind)
+    )
     span = max(end for (_, n), (_, end) in log.items() if steps[n].op.stream == compute)
     idle = bubbles(steps, log, passes, compute)
     assert sum(idle.values()) + computing == pytest.approx(span)
@@ -212,8 +214,9 @@ def test_bubbles_and_computing_fill_the_span_of_the_compute_stream(
 @pytest.mark.parametrize("policy", POLICIES)
 def test_transfers_that_take_no_time_leave_no_bubble(policy: str, gpu: bool, kv: str) -> None:
     steps = decode(policy, gpu, kv)
-    times = [0.0 if isinstance(s.op, Load | Store) else 7.0 for s in steps]
-    found = simulate(steps, 9, "gpu" if gpu else "cpu", lambda x: times)
+    compute = "gpu" if gpu else "cpu"
+    times = [7.0 if s.op.stream == compute and isinstance(s.op, Compute | Bind) else 0.0 for s in steps]
+    found = simulate(steps, 9, compute, lambda x: times)
     assert sum(found.bubble_us.values()) == 0
     assert found.total_us == pytest.approx(9 * sum(times))
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 import pytest
 
 from klotski_compiler.execute import execute
-from klotski_compiler.plan import Bind, Compute, Load, Plan, Step, Store, Workload
+from klotski_compiler.plan import NOWHERE, Bind, Compute, Load, Plan, Step, Store, Workload
 from klotski_compiler.policies import POLICIES
 from klotski_runtime.streams import Perform, Ran, ThreadBackend
 from plans import tiny_plan, tiny_spec
@@ -118,7 +118,8 @@ class Slots:
 
     def __init__(self, plan: Plan, seed: int) -> None:
         self.plan, self.pause = plan, jitter(seed)
-        self.held: dict[int, int | str] = {slot: tensor for tensor, slot in plan.placed}
+        placed = [*plan.placed, *(pair for phase in plan.phases for pair in phase.placed)]
+        self.held: dict[int, int | str] = {slot: tensor for tensor, slot in placed}
         self.faults: list[str] = []
 
     def perform(self, number: int, step: Step, at: int) -> None:
@@ -130,7 +131,9 @@ class Slots:
                     self.held[slot] = f"op {number} of pass {at} on its way"
                 self._read(number, tensors, step.sources)
                 self.held.update(zip(step.slots, tensors, strict=True))
-            case Compute(tensors=tensors) | Store(tensors=tensors):
+            case Store(tensors=tensors):
+                self._read(number, tensors, step.sources)
+            case Compute(tensors=tensors):
                 self._read(number, tensors, step.slots)
 
     def _read(self, number: int, tensors: Sequence[int], slots: Sequence[int]) -> None:
@@ -138,7 +141,7 @@ class Slots:
             if moment:
                 self.pause()
             for tensor, slot in zip(tensors, slots, strict=False):
-                if self.held.get(slot) != tensor:
+                if slot != NOWHERE and self.held.get(slot) != tensor:
                     self.faults.append(f"op {number} finds {self.held.get(slot)} in slot {slot}, not {tensor}")
 
 

@@ -49,6 +49,14 @@ MOVED = {"static": {"expert"}, "solved": EXPERTS, "picks": {"pick"}}
 
 each_policy = pytest.mark.parametrize("policy_name", POLICIES)
 each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def some_pairs(third: int) -> pytest.MarkDecorator:
+    """A third of all pairs of a family and a policy: each with a third of the others."""
+    pairs = [(f, p) for i, f in enumerate(FAMILIES) for j, p in enumerate(POLICIES) if (i + j) % 3 == third]
+    return pytest.mark.parametrize(("family", "policy_name"), pairs)
+
+
 trained_model = pytest.mark.skipif(not TRAINED.exists(), reason="the trained model is not here")
 
 
@@ -169,9 +177,9 @@ def same(record_property: Callable[[str, object], None]) -> Iterator[Same]:
 # --------------------------------------------------------------------------------------------------------------- plans
 
 
-def machine() -> Hardware:
+def machine(gpu: bool = False) -> Hardware:
     """A slow machine, as fast in fp32 as in bf16."""
-    hardware = tiny_hardware()
+    hardware = tiny_hardware(gpu)
     processors = {
         name: processor.model_copy(update={"matmul": dict.fromkeys(("bf16", "fp32"), processor.matmul["bf16"])})
         for name, processor in hardware.processors.items()
@@ -225,8 +233,11 @@ def workload(prompts: Sequence[list[int]], gen_len: int) -> Workload:
     return Workload(prompt_len=max(map(len, prompts)), gen_len=gen_len, num_sequences=len(prompts))
 
 
-def decided(model: Resident, policy_name: str, kv: str = "host", gen_len: int = STEPS, **changes: Any) -> Plan:
-    """A plan in which every layer streams all of its weights; joint loads half of the experts by name and half by rank."""
+def decided(
+    model: Resident, policy_name: str, kv: str = "host", gen_len: int = STEPS, gpu: bool = False, **changes: Any
+) -> Plan:
+    """A plan in which every layer streams all of its weights; joint loads half of the experts by name and half by rank. On a GPU
+    the CPU has as much of the work as the policy gives it, and joint a named expert of every layer."""
     spec = replace(model.spec, compute_dtype="fp32")
     batch_size = 6 if policy(policy_name).ONE_BATCH else 2
     decision = tiny_decision(policy_name, spec, kv, batch_size=batch_size, **changes)
@@ -237,8 +248,12 @@ def decided(model: Resident, policy_name: str, kv: str = "host", gen_len: int = 
         )
         for layer in decision.layers
     )
+    if any(layer.expand_flops for layer in spec.layers):  # such a cache is for GPUs
+        decision = decision.model_copy(update={"cpu_batches": 0})
+    if gpu and policy_name == "joint":
+        layers = tuple(x.model_copy(update={"static": x.static[1:], "cpu": x.static[:1]}) for x in layers)
     decision = decision.model_copy(update={"layers": layers})
-    return plan_of(spec, policy_name, decision, workload(PROMPTS, gen_len))
+    return plan_of(spec, policy_name, decision, workload(PROMPTS, gen_len), gpu)
 
 
 def drawn(spec: ModelSpec, policy_name: str, rng: random.Random) -> tuple[Decision, Workload]:
@@ -282,9 +297,9 @@ def drawn(spec: ModelSpec, policy_name: str, rng: random.Random) -> tuple[Decisi
     return decision, workload(prompts, rng.choice([1, 2, 3, 9]))
 
 
-def plan_of(spec: ModelSpec, policy_name: str, decision: Decision, work: Workload) -> Plan:
+def plan_of(spec: ModelSpec, policy_name: str, decision: Decision, work: Workload, gpu: bool = False) -> Plan:
     """The plan of a decision."""
-    return edited(make_plan(spec, machine(), policy_name, decision, work), model_digest="").sealed()
+    return edited(make_plan(spec, machine(gpu), policy_name, decision, work), model_digest="").sealed()
 
 
 def loaded(plan: Plan, phase: str = "decode") -> set[str]:
@@ -311,7 +326,7 @@ def run(
 ) -> Ran:
     """All prompts through one engine, group after group."""
     rows, passes = [Row(prompt, plan.envelope.gen_len) for prompt in prompts], list[int]()
-    engine = Engine(plan, model.folder, import_model(model.folder), scratch, threads=1)
+    engine = Engine(plan, model.folder, import_model(model.folder), scratch, threads=1, emulate=True)
     try:
         engine.load()
         for first in range(0, len(rows), plan.envelope.sequences):
@@ -327,8 +342,7 @@ def run(
 # ------------------------------------------------------------------------------------------- every policy, every family
 
 
-@each_policy
-@each_family
+@some_pairs(0)
 def test_a_compiled_plan_that_streams_experts(
     family: str, policy_name: str, models: Models, same: Same, tmp_path: Path
 ) -> None:
@@ -353,6 +367,28 @@ def test_a_plan_that_streams_everything(
     assert {plan.tensors[t].kind for t, _ in plan.placed} == {"norm"}
     assert loaded(plan) >= {"kv", "head", "attention", "router"}
     assert loaded(plan) & EXPERTS == MOVED[policy(policy_name).EXPERTS]
+    same(model, run(plan, model, tmp_path).rows)
+
+
+@some_pairs(1)
+def test_a_plan_for_a_gpu(family: str, policy_name: str, models: Models, same: Same, tmp_path: Path) -> None:
+    helped(models(family), policy_name, same, tmp_path)
+
+
+@pytest.mark.parametrize("policy_name", ["moe_lightning", "hybrimoe"])
+@each_family
+def test_the_cpu_helps_a_gpu(family: str, policy_name: str, models: Models, same: Same, tmp_path: Path) -> None:
+    """One policy with attention on the CPU, one with experts."""
+    helped(models(family), policy_name, same, tmp_path)
+
+
+def helped(model: Resident, policy_name: str, same: Same, tmp_path: Path) -> None:
+    """With host memory in the GPU's place: every weight and all KV in host memory, the CPU at work beside the GPU."""
+    plan = decided(model, policy_name, gen_len=8, gpu=True, unit=2, head_pages=3, embedding=False)
+    kinds = {"head", "attention", "router"} | (
+        {"kv"} if plan.decision.cpu_batches < plan.decision.num_batches else {"query"}
+    )
+    assert loaded(plan) >= kinds
     same(model, run(plan, model, tmp_path).rows)
 
 

@@ -91,6 +91,12 @@ def changed(wanted: Callable[[Step], bool], change: Callable[[Step], Step]) -> P
     return with_step(PLAN, "decode", number, change(STEPS[number]))
 
 
+def on_another_processor() -> Plan:
+    """One router computes on a second processor of the compute tier."""
+    changed_ = op_changed(computes("router"), stream="npu")
+    return edited(changed_, processors={"cpu": "host", "npu": "host"}, streams=(*PLAN.streams, "npu"))
+
+
 def op_changed(wanted: Callable[[Step], bool], **fields: object) -> Plan:
     return changed(wanted, lambda step: step._replace(op=replace(step.op, **fields)))  # type: ignore[arg-type]
 
@@ -147,7 +153,7 @@ SPOILED: dict[str, tuple[str, Callable[[], Plan]]] = {
     "a wait points forward": ("streams", lambda: changed(loads("expert"), lambda s: s._replace(waits=(Wait(len(STEPS) - 1, 0),)))),
     "an op waits for itself": ("streams", lambda: changed(loads("pick"), lambda s: s._replace(waits=(Wait(STEPS.index(s), 0),)))),
     "a wait points nowhere": ("streams", lambda: changed(loads("expert"), lambda s: s._replace(waits=(Wait(999, 1),)))),
-    "two streams compute": ("streams", lambda: op_changed(computes("router"), stream="disk>host")),
+    "two streams compute": ("streams", on_another_processor),
     "slots overlap": ("arena", lambda: resized(4096)),
     "the peak is too low": ("budget", lambda: reforecast(peak_bytes={"host": HIGHEST - 1})),
     "the peak exceeds the budget": ("budget", lambda: reforecast(peak_bytes={"host": (1 << 30) + 1})),

@@ -4,9 +4,12 @@ Sets         g layer groups (of N_g equal layers), c expert classes of a group i
              layer), p phases (prefill, decode), k modules (attention, router, shared, dense), t tiers.
 Parameters   of one layer and pass: A attention, R router or dense MLP, C_c one expert's compute, L one expert's link
              time, l_c its expected link time after the router, M_k a module's link time, V and W link time of spilled
-             KV in and out; b = lead (expert slots), u = unit (experts per load), s slot bytes.
+             KV in and out; in decode beside a GPU also P_c one expert's compute on the CPU and, of the share of a
+             layer's batches that the CPU attends to, H its time there and K the time it spares the GPU; b = lead
+             (expert slots), u = unit (experts per load), s slot bytes.
 Variables    resident[g.c], static[g.c], late[g.c]: experts that never move, are streamed by name, are bound after the
-             router; disk[g.c]: of the static ones, those that live on disk although the machine has host memory
+             router; cpu[g.c]: experts that the CPU computes in decode (in prefill they are streamed by name);
+             disk[g.c]: of the static ones, those that live on disk although the machine has host memory
              between; resident[g.k], resident[head], resident[embedding]: modules; kv[g]: layers whose KV stays in the
              compute tier; spilling: whether any does not. All are integer, and totals over the layers of g.
              prefetched_us[g.p]: link time already done when a layer begins; period_us[g.p], period_us[end.p]: T.
@@ -116,6 +119,7 @@ class Formulation:
         for group, phase, work in self.periods():
             self.prefetch(group, phase)
             self.processor(group, phase, work)
+            self.cpu_processor(group, phase, work)
             self.link(group, phase, work)
             self.disk_link(group, phase)
             self.store_link(group, phase, work)
@@ -145,6 +149,8 @@ class Formulation:
                 self._count(f"resident[{g.name}.c{c}]", whole)
                 self._count(f"static[{g.name}.c{c}]", whole)
                 self._count(f"late[{g.name}.c{c}]", whole if g.late[c] else 0)
+                if problem.cpu:
+                    self._count(f"cpu[{g.name}.c{c}]", whole)
                 if self.homes_on_disk:
                     self._count(f"disk[{g.name}.c{c}]", whole)
             for phase in () if self.elastic else problem.passes:
@@ -174,7 +180,7 @@ class Formulation:
             )
         )
 
-    def steps(self, g: Group, work: LayerWork) -> list[Step]:
+    def steps(self, g: Group, phase: str, work: LayerWork) -> list[Step]:
         """Streamed experts in compute order: static, then late, each in class order (Johnson's, see
         ``solve.johnson``)."""
         out = []
@@ -183,13 +189,34 @@ class Formulation:
                 if late and not g.late[c]:
                     continue
                 name = f"{'late' if late else 'static'}[{g.name}.c{c}]"
-                load = {name: cost.late_us if late else g.expert.load_us}
-                out.append(Step(name, load, {name: cost.compute_us}, min(1.0, self.problem.unit / size), late))
+                names = [name] if late else self.named(g, c, phase)
+                load = dict.fromkeys(names, cost.late_us if late else g.expert.load_us)
+                compute = dict.fromkeys(names, cost.compute_us)
+                out.append(Step(name, load, compute, min(1.0, self.problem.unit / size), late))
         return out
+
+    def named(self, g: Group, c: int, phase: str) -> list[str]:
+        """The variables that count the experts of a class that are streamed by name."""
+        both = [f"static[{g.name}.c{c}]", f"cpu[{g.name}.c{c}]"]
+        return both if self.problem.cpu and not self.helped(phase) else both[:1]
 
     def residents_us(self, g: Group, work: LayerWork) -> Terms:
         """sum_c C_c resident[g.c]."""
         return {f"resident[{g.name}.c{c}]": cost.compute_us for c, cost in enumerate(work.classes)}
+
+    def experts_us(self, g: Group, phase: str, work: LayerWork) -> Terms:
+        """sum_c C_c (m_c - cpu[g.c]): the experts of the compute tier's processor."""
+        whole = sum(size * cost.compute_us for size, cost in zip(g.sizes, work.classes, strict=True))
+        spared = {f"cpu[{g.name}.c{c}]": -cost.compute_us for c, cost in enumerate(work.classes)}
+        return plus({"": g.count * whole}, spared if self.helped(phase) else {})
+
+    def attention_us(self, g: Group, work: LayerWork) -> Terms:
+        """A - K where KV is spilled."""
+        return plus({"": g.count * work.attention_us}, times(-1.0, self.kv_us(g, work.spared_us)))
+
+    def helped(self, phase: str) -> bool:
+        """Whether the CPU may compute beside the GPU: in decode."""
+        return self.problem.cpu and phase == "decode"
 
     def kv_us(self, g: Group, us: float) -> Terms:
         """us (N_g - kv[g])."""
@@ -198,15 +225,14 @@ class Formulation:
     # --------------------------------------------------------------------------------------------------- families
 
     def assign(self) -> None:
-        """resident + static + late = m_c N_g;  disk <= static: what the router names late is read from the nearer
+        """resident + static + late + cpu = m_c N_g;  disk <= static: what the router names late is read from the nearer
         tier."""
+        kinds = ("resident", "static", "late", *(("cpu",) if self.problem.cpu else ()))
         for g in self.problem.groups:
             for c, size in enumerate(g.sizes):
                 where = f"{g.name}.c{c}"
                 whole = float(size * g.count)
-                self._row(
-                    f"assign[{where}]", {f"{v}[{where}]": 1.0 for v in ("resident", "static", "late")}, whole, whole
-                )
+                self._row(f"assign[{where}]", {f"{v}[{where}]": 1.0 for v in kinds}, whole, whole)
                 if self.homes_on_disk:
                     self._row(f"disk_is_static[{where}]", {f"static[{where}]": 1.0, f"disk[{where}]": -1.0}, 0.0)
 
@@ -246,20 +272,32 @@ class Formulation:
     def prefetch(self, g: Group, phase: str) -> None:
         """prefetched <= streamed modules + static loads;  prefetched <= streamed modules + b L: what the slots hold."""
         credit = times(-1.0, self._prefetched(g, phase))
-        statics = {f"static[{g.name}.c{c}]": g.expert.load_us for c in range(len(g.sizes))}
+        statics = {name: g.expert.load_us for c in range(len(g.sizes)) for name in self.named(g, c, phase)}
         self._row(f"prefetch_named[{g.name}.{phase}]", plus(self.modules_us(g), statics, credit), 0.0)
         slots = {"": g.count * self.problem.lead * g.expert.load_us}
         self._row(f"prefetch_slots[{g.name}.{phase}]", plus(self.modules_us(g), slots, credit), 0.0)
 
     def processor(self, g: Group, phase: str, work: LayerWork) -> None:
-        """T >= A + R + sum_c C_c m_c: all of the layer's compute, wherever its experts live."""
-        experts = sum(size * cost.compute_us for size, cost in zip(g.sizes, work.classes, strict=True))
-        self._period("processor", g, phase, {"": g.count * (work.batches_us + experts)})
+        """T >= A + R + experts: all of the layer's compute, wherever its experts live."""
+        router = {"": g.count * work.router_us}
+        self._period("processor", g, phase, plus(self.attention_us(g, work), router, self.experts_us(g, phase, work)))
+
+    def cpu_processor(self, g: Group, phase: str, work: LayerWork) -> None:
+        """T >= H where KV is spilled + sum_c P_c cpu[g.c];  T >= A + R + sum_c P_c cpu[g.c]: the router speaks first;
+        T >= H + R + experts: the router waits for what the CPU attends to."""
+        if not self.helped(phase):
+            return
+        computes = {f"cpu[{g.name}.c{c}]": cost.cpu_us for c, cost in enumerate(work.classes)}
+        attends, router = self.kv_us(g, work.cpu_attend_us), {"": g.count * work.router_us}
+        self._period("cpu.work", g, phase, plus(attends, computes))
+        self._period("cpu.experts", g, phase, plus(self.attention_us(g, work), router, computes))
+        if work.cpu_attend_us:
+            self._period("cpu.attention", g, phase, plus(attends, router, self.experts_us(g, phase, work)))
 
     def link(self, g: Group, phase: str, work: LayerWork) -> None:
         """T >= streamed modules + static loads + late loads + spilled KV: a layer prefetches for the next what it was
         spared."""
-        loads = [step.load for step in self.steps(g, work)]
+        loads = [step.load for step in self.steps(g, phase, work)]
         self._period("link", g, phase, plus(self.modules_us(g), *loads, self.kv_us(g, work.kv_load_us)))
 
     def disk_link(self, g: Group, phase: str) -> None:
@@ -275,11 +313,10 @@ class Formulation:
     def weights_first(self, g: Group, phase: str, work: LayerWork) -> None:
         """T >= M_attention - prefetched + all compute;  T >= M - prefetched + R + experts: modules before what needs
         them."""
-        experts = sum(size * cost.compute_us for size, cost in zip(g.sizes, work.classes, strict=True))
         credit = times(-1.0, self._prefetched(g, phase))
-        whole = {"": g.count * (work.batches_us + experts)}
+        rest = plus({"": g.count * work.router_us}, self.experts_us(g, phase, work))
+        whole = plus(self.attention_us(g, work), rest)
         self._period("weights_first.attention", g, phase, plus(self.modules_us(g, "attention"), whole, credit))
-        rest = {"": g.count * (work.router_us + experts)}
         self._period("weights_first.router", g, phase, plus(self.modules_us(g), rest, credit))
 
     def deadlines(self, g: Group, phase: str, work: LayerWork) -> None:
@@ -288,20 +325,19 @@ class Formulation:
         The paths of a two-machine flow shop, with the link's head start: a soft deadline for every expert.
         """
         start = plus(self.modules_us(g), times(-1.0, self._prefetched(g, phase)))
-        for name, path in _paths(self.steps(g, work)):
+        for name, path in _paths(self.steps(g, phase, work)):
             self._period(f"deadlines.{name}", g, phase, plus(start, path))
 
     def late_deadlines(self, g: Group, phase: str, work: LayerWork) -> None:
         """T >= A + R + late loads up to i + computes from i on, for every late class i: the router speaks first."""
-        start = {"": g.count * work.batches_us}
-        for name, path in _paths([step for step in self.steps(g, work) if step.late]):
+        start = plus(self.attention_us(g, work), {"": g.count * work.router_us})
+        for name, path in _paths([step for step in self.steps(g, phase, work) if step.late]):
             self._period(f"late_deadlines.{name}", g, phase, plus(start, path))
 
     def kv_deadline(self, g: Group, phase: str, work: LayerWork) -> None:
         """T >= V (1 - what the spill slots hold) + R + experts: the last batch's KV arrives before its attention."""
         if ahead := work.kv_load_us * (1.0 - work.kv_ahead):
-            experts = sum(size * cost.compute_us for size, cost in zip(g.sizes, work.classes, strict=True))
-            after = {"": g.count * (work.router_us + experts)}
+            after = plus({"": g.count * work.router_us}, self.experts_us(g, phase, work))
             self._period("kv_deadline", g, phase, plus(self.kv_us(g, ahead), after))
 
     def slot_order(self, g: Group, phase: str, work: LayerWork) -> None:
@@ -310,9 +346,15 @@ class Formulation:
         Until class i is computed at most b further experts fit; what is left, and what the next layer wants to find,
         comes after.
         """
-        steps = self.steps(g, work)
-        held = {"": g.count * (work.batches_us - self.problem.lead * g.expert.load_us)}
-        start = plus(held, self.residents_us(g, work), self._prefetched(g, phase), times(-1.0, self.modules_us(g)))
+        steps = self.steps(g, phase, work)
+        held = {"": g.count * (work.router_us - self.problem.lead * g.expert.load_us)}
+        start = plus(
+            held,
+            self.attention_us(g, work),
+            self.residents_us(g, work),
+            self._prefetched(g, phase),
+            times(-1.0, self.modules_us(g)),
+        )
         for i in range(len(steps)):
             path = plus(*(s.compute for s in steps[:i]), *(s.load for s in steps[i:]))
             self._period(f"slot_order.{steps[i].name}", g, phase, plus(start, path))
@@ -320,7 +362,7 @@ class Formulation:
     def slot_time(self, g: Group, phase: str, work: LayerWork) -> None:
         """b T >= u sum over streamed experts of (load + compute): each holds its slot while its unit loads and
         computes."""
-        if steps := self.steps(g, work):
+        if steps := self.steps(g, phase, work):
             held = plus(*(s.load for s in steps), *(s.compute for s in steps))
             self._period("slot_time", g, phase, times(self.problem.unit / self.problem.lead, held))
 

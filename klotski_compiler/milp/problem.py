@@ -12,7 +12,7 @@ from itertools import groupby
 from klotski_compiler.cost import ALWAYS, Cost, Shape
 from klotski_compiler.model import Layer, Module
 from klotski_compiler.pipeline import shapes
-from klotski_compiler.plan import ALL, PAGE_BYTES, Decision, Workload, align_up
+from klotski_compiler.plan import ALL, CPU, PAGE_BYTES, Decision, Workload, align_up
 from klotski_compiler.tensors import MODULES, kv_bytes
 from klotski_compiler.workspace import spill_bytes
 
@@ -34,16 +34,18 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class ClassWork:
-    """One expert of a class in one pass: its compute, and its link time where it is bound after the router
-    (expected)."""
+    """One expert of a class in one pass: its compute, its link time where it is bound after the router (expected), and its
+    compute on the CPU."""
 
     compute_us: float
     late_us: float
+    cpu_us: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWork:
-    """One layer in one pass: all batches through attention, then through router (or dense MLP); classes; spilled KV."""
+    """One layer in one pass: all batches through attention, then through router (or dense MLP); classes; spilled KV: what it takes
+    the links, what attending to it takes the CPU and spares the GPU."""
 
     attention_us: float
     router_us: float
@@ -51,6 +53,8 @@ class LayerWork:
     kv_load_us: float
     kv_store_us: float
     kv_ahead: float
+    cpu_attend_us: float = 0.0
+    spared_us: float = 0.0
 
     @property
     def batches_us(self) -> float:
@@ -94,6 +98,7 @@ class Problem:
 
     head: all its pages, head_pages of them (0: it must be resident). may_spill: the machine can write KV back.
     home_tier: where the rest of the weights lives, if that is a memory with a capacity (host, on a machine with a GPU).
+    cpu: whether a CPU may compute beside a GPU.
     """
 
     groups: tuple[Group, ...]
@@ -111,6 +116,7 @@ class Problem:
     capacity: dict[str, int]
     lead: int
     unit: int
+    cpu: bool = False
 
 
 def build(
@@ -154,7 +160,7 @@ def build(
                 modules={kind: item(m) for kind in MODULES if (m := getattr(layer, kind))},
                 expert=item(layer.expert, loads=1 / decision.unit) if layer.expert else Item(0, 0.0, 0.0),
                 kv_slot_bytes=decision.num_batches * kv[members[0]],
-                work={s.name: _work(cost, members[0], classes, s, decision.unit, (into, back)) for s in phases},
+                work={s.name: _work(cost, members[0], classes, s, decision, (into, back)) for s in phases},
             )
         )
     return Problem(
@@ -173,6 +179,7 @@ def build(
         capacity=capacity,
         lead=decision.lead,
         unit=decision.unit,
+        cpu=_has_cpu(cost),
     )
 
 
@@ -214,9 +221,10 @@ def middle(shape: Shape) -> float:
 
 
 def _work(
-    cost: Cost, number: int, classes: list[list[int]], shape: Shape, unit: int, links: tuple[str, str]
+    cost: Cost, number: int, classes: list[list[int]], shape: Shape, decision: Decision, links: tuple[str, str]
 ) -> LayerWork:
-    layer, processor = cost.spec.layers[number], cost.processor
+    layer, processor, unit = cost.spec.layers[number], cost.processor, decision.unit
+    helped = _has_cpu(cost) and shape.decoding
     tokens, batch_tokens = shape.scope_tokens(ALL), shape.scope_tokens(0)
     if layer.expert:
         router = shape.batches * cost.router_us(layer, batch_tokens) + processor.op_us  # and one bind
@@ -229,15 +237,28 @@ def _work(
         link = cost.hardware.links[links[0]]
         assert layer.expert is not None
         late = touched * layer.expert.nbytes * 1e6 / link.bandwidth_bytes_per_s + link.latency_us / unit
-        work.append(ClassWork(compute, late))
+        elsewhere = sum(cost.expert_us(number, e, tokens, CPU) for e in members) / len(members) if helped else 0.0
+        work.append(ClassWork(compute, late, elsewhere))
     position = shape.batch_size * layer.kv_elements * cost.compute_bytes
     load = store = 0.0
     if links[1] in cost.hardware.links:
         # Prefill has nothing to read back: it makes the cache.
-        load = shape.batches * cost.kv_us(links[0], position * middle(shape)) if shape.name == "decode" else 0.0
+        moved = shape.batches - (decision.cpu_batches if helped else 0)
+        load = moved * cost.kv_us(links[0], position * middle(shape)) if shape.name == "decode" else 0.0
         store = shape.batches * cost.kv_us(links[1], position * shape.tokens)
     attention = shape.batches * cost.attention_us(layer, shape, middle(shape))
-    return LayerWork(attention, router, tuple(work), load, store, min(1.0, SPILL_SLOTS / shape.batches))
+    attend = spared = 0.0
+    if helped and decision.cpu_batches:
+        cpu, sequences = cost.hardware.processors[CPU], shape.batch_size
+        attend = decision.cpu_batches * (cpu.op_us + cost.attend_us(layer, sequences, middle(shape), cpu))
+        spared = decision.cpu_batches * cost.attend_us(layer, sequences, middle(shape), processor)
+    ahead = min(1.0, SPILL_SLOTS / shape.batches)
+    return LayerWork(attention, router, tuple(work), load, store, ahead, attend, spared)
+
+
+def _has_cpu(cost: Cost) -> bool:
+    """Whether a CPU may compute beside a GPU."""
+    return cost.hardware.compute_tier == "gpu" and CPU in cost.hardware.processors
 
 
 def _end(cost: Cost, shape: Shape, pages: int) -> EndWork:

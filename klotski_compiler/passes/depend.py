@@ -1,8 +1,8 @@
 """depend: the only file that knows the rule. Read after write, write after read, write after write, over the cells of memory.
 
-Cells are slots, the hidden states of a batch, the routing and the bindings of a layer, spilled KV, and the token ids. A phase is
-replayed, so edges are found on an unrolled sequence: the openings (loads for the next pass, issued once before the first), then
-two whole passes.
+Cells are slots, the hidden states of a batch, the experts' input, the routing and the bindings of a layer, KV on disk, and the
+token ids. A phase is replayed, so edges are found on an unrolled sequence: the openings (loads for the next pass, issued once
+before the first), then two whole passes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 
 from klotski_compiler.passes.slots import Placed
-from klotski_compiler.plan import ALL, Bind, Compute, Load, Store, Tensor
+from klotski_compiler.plan import ALL, NOWHERE, OVERWRITE, Bind, Compute, Load, Store, Tensor, writes
 
 Cell = Hashable
 Cells = tuple[list[Cell], list[Cell]]
@@ -52,56 +52,67 @@ def depend(ops: Sequence[Placed], cells: Sequence[Cells], passes: int) -> dict[I
 
 def cells_of(placed: Placed, tensors: Sequence[Tensor], batches: int) -> Cells:
     """What an op reads and what it writes."""
-    op, reads, writes = placed.op, list[Cell](), list[Cell]()
+    op, reads, written = placed.op, list[Cell](), list[Cell]()
     match op:
         case Load():
             reads += placed.sources
-            writes += placed.slots
+            written += placed.slots
             for tensor in (tensors[t] for t in op.tensors):
                 if tensor.kind == "pick":
                     reads.append(("bound", tensor.layer, tensor.index))
-                elif tensor.kind == "kv":
+                elif tensor.kind == "kv" and not placed.sources:
                     reads.append(("spilled", tensor.layer, tensor.index))
         case Store():
-            reads += placed.slots
-            writes += [("spilled", tensors[t].layer, tensors[t].index) for t in op.tensors]
+            reads += placed.sources
+            written += placed.slots
+            for tensor in (tensors[t] for t in op.tensors):
+                if tensor.kind == "rows":
+                    reads.append("input")
+                elif not placed.slots:
+                    written.append(("spilled", tensor.layer, tensor.index))
         case Bind():
             scope = range(batches) if op.batch == ALL else range(op.batch + 1)
             if op.rule != "predicted":
                 reads += [("routed", op.layer, batch) for batch in scope]
-            writes += [("bound", op.layer, pick) for pick in range(op.first, op.first + op.count)]
+            written += [("bound", op.layer, pick) for pick in range(op.first, op.first + op.count)]
         case Compute():
-            _compute_cells(op, placed, tensors, batches, reads, writes)
-    return reads, writes
+            _compute_cells(op, placed, tensors, batches, reads, written)
+    return reads, written
 
 
 def _compute_cells(
-    op: Compute, placed: Placed, tensors: Sequence[Tensor], batches: int, reads: list[Cell], writes: list[Cell]
+    op: Compute, placed: Placed, tensors: Sequence[Tensor], batches: int, reads: list[Cell], written: list[Cell]
 ) -> None:
     scope = list(range(batches)) if op.batch == ALL else [op.batch]
     hidden: list[Cell] = [("hidden", batch) for batch in scope]
     for number, slot in zip(op.tensors, placed.slots, strict=True):
         tensor = tensors[number]
-        (writes if tensor.kind == "kv" else reads).append(slot)
+        if slot != NOWHERE:
+            (written if writes(op.fn, tensor.kind) else reads).append(slot)
+            if tensor.kind == "query":
+                reads.append(slot)  # the way through host memory is one chain
         if tensor.kind == "pick":
             reads.append(("bound", tensor.layer, tensor.index))
+    if op.fn in OVERWRITE:
+        written.append("input")
     match op.fn:
         case "embed":
             reads.append("tokens")
-            writes += hidden
-        case "attention" | "dense":
-            writes += hidden
+            written += hidden
+        case "attention" | "project" | "output" | "dense" | "add":
+            written += hidden
         case "router":
-            writes += hidden
-            writes += [("routed", op.layer, batch) for batch in scope]
+            written += hidden
+            written += [("routed", op.layer, batch) for batch in scope]
         case "experts":
             reads += [("routed", op.layer, batch) for batch in scope]
-            writes += hidden
+            if all(tensors[t].kind != "sums" for t in op.tensors):
+                written += hidden
         case "norm":
             reads += hidden
-            writes.append("last")
+            written.append("last")
         case "head":
-            writes.append("last")
+            written.append("last")
         case "sample":
             reads.append("last")
-            writes.append("tokens")
+            written.append("tokens")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from klotski_compiler.errors import PlanError
-from klotski_compiler.plan import Bind, Compute, Load, Op, Tensor
+from klotski_compiler.plan import NOWHERE, Bind, Compute, Load, Op, Tensor
 from klotski_compiler.program import Evict
 
 FOREVER = 1 << 60
@@ -21,7 +21,7 @@ FOREVER = 1 << 60
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """An op with the slots of its tensors (compute and load: in the target tier) and, for staged loads, where they read."""
+    """An op with its slots and sources, as a ``Step`` has them."""
 
     op: Op
     slots: tuple[int, ...]
@@ -43,10 +43,11 @@ def slots(
     entries: Sequence[Op | Evict],
     tensors: Sequence[Tensor],
     fixed: dict[tuple[str, int], int],
-    compute_tier: str,
+    processors: dict[str, str],
     first: int,
 ) -> tuple[list[Placed], list[Pool]]:
-    """Place the ops of one phase. ``fixed``: (tier, tensor) -> permanent slot. New slots are numbered from ``first``.
+    """Place the ops of one phase. ``fixed``: (tier, tensor) -> slot that it keeps. ``processors``: the tier of each. New slots
+    are numbered from ``first``.
 
     Raises PlanError where a policy loads what it never evicts, or reads what it has not loaded.
     """
@@ -118,13 +119,21 @@ def slots(
                 where[target, tensor] = take(pool_of(target, tensors[tensor]), start, end)
             placed.append(Placed(entry, tuple(where[target, t] for t in entry.tensors), sources))
             continue
-        tier = compute_tier if isinstance(entry, Compute) else entry.link.split(">")[0]
-        try:
-            found = tuple(where[tier, t] for t in entry.tensors)
-        except KeyError as missing:
-            name = tensors[missing.args[0][1]].name
-            raise PlanError("slots", f"{entry.stream} op reads {name}, which is not in {tier}") from None
-        placed.append(Placed(entry, found, ()))
+        tier, target = (processors[entry.stream], "") if isinstance(entry, Compute) else entry.link.split(">")
+        found = tuple(where.get((tier, t), NOWHERE) for t in entry.tensors)
+        for number, slot in zip(entry.tensors, found, strict=True):
+            # What the CPU computes of late experts, and what it is sent of hidden states, needs no slot to be found.
+            if (
+                slot == NOWHERE
+                and not (tensors[number].kind == "pick" and tier == "host")
+                and tensors[number].kind != "rows"
+            ):
+                raise PlanError("slots", f"{entry.stream} op reads {tensors[number].name}, which is not in {tier}")
+        if isinstance(entry, Compute):
+            placed.append(Placed(entry, found, ()))
+        else:
+            into = tuple(where[target, t] for t in entry.tensors if (target, t) in where)
+            placed.append(Placed(entry, into, tuple(slot for slot in found if slot != NOWHERE)))
     return placed, [pools[key] for key in sorted(pools)]
 
 

@@ -13,6 +13,7 @@ from klotski_compiler.program import Program
 
 ONE_BATCH = True  # a forward sees one batch; more prompts are more forwards
 EXPERTS = "static"
+OVERLAPS = False
 
 
 def build(p: Program) -> None:

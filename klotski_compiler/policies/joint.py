@@ -20,6 +20,7 @@ from klotski_compiler.program import HEAD_SLOTS, Program
 
 ONE_BATCH = False
 EXPERTS = "solved"
+CPU_ATTENTION = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def build(p: Program) -> None:
@@ -28,7 +29,7 @@ def build(p: Program) -> None:
     p.embed()
     for layer in p.layers:
         queue.advance(layer)
-        for _ in p.attend(layer):
+        for _ in p.attend_with_cpu(layer):
             pass
         queue.release(*p.attention_weights(layer))
         for batch in p.batches:
@@ -37,6 +38,7 @@ def build(p: Program) -> None:
         if p.is_moe(layer):
             p.bind(layer, "rank", 0, len(p.picks(layer)))
             queue.bound = layer
+            p.experts_on_cpu(layer)
             queue.advance(layer)
             p.experts(layer, p.resident_experts(layer))
             for streamed in (p.static_experts(layer), p.picks(layer)):
@@ -44,6 +46,7 @@ def build(p: Program) -> None:
                     unit = streamed[number : number + p.decision.unit]
                     p.experts(layer, unit)
                     queue.release(*unit, slots=len(unit))
+            p.add_sums(layer)
     queue.advance(len(p.layers))
     p.logits(queue.next_page)
 

@@ -19,15 +19,15 @@ from klotski_compiler.cost import GATHERED_ROWS, ROW_READERS
 from klotski_compiler.errors import ConfigError, ExecError, KlotskiError, PlanError, window
 from klotski_compiler.execute import execute
 from klotski_compiler.model import spec_from_config
-from klotski_compiler.plan import ALL, Bind, Compute, Load, Phase, Plan, Slot, Step, Store, Tensor
+from klotski_compiler.plan import ALL, NOWHERE, Bind, Compute, Load, Phase, Plan, Step, Store, Tensor
 from klotski_compiler.tensors import page_rows
 from klotski_compiler.verify import verify
 from klotski_runtime import binding
-from klotski_runtime.arena import Arena
-from klotski_runtime.checkpoint import EMBEDDING, HEAD, PAGE, Checkpoint, Layout, ModuleKey, Segment, layout
+from klotski_runtime.checkpoint import EMBEDDING, HEAD, PAGE, Checkpoint, ModuleKey
 from klotski_runtime.kernels import Chunks, Group, kernel_threads
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.measured import Measured, Watch
+from klotski_runtime.places import Places, module_key
 from klotski_runtime.reader import DiskReader, RowGather
 from klotski_runtime.skeleton import Skeleton
 from klotski_runtime.spill import SpillFile
@@ -58,14 +58,19 @@ class Engine:
         scratch: Path,
         threads: int = 0,
         keep_log: bool = False,
+        emulate: bool = False,
     ) -> None:
         """config: from ``skeleton.import_model``. threads: of a kernel (0: one per core). keep_log: of every op, for a trace.
+        emulate: a plan for a GPU runs with host memory in the place of the GPU's.
 
         Raises ConfigError or PlanError where plan, model and machine do not fit.
         """
         verify(plan)
-        if plan.compute_tier != "host":
-            raise ConfigError("plan", "compute_tier", f"{plan.compute_tier}: this runtime computes in host memory only")
+        if plan.compute_tier != "host" and not emulate:
+            why = (
+                f"{plan.compute_tier}: this runtime computes in host memory only; --emulate takes it for the GPU's, too"
+            )
+            raise ConfigError("plan", "compute_tier", why)
         self.plan, self._config, self._keep_log = plan, config, keep_log
         self.threads = threads or len(os.sched_getaffinity(0))
         kernel_threads(1)
@@ -73,14 +78,7 @@ class Engine:
         self.checkpoint = Checkpoint.open(folder, self.skeleton.model)
         self._check_model()
         self.reader = DiskReader()
-        self.arena = Arena(max((s.offset + s.nbytes for s in plan.slots if s.tier == "host"), default=0))
-        self.arena.populate()
-        self._resident = dict(plan.placed)
-        self._layouts: dict[int, tuple[ModuleKey, tuple[Segment, ...], Layout]] = {}
-        self._occupant: dict[int, ModuleKey] = {}
-        self._parts: dict[int, tuple[int, dict[str, torch.Tensor]]] = {}
-        self._kv_shapes = [self.skeleton.kv_shape(layer) for layer in range(self.skeleton.layers)]
-        self._capacity = plan.envelope.prompt_len + plan.envelope.gen_len
+        self.places = Places(plan, self.skeleton, self.checkpoint, self.reader)
         self._spill = self._open_spill(scratch)
         self._row_reader = DiskReader(ROW_READERS)  # its own: gathers must not queue behind a large load
         self._rows = self._gather()
@@ -166,61 +164,6 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------- placing
 
-    def slot(self, number: int) -> Slot:
-        """The byte range of a slot."""
-        return self.plan.slots[number]
-
-    def fetch(self, modules: Sequence[tuple[Tensor, int, int]]) -> None:
-        """Read modules (tensor, slot, expert) from the checkpoint into their slots and make their weights usable there."""
-        parts, done = [], []
-        for tensor, slot, expert in modules:
-            key = module_key(tensor, expert)
-            segments, plan = self._layout(tensor, key)
-            at = self.slot(slot)
-            if plan.slot_bytes > at.nbytes:
-                raise PlanError(
-                    "model", f"{tensor.name} needs {plan.slot_bytes:,} bytes, its slot has {at.nbytes:,}; compile again"
-                )
-            if old := self._occupant.pop(slot, None):
-                self.skeleton.unbind(old)
-            parts.append((plan.extents, self.arena.view(at.offset, at.nbytes)))
-            done.append((slot, key, self._views(at, segments, plan)))
-        self.reader.read_all(parts)
-        for slot, key, views in done:
-            if key.kind in ("expert", "head"):
-                self._parts[slot] = (key.index, views)
-            else:
-                self.skeleton.bind(key, views)
-                self._occupant[slot] = key
-
-    def _views(self, at: Slot, segments: Sequence[Segment], plan: Layout) -> dict[str, torch.Tensor]:
-        return {
-            segment.name: self.arena.tensor(at.offset + offset, segment.nbytes, segment.dtype, segment.shape)
-            for segment, offset in zip(segments, plan.offsets, strict=True)
-        }
-
-    def parts(self, slot: int) -> tuple[int, dict[str, torch.Tensor]]:
-        """The expert (or head page) in a slot."""
-        return self._parts[slot]
-
-    def kv(self, layer: int, batch: int, size: int, slot: int | None) -> KvBlock:
-        """The KV block of a layer and batch of ``size`` sequences: in its permanent slot, or in the one given."""
-        number = self._resident[self._kv_id(layer, batch)] if slot is None else slot
-        shape, dtype = self._kv_shapes[layer], self.skeleton.compute_dtype
-        count = size * self._capacity * shape.elements
-        storage = self.arena.tensor(self.slot(number).offset, count * dtype.itemsize, dtype, (count,))
-        return KvBlock(storage, shape, size, self._capacity)
-
-    def state(self, phase: Phase, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The hidden states of a phase: wide [tokens, hidden], then x."""
-        skeleton, at = self.skeleton, self.slot(phase.placed[0][1])
-        wide, width = tokens * skeleton.hidden * skeleton.wide_dtype.itemsize, skeleton.compute_dtype.itemsize
-        shape = (tokens, skeleton.hidden)
-        return (
-            self.arena.tensor(at.offset, wide, skeleton.wide_dtype, shape),
-            self.arena.tensor(at.offset + wide, tokens * skeleton.hidden * width, skeleton.compute_dtype, shape),
-        )
-
     def spill(self) -> SpillFile:
         """The file of spilled KV."""
         assert self._spill is not None
@@ -230,42 +173,23 @@ class Engine:
         """Number of the spilled KV region of a layer and batch."""
         return layer * self.plan.decision.num_batches + batch
 
-    def _layout(self, tensor: Tensor, key: ModuleKey) -> tuple[tuple[Segment, ...], Layout]:
-        if tensor.kind == "pick":
-            segments = self.checkpoint.modules[key]
-            return segments, layout(segments)
-        if tensor.id not in self._layouts:
-            segments = self.checkpoint.modules[HEAD if key.kind == "head" else key]
-            if key.kind == "head":
-                pages = max(1, self.plan.decision.head_pages)
-                vocabulary = segments[0].shape[0]
-                segments = tuple(s.rows(*page_rows(vocabulary, pages, tensor.index)) for s in segments)
-            self._layouts[tensor.id] = (key, segments, layout(segments))
-        _, segments, plan = self._layouts[tensor.id]
-        return segments, plan
-
-    def _kv_id(self, layer: int, batch: int) -> int:
-        if not hasattr(self, "_kv_ids"):
-            self._kv_ids = {(t.layer, t.index): t.id for t in self.plan.tensors if t.kind == "kv"}
-        return self._kv_ids[layer, batch]
-
     def _gather(self) -> RowGather | None:
         if self.plan.decision.embedding:
             return None
         return RowGather(self._row_reader, self.checkpoint.modules[EMBEDDING][0], GATHERED_ROWS)
 
     def _open_spill(self, scratch: Path) -> SpillFile | None:
-        spilled = [t for t in self.plan.tensors if t.kind == "kv" and t.id not in self._resident]
+        spilled = [t for t in self.plan.tensors if t.kind == "kv" and t.id not in self.places.resident]
         if not spilled:
             return None
         decision = self.plan.decision
         regions = len(decision.layers) * decision.num_batches
         row = (
-            max(shape.elements for shape in self._kv_shapes)
+            max(shape.elements for shape in self.places.kv_shapes)
             * decision.batch_size
             * self.skeleton.compute_dtype.itemsize
         )
-        return SpillFile(scratch, regions, self._capacity, row)
+        return SpillFile(scratch, regions, self.places.capacity, row)
 
     def _check_model(self) -> None:
         """The plan must be for this checkpoint: for its architecture by config.json, for its modules and bytes by its files."""
@@ -298,7 +222,7 @@ class Engine:
         """
         planned: dict[ModuleKey, int] = {}
         for tensor in self.plan.tensors:
-            if tensor.kind not in ("kv", "state", "pick"):
+            if tensor.kind != "pick" and tensor.segments:
                 key = HEAD if tensor.kind == "head" else module_key(tensor, tensor.index)  # pages of the head add up
                 planned[key] = planned.get(key, 0) + tensor.nbytes
         modules = self.checkpoint.modules
@@ -355,10 +279,9 @@ class PhaseRunner:
         """Run one op in pass ``at``; True once every sequence of the group has ended."""
         match step.op:
             case Load():
-                self._load([self.tensors[index] for index in step.op.tensors], step.slots, at)
+                self._load(step.op, step, at)
             case Store():
-                for index, slot in zip(step.op.tensors, step.slots, strict=True):
-                    self._store(self.tensors[index], slot, at)
+                self._store(step.op, step, at)
             case Bind():
                 self._bind(step.op)
             case Compute():
@@ -367,35 +290,68 @@ class PhaseRunner:
 
     # ------------------------------------------------------------------------------------------------------ transfers
 
-    def _load(self, tensors: Sequence[Tensor], slots: Sequence[int], at: int) -> None:
+    def _load(self, op: Load, step: Step, at: int) -> None:
+        from_disk, places = op.link.startswith("disk>"), self.engine.places
         modules = []
-        for tensor, slot in zip(tensors, slots, strict=True):
+        for number, (index, slot) in enumerate(zip(op.tensors, step.slots, strict=True)):
+            tensor = self.tensors[index]
             expert, wanted = tensor.index, True
+            source = step.sources[number] if step.sources else None
             if tensor.kind == "kv":
-                self._move_kv(tensor, slot, at, store=False)
+                self._move_kv(tensor, source, slot, at, store=False)
+                continue
+            if tensor.kind in ("query", "sums"):
+                self._copy(source, slot)
                 continue
             if tensor.kind == "pick":
                 expert, wanted = self.bound[tensor.layer][tensor.index]
-            if wanted:
+                source = None if from_disk else places.home(tensor.layer, expert)
+            if wanted and source is None:
                 modules.append((tensor, slot, expert))
-        self.engine.fetch(modules)
+            elif wanted:
+                assert source is not None
+                places.move(tensor, source, slot, expert)
+        if modules:
+            places.fetch(modules)
 
-    def _store(self, tensor: Tensor, slot: int, at: int) -> None:
-        self._move_kv(tensor, slot, at, store=True)
+    def _store(self, op: Store, step: Step, at: int) -> None:
+        for number, index in enumerate(op.tensors):
+            tensor = self.tensors[index]
+            target = step.slots[number] if step.slots else None
+            if tensor.kind == "rows":
+                if self.part is not None and self.part.batches:
+                    self.part.send(self._exchange(target, self.engine.skeleton.compute_dtype))
+            elif tensor.kind == "kv":
+                self._move_kv(tensor, step.sources[number], target, at, store=True)
+            else:
+                self._copy(step.sources[number], target)
 
-    def _move_kv(self, tensor: Tensor, slot: int, at: int, store: bool) -> None:
+    def _exchange(self, slot: int | None, dtype: torch.dtype) -> torch.Tensor:
+        assert slot is not None
+        return self.engine.places.exchange(slot, dtype)
+
+    def _copy(self, source: int | None, target: int | None) -> None:
+        """What GPU and CPU exchange, from one tier to the other."""
+        self._exchange(target, torch.uint8).copy_(self._exchange(source, torch.uint8))
+
+    def _move_kv(self, tensor: Tensor, source: int | None, target: int | None, at: int, store: bool) -> None:
+        """New positions on their way home, or all old ones on their way to attention. No slot: on disk."""
         batch = self._batch(tensor.index, at)
         if batch is None or self.active is None:
             return
         # A transfer may run before or after the pass's own ``sample``, so the positions follow from the pass, not the batch.
         width = self.active.widths[batch]
         past, end = (0, width) if self.phase.name == "prefill" else (width + at, width + at + 1)
-        block = self.engine.kv(tensor.layer, batch, self.active.group.batches[batch].size, slot)
-        region = self.engine.region(tensor.layer, batch)
-        if store:
-            self.engine.spill().store(region, block, past, end)
-        elif past:
-            self.engine.spill().load(region, block, past)
+        size, region = self.active.group.batches[batch].size, self.engine.region(tensor.layer, batch)
+        first, last = (past, end) if store else (0, past)
+        blocks = [None if s is None else self.engine.places.kv(tensor.layer, batch, size, s) for s in (source, target)]
+        match blocks:
+            case [KvBlock() as here, KvBlock() as there]:
+                there.take(here, first, last)
+            case [KvBlock() as here, None]:
+                self.engine.spill().store(region, here, first, last)
+            case [None, KvBlock() as there] if last:
+                self.engine.spill().load(region, there, last)
 
     # ------------------------------------------------------------------------------------------------------- compute
 
@@ -418,6 +374,16 @@ class PhaseRunner:
                 group.embed()
             case "attention":
                 self._attention(op, step, at, group)
+            case "project":
+                group.project(op.layer, op.batch, self._packed(op, step, group))
+            case "attend":
+                (cache, _), size = step.slots, group.batches[op.batch].size
+                block = self.engine.places.kv(op.layer, op.batch, size, cache)
+                group.attend(op.batch, block, self._packed(op, step, group))
+            case "output":
+                group.output(op.batch, self._packed(op, step, group))
+            case "add":
+                group.add(self._exchange(step.slots[0], self.engine.skeleton.wide_dtype))
             case "router":
                 group.router(op.layer, op.batch)
             case "dense":
@@ -427,7 +393,7 @@ class PhaseRunner:
             case "norm":
                 group.final()
             case "head":
-                page, weights = self.engine.parts(step.slots[0])
+                page, weights = self.engine.places.parts(step.slots[0])
                 pages = max(1, self.engine.plan.decision.head_pages)
                 first = page_rows(self.engine.checkpoint.modules[HEAD][0].shape[0], pages, page)[0]
                 group.head(first, weights["lm_head.weight"], weights.get("lm_head.bias"))
@@ -440,25 +406,45 @@ class PhaseRunner:
         first = at * self.phase.batches if self.phase.name == "prefill" else 0
         self.part = self.active.group.part(slice(first, first + self.phase.batches))
         if self.part.batches:
-            self.part.begin(*self.engine.state(self.phase, self.part.tokens))
+            self.part.begin(*self.engine.places.state(self.phase, self.part.tokens))
 
     def _attention(self, op: Compute, step: Step, at: int, group: Group) -> None:
         batch = self._batch(op.batch, at)
         assert batch is not None
         spilled = [s for t, s in zip(op.tensors, step.slots, strict=True) if self.tensors[t].kind == "kv"]
-        block = self.engine.kv(op.layer, batch, group.batches[op.batch].size, spilled[0] if spilled else None)
+        size = group.batches[op.batch].size
+        block = self.engine.places.kv(op.layer, batch, size, spilled[0] if spilled else None)
         group.attention(op.layer, op.batch, block)
 
     def _experts(self, op: Compute, step: Step, group: Group) -> None:
-        chosen = []
+        chosen, sent, places, skeleton = [], dict[str, int](), self.engine.places, self.engine.skeleton
         for index, slot in zip(op.tensors, step.slots, strict=True):
-            tensor = self.tensors[index]
-            if tensor.kind == "pick" and not self.bound[op.layer][tensor.index][1]:
-                continue
-            chosen.append(self.engine.parts(slot))
+            tensor, where = self.tensors[index], slot
+            if tensor.kind == "pick":
+                expert, wanted = self.bound[op.layer][tensor.index]
+                if not wanted:
+                    continue
+                where = places.home(op.layer, expert) if slot == NOWHERE else slot
+            if tensor.kind in ("rows", "sums"):
+                sent[tensor.kind] = slot
+            else:
+                chosen.append(places.parts(where))
         if self.engine.observe:
             self.engine.observe(op.layer, group)
-        group.experts(op.layer, chosen, None if op.batch == ALL else op.batch)
+        if sent:
+            rows, sums = (
+                self._exchange(sent["rows"], skeleton.compute_dtype),
+                self._exchange(sent["sums"], skeleton.wide_dtype),
+            )
+            group.experts_elsewhere(op.layer, chosen, rows, sums)
+        else:
+            group.experts(op.layer, chosen, None if op.batch == ALL else op.batch)
+
+    def _packed(self, op: Compute, step: Step, group: Group) -> torch.Tensor:
+        """The exchange of a batch, as far as its sequences fill it."""
+        slot = next(s for t, s in zip(op.tensors, step.slots, strict=True) if self.tensors[t].kind == "query")
+        whole, size = self._exchange(slot, self.engine.skeleton.compute_dtype), group.batches[op.batch].size
+        return whole[: len(whole) // size * size]
 
     def _sample(self, group: Group, at: int) -> bool:
         assert self.active is not None
@@ -492,9 +478,3 @@ class PhaseRunner:
                 order = binding.predicted(candidates, self._before if table else (), table)
         for pick, expert in zip(range(op.first, op.first + op.count), order, strict=False):
             done[pick] = (expert, not whole or tokens[expert] > 0)
-
-
-def module_key(tensor: Tensor, expert: int) -> ModuleKey:
-    """The checkpoint's module that a tensor is; ``expert``: what a pick stands for."""
-    kind = "expert" if tensor.kind == "pick" else tensor.kind
-    return ModuleKey(kind, tensor.layer, expert if kind == "expert" else tensor.index if kind == "head" else 0)

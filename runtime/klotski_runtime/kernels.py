@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers.activations import SiLUActivation
+from transformers.cache_utils import Cache
 from transformers.integrations.moe import _default_apply_gate
 
 from klotski_compiler.cost import FEW_ROWS, ROW_STEP
@@ -27,6 +28,7 @@ from klotski_runtime.checkpoint import EMBEDDING
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.reader import RowGather
 from klotski_runtime.skeleton import Skeleton
+from klotski_runtime.split import NewOnly, Split
 
 Parts = Mapping[str, torch.Tensor]
 """One expert's weights: gate, up, down; or gate_up, down and, where the model has them, gate_up_bias and down_bias."""
@@ -213,13 +215,19 @@ class Group:
         """prompts: [batch][sequence][token id]. embedding: reads rows from disk where the embedding is not bound."""
         self._skeleton, self._chunks, self._embedding = skeleton, chunks, embedding
         self.batches = [Batch(sequences) for sequences in prompts]
-        widths = [_intermediate(skeleton, layer) for layer in range(skeleton.layers)]
-        self._kernel = ExpertKernel(
-            chunks.expert_rows, skeleton.hidden, max(widths), skeleton.compute_dtype, skeleton.wide_dtype
-        )
+        self._kernel = self._make_kernel()
+        self._elsewhere: ExpertKernel | None = None
+        self._splits: dict[int, list[tuple[slice, Split, torch.Tensor, torch.Tensor | None]]] = {}
         self._indices = self._weights = torch.empty(0, 0)
         self._assignments: dict[int | None, Assignment] = {}
         self._logits = torch.empty(0, dtype=skeleton.compute_dtype)
+
+    def _make_kernel(self) -> ExpertKernel:
+        skeleton = self._skeleton
+        inner = max(_intermediate(skeleton, layer) for layer in range(skeleton.layers))
+        return ExpertKernel(
+            self._chunks.expert_rows, skeleton.hidden, inner, skeleton.compute_dtype, skeleton.wide_dtype
+        )
 
     @property
     def tokens(self) -> int:
@@ -261,14 +269,49 @@ class Group:
         own = self.batches[batch]
         limit = self._chunks.decode_batch if own.past else self._chunks.attention_batch
         for sequences in _split(slice(0, own.size), limit):
-            frame = self._frame(own, sequences)
-            cache = kv.cache(sequences, own.past)
-            kind = self._skeleton.sliding(layer)
-            if kind not in frame.masks:
-                frame.masks[kind] = self._skeleton.mask(layer, frame.present, own.queries, cache)
-            rows = slice(own.first + sequences.start * own.queries, own.first + sequences.stop * own.queries)
-            hidden = self._x[rows].copy_(self._wide[rows]).view(-1, own.queries, self._skeleton.hidden)
-            hidden += self._skeleton.attention(layer, hidden, frame.masks[kind], frame.positions, frame.angles, cache)
+            frame, cache = self._frame(own, sequences), kv.cache(sequences, own.past)
+            mask, hidden = self._mask(layer, own, frame, cache), self._own_hidden(own, sequences)
+            hidden += self._skeleton.attention(layer, hidden, mask, frame.positions, frame.angles, cache)
+
+    def _own_hidden(self, own: Batch, sequences: slice) -> torch.Tensor:
+        """x of some sequences, which gets h in the compute dtype: [B, q, hidden]."""
+        rows = slice(own.first + sequences.start * own.queries, own.first + sequences.stop * own.queries)
+        return self._x[rows].copy_(self._wide[rows]).view(-1, own.queries, self._skeleton.hidden)
+
+    def _mask(self, layer: int, own: Batch, frame: Frame, cache: Cache) -> torch.Tensor | None:
+        """The mask of an attention call, made once per frame and kind of layer."""
+        kind = self._skeleton.sliding(layer)
+        if kind not in frame.masks:
+            frame.masks[kind] = self._skeleton.mask(layer, frame.present, own.queries, cache)
+        return frame.masks[kind]
+
+    @torch.inference_mode()
+    def project(self, layer: int, batch: int, packed: torch.Tensor) -> None:
+        """The first part of decode attention: queries, keys and values of the new tokens into ``packed``, flat."""
+        own, splits = self.batches[batch], []
+        for sequences in _split(slice(0, own.size), self._chunks.decode_batch):
+            frame, cache = self._frame(own, sequences), NewOnly(own.past)
+            mask = self._mask(layer, own, frame, cache)
+            hidden = self._own_hidden(own, sequences)
+            forward = partial(self._skeleton.attention, layer, hidden, None, frame.positions, frame.angles, cache)
+            split = Split(self._skeleton.config, forward)
+            split.call.pack(packed[_region(packed, own, sequences)])
+            splits.append((sequences, split, hidden, mask))
+        self._splits[batch] = splits
+
+    @torch.inference_mode()
+    def attend(self, batch: int, kv: KvBlock, packed: torch.Tensor) -> None:
+        """The part that may run elsewhere: the mixed values take the place of the queries in ``packed``."""
+        own = self.batches[batch]
+        for sequences, split, _, mask in self._splits[batch]:
+            split.attend(packed[_region(packed, own, sequences)], kv, sequences, own.past, mask)
+
+    @torch.inference_mode()
+    def output(self, batch: int, packed: torch.Tensor) -> None:
+        """The last part, as ``attention`` leaves it: x <- h + the output projection."""
+        own = self.batches[batch]
+        for sequences, split, hidden, _ in self._splits.pop(batch):
+            hidden += split.finish(packed[_region(packed, own, sequences)])
 
     @torch.inference_mode()
     def router(self, layer: int, batch: int) -> None:
@@ -285,6 +328,7 @@ class Group:
             self._weights[rows] = routed.weights.to(self._wide.dtype)
         self._assignments.pop(batch, None)
         self._assignments.pop(None, None)
+        self._routed = layer
 
     @torch.inference_mode()
     def dense(self, layer: int, batch: int) -> None:
@@ -317,16 +361,48 @@ class Group:
         orders of the same expert ops differ by about 2^-53 (fp32) or 2^-24 (bf16) of the sum, and the rounding hides
         this unless the sum lies as close to a rounding boundary: in fp32 the order of expert ops cannot be seen.
         """
-        module, assignment = self._skeleton.experts(layer), self._assignment(layer, batch)
+        self._add_experts(self._kernel, layer, experts, self._assignment(layer, batch), self._x, self._wide)
+
+    @torch.inference_mode()
+    def send(self, rows: torch.Tensor) -> None:
+        """What experts elsewhere need: their input into ``rows``, flat, and who is routed to whom."""
+        rows[: self._x.numel()].view(self._x.shape).copy_(self._x)
+        self._sent = self._assignment(self._routed, None)
+
+    @torch.inference_mode()
+    def experts_elsewhere(
+        self, layer: int, experts: Sequence[tuple[int, Parts]], rows: torch.Tensor, sums: torch.Tensor
+    ) -> None:
+        """sums <- the sum of weight x expert(rows) in the wide type, for all tokens of the group; both flat."""
+        shape = self._wide.shape
+        x, out = rows[: self._x.numel()].view(shape), sums[: self._wide.numel()].view(shape)
+        if self._elsewhere is None:
+            self._elsewhere = self._make_kernel()
+        self._add_experts(self._elsewhere, layer, experts, self._sent, x, out.zero_())
+
+    @torch.inference_mode()
+    def add(self, sums: torch.Tensor) -> None:
+        """wide += ``sums``, flat."""
+        self._wide += sums[: self._wide.numel()].view(self._wide.shape)
+
+    def _add_experts(
+        self,
+        kernel: ExpertKernel,
+        layer: int,
+        experts: Sequence[tuple[int, Parts]],
+        assignment: Assignment,
+        x: torch.Tensor,
+        into: torch.Tensor,
+    ) -> None:
+        module = self._skeleton.experts(layer)
         for expert, stored in experts:
             pairs = slice(assignment.starts[expert], assignment.starts[expert + 1])
             if pairs.start == pairs.stop:
                 continue
-            parts = {name: part.to(self._x.dtype) for name, part in stored.items()}
-            for piece in _split(pairs, self._kernel.rows):
+            parts = {name: part.to(x.dtype) for name, part in stored.items()}
+            for piece in _split(pairs, kernel.rows):
                 rows = assignment.rows[piece]
-                output = self._kernel.run(module, parts, self._x, rows, assignment.weights[piece])
-                self._wide.index_add_(0, rows, output)
+                into.index_add_(0, rows, kernel.run(module, parts, x, rows, assignment.weights[piece]))
 
     @torch.inference_mode()
     def final(self) -> None:
@@ -415,6 +491,12 @@ def kernel_threads(count: int) -> None:
 def _split(rows: slice, limit: int) -> Iterator[slice]:
     """``rows`` in pieces of at most ``limit``."""
     return (slice(begin, min(begin + limit, rows.stop)) for begin in range(rows.start, rows.stop, limit))
+
+
+def _region(packed: torch.Tensor, own: Batch, sequences: slice) -> slice:
+    """Where a packed batch has what belongs to some of its sequences."""
+    width = len(packed) // own.size
+    return slice(sequences.start * width, sequences.stop * width)
 
 
 def _intermediate(skeleton: Skeleton, layer: int) -> int:

@@ -47,6 +47,11 @@ class KvBlock:
         """The cache that transformers' attention sees for sequences ``rows`` with ``past`` filled positions."""
         return KvCache(self.keys[rows], self.values[rows], past)
 
+    def take(self, other: KvBlock, first: int, last: int) -> None:
+        """Copy positions ``first:last`` of another block of the same batch."""
+        self.keys[:, :, first:last].copy_(other.keys[:, :, first:last])
+        self.values[:, :, first:last].copy_(other.values[:, :, first:last])
+
     def pack(self, first: int, last: int, out: torch.Tensor) -> None:
         """Copy positions ``first:last`` to ``out``, 1-D: per position the keys [B, heads, width], then the values."""
         for packed, block in self._rows(first, last, out):

@@ -76,6 +76,11 @@ def _parser() -> argparse.ArgumentParser:
         "--trace", type=Path, metavar="FILE", help="write what ran when, for Perfetto or chrome://tracing"
     )
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads of a kernel (default: one per core)")
+    parser.add_argument(
+        "--emulate",
+        action="store_true",
+        help="run a plan for a GPU with host memory in the GPU's place: the same ops and tokens, at another speed",
+    )
     parser.add_argument("--json", action="store_true", help="print the measurements as one JSON object")
     return parser
 
@@ -119,6 +124,7 @@ def _run(arguments: argparse.Namespace) -> str:
                 config,
                 arguments.scratch,
                 threads=arguments.threads or 0,
+                emulate=arguments.emulate,
                 keep_log=arguments.trace is not None,
             )
             try:

@@ -1,0 +1,63 @@
+"""moe_lightning: CGOPipe; the CPU attends two micro-batches ahead, weights travel in pages between hidden states.
+
+MoE-Lightning (arXiv 2411.11217, section 4.1). KV lives in host memory and is attended to there. Of each layer the next one's
+weights are cut into as many pages as there are micro-batches, and one follows the mixed values of every micro-batch, so that small
+urgent copies never wait behind a whole layer. Prefill is layer by layer on the GPU.
+
+    link    | mixed b0, page 0 | mixed b1, page 1 | mixed b2, page 2 | ...          (pages of layer l+1)
+    gpu     | out moe b0, qkv b2 | out moe b1, qkv b3 | ...
+    cpu     | attend b1 | attend b2 | attend b3 | ...
+
+Approximations: a page is whole experts; the copy from pageable to pinned memory is left out, since all of host memory is pinned.
+"""
+
+from itertools import product
+
+from klotski_compiler.policies import flexgen
+from klotski_compiler.program import Program
+
+ONE_BATCH = False
+EXPERTS = "static"
+KV = "host"
+CPU_ATTENTION = (1.0,)
+AHEAD = 2  # micro-batches between a query and its use
+
+
+def build(p: Program) -> None:
+    """for layer: for batch: output, experts; query of the one two ahead; one page of the next layer."""
+    if not any(p.on_cpu(layer, batch) for layer in p.layers for batch in p.batches):
+        flexgen.build(p)
+        return
+    p.embed()
+    course = list(product(p.layers, p.batches))
+    ahead = min(AHEAD, len(p.batches))
+    for layer, batch in course[:ahead]:
+        query(p, layer, batch)
+    for number, (layer, batch) in enumerate(course):
+        if p.on_cpu(layer, batch):
+            p.fetch_mixed(batch)
+        p.load(*page(p, p.after(layer), batch), next_pass=p.is_last(layer))
+        if p.on_cpu(layer, batch):
+            p.output(layer, batch)
+        else:
+            p.attend_one(layer, batch)
+        p.route(layer, batch)
+        p.experts(layer, [*p.resident_experts(layer), *p.static_experts(layer)], batch)
+        if batch == p.batches[-1]:
+            p.evict(*flexgen.weights(p, layer))
+        for coming in course[number + ahead : number + ahead + 1]:
+            query(p, *coming)
+    p.logits()
+
+
+def query(p: Program, layer: int, batch: int) -> None:
+    """Queries, keys and values to the host, and the CPU's attention."""
+    if p.on_cpu(layer, batch):
+        p.project(layer, batch)
+        p.attend_on_cpu(layer, batch)
+
+
+def page(p: Program, layer: int, number: int) -> list[int]:
+    """One of as many parts of a layer's weights as there are micro-batches; attention, which is needed first, comes first."""
+    whole, pages = flexgen.weights(p, layer), len(p.batches)
+    return whole[-(-len(whole) * number // pages) : -(-len(whole) * (number + 1) // pages)]

@@ -1,0 +1,84 @@
+"""A quick estimate of a decision: the busiest resource of every layer; no order, no slots. It chooses what is worth simulating."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from types import ModuleType
+
+from klotski_compiler.cost import Cost, Shape
+from klotski_compiler.pipeline import shapes
+from klotski_compiler.plan import ALL, CPU, Decision, LayerDecision, Workload
+from klotski_compiler.tensors import MODULES
+
+
+def rough_us(cost: Cost, policy: ModuleType, decision: Decision, workload: Workload) -> float:
+    """The whole workload, without loading what is resident."""
+    groups = -(-workload.num_sequences // decision.sequences)
+    return groups * sum(
+        shape.passes * _pass_us(cost, policy, decision, shape) for shape in shapes(decision, workload) if shape.passes
+    )
+
+
+def _pass_us(cost: Cost, policy: ModuleType, decision: Decision, shape: Shape) -> float:
+    total, known = 0.0, dict[tuple[object, ...], float]()
+    for number, chosen in enumerate(decision.layers):
+        layer, shares = cost.spec.layers[number], cost.routing.popularity[number]
+        key = layer, chosen, shares
+        if key not in known:
+            work = layer_work(cost, decision, number, chosen, shape)
+            serial = getattr(policy, "OVERLAPS", True) is False
+            known[key] = sum(work.values()) if serial else max(work.values())
+        total += known[key]
+    link = _into(cost)
+    head = cost.module_us(cost.spec.head, shape.sequences)
+    streamed = cost.transfer_us(link, cost.spec.head.nbytes) if decision.head_pages else 0.0
+    return total + max(head, streamed)
+
+
+def layer_work(cost: Cost, decision: Decision, number: int, chosen: LayerDecision, shape: Shape) -> dict[str, float]:
+    """Microseconds of every stream in one layer and pass."""
+    hardware, layer = cost.hardware, cost.spec.layers[number]
+    on_gpu, link = hardware.compute_tier == "gpu", _into(cost)
+    helped = on_gpu and CPU in hardware.processors and shape.decoding
+    tokens, batch_tokens = shape.scope_tokens(ALL), shape.scope_tokens(0)
+    position = shape.batch_size * layer.kv_elements * cost.compute_bytes
+    context = (shape.first_context + shape.last_context) / 2
+    work = defaultdict[str, float](float)
+    for kind in MODULES:
+        if kind not in chosen.resident and (module := getattr(layer, kind)):
+            work[link] += cost.transfer_us(link, module.nbytes)
+    elsewhere = decision.cpu_batches if helped and chosen.kv == "host" else 0
+    work[cost.processor_name] += shape.batches * cost.attention_us(layer, shape, context)
+    if elsewhere:
+        cpu = hardware.processors[CPU]
+        work[CPU] += elsewhere * cost.attend_us(layer, shape.batch_size, context, cpu)
+        work[cost.processor_name] -= elsewhere * cost.attend_us(layer, shape.batch_size, context, cost.processor)
+    if chosen.kv != hardware.compute_tier:
+        read = (shape.batches - elsewhere) * cost.kv_us(link, position * context) if shape.tokens == 1 else 0.0
+        work[link] += read
+        back = "gpu>host" if on_gpu else "host>disk"
+        work[back] += shape.batches * cost.kv_us(back, position * shape.tokens)
+    if layer.expert is None:
+        work[cost.processor_name] += shape.batches * cost.dense_us(layer, batch_tokens)
+        return work
+    work[cost.processor_name] += shape.batches * cost.router_us(layer, batch_tokens)
+    touched = cost.experts(number, tokens)
+    whole = cost.transfer_us(link, layer.expert.nbytes * decision.unit) / decision.unit
+    loaded = len(chosen.late) - (chosen.cpu_picks if helped else 0)
+    named = chosen.static if helped else (*chosen.static, *chosen.cpu)
+    work[link] += whole * (len(named) + sum(touched[e][1] for e in chosen.late[:loaded]))
+    work["disk>host"] += (
+        len(chosen.on_disk) * cost.transfer_us("disk>host", layer.expert.nbytes * decision.unit) / decision.unit
+        if on_gpu
+        else 0.0
+    )
+    here = (*chosen.resident_experts, *named, *chosen.late[:loaded])
+    work[cost.processor_name] += sum(cost.expert_us(number, e, tokens) for e in here)
+    apart = (*(chosen.cpu if helped else ()), *chosen.late[loaded:])
+    work[CPU] += sum(cost.expert_us(number, e, tokens, CPU) for e in apart)
+    return work
+
+
+def _into(cost: Cost) -> str:
+    """The link into the compute tier."""
+    return "host>gpu" if cost.hardware.compute_tier == "gpu" else "disk>host"

@@ -1,0 +1,149 @@
+"""Slots of every tier and what is in them: weights, KV cache, hidden states, exchanges.
+
+A GPU's tier may also be host memory (``Engine(emulate=True)``): the same plan, the same ops on the same streams, on a machine
+without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from klotski_compiler.errors import PlanError
+from klotski_compiler.plan import Phase, Plan, Slot, Tensor
+from klotski_compiler.tensors import page_rows
+from klotski_runtime.arena import Arena
+from klotski_runtime.checkpoint import HEAD, Checkpoint, Layout, ModuleKey, Segment, layout
+from klotski_runtime.kv import KvBlock
+from klotski_runtime.reader import DiskReader
+from klotski_runtime.skeleton import Skeleton
+
+
+class Places:
+    """The memory of one plan. A slot belongs to the op that the plan's waits give it to; nothing here locks."""
+
+    def __init__(self, plan: Plan, skeleton: Skeleton, checkpoint: Checkpoint, reader: DiskReader) -> None:
+        """Takes the memory of every arena at once, so that no pass pays for a page's first touch."""
+        self._plan, self._skeleton, self._checkpoint, self._reader = plan, skeleton, checkpoint, reader
+        ends: dict[str, int] = {}
+        for slot in plan.slots:
+            ends[slot.tier] = max(ends.get(slot.tier, 0), slot.offset + slot.nbytes)
+        self.arenas = {tier: Arena(end) for tier, end in ends.items()}
+        for arena in self.arenas.values():
+            arena.populate()
+        self.resident = dict(plan.placed)
+        self.kv_shapes = [skeleton.kv_shape(layer) for layer in range(skeleton.layers)]
+        self.capacity = plan.envelope.prompt_len + plan.envelope.gen_len
+        self._layouts: dict[int, tuple[ModuleKey, tuple[Segment, ...], Layout]] = {}
+        self._occupant: dict[int, ModuleKey] = {}
+        self._parts: dict[int, tuple[int, dict[str, torch.Tensor]]] = {}
+        self._caches = {(t.layer, t.index): t.id for t in plan.tensors if t.kind == "kv"}
+        self._homes = {
+            (plan.tensors[t].layer, plan.tensors[t].index): slot
+            for t, slot in plan.placed
+            if plan.tensors[t].kind == "expert"
+        }
+
+    def slot(self, number: int) -> Slot:
+        """The byte range of a slot."""
+        return self._plan.slots[number]
+
+    def home(self, layer: int, expert: int) -> int:
+        """The slot where an expert lives that is kept in memory."""
+        return self._homes[layer, expert]
+
+    # ------------------------------------------------------------------------------------------------------ weights
+
+    def fetch(self, modules: Sequence[tuple[Tensor, int, int]]) -> None:
+        """Read modules (tensor, slot, expert) from the checkpoint into their slots and make their weights usable there."""
+        parts = []
+        for tensor, number, expert in modules:
+            plan, at = self._layout(tensor, module_key(tensor, expert))[1], self.slot(number)
+            if plan.slot_bytes > at.nbytes:
+                why = f"{tensor.name} needs {plan.slot_bytes:,} bytes, its slot has {at.nbytes:,}; compile again"
+                raise PlanError("model", why)
+            self._vacate(number)
+            parts.append((plan.extents, self.arenas[at.tier].view(at.offset, at.nbytes)))
+        self._reader.read_all(parts)
+        for tensor, number, expert in modules:
+            self._occupy(tensor, number, expert)
+
+    def move(self, tensor: Tensor, source: int, target: int, expert: int) -> None:
+        """Copy a module from one tier's slot to another's and make its weights usable there."""
+        here, there = self.slot(source), self.slot(target)
+        nbytes = self._layout(tensor, module_key(tensor, expert))[1].slot_bytes
+        self._vacate(target)
+        self._bytes(there, nbytes).copy_(self._bytes(here, nbytes))
+        self._occupy(tensor, target, expert)
+
+    def parts(self, number: int) -> tuple[int, dict[str, torch.Tensor]]:
+        """The expert (or head page) in a slot."""
+        return self._parts[number]
+
+    def _vacate(self, number: int) -> None:
+        if old := self._occupant.pop(number, None):
+            self._skeleton.unbind(old)
+
+    def _occupy(self, tensor: Tensor, number: int, expert: int) -> None:
+        key, at = module_key(tensor, expert), self.slot(number)
+        segments, plan = self._layout(tensor, key)
+        views = {
+            segment.name: self.arenas[at.tier].tensor(at.offset + offset, segment.nbytes, segment.dtype, segment.shape)
+            for segment, offset in zip(segments, plan.offsets, strict=True)
+        }
+        if key.kind in ("expert", "head"):
+            self._parts[number] = (key.index, views)
+        elif at.tier == self._plan.compute_tier:
+            self._skeleton.bind(key, views)
+            self._occupant[number] = key
+
+    def _bytes(self, at: Slot, nbytes: int) -> torch.Tensor:
+        return self.arenas[at.tier].tensor(at.offset, nbytes, torch.uint8, (nbytes,))
+
+    def _layout(self, tensor: Tensor, key: ModuleKey) -> tuple[tuple[Segment, ...], Layout]:
+        if tensor.kind == "pick":
+            segments = self._checkpoint.modules[key]
+            return segments, layout(segments)
+        if tensor.id not in self._layouts:
+            segments = self._checkpoint.modules[HEAD if key.kind == "head" else key]
+            if key.kind == "head":
+                pages = max(1, self._plan.decision.head_pages)
+                vocabulary = segments[0].shape[0]
+                segments = tuple(s.rows(*page_rows(vocabulary, pages, tensor.index)) for s in segments)
+            self._layouts[tensor.id] = (key, segments, layout(segments))
+        _, segments, plan = self._layouts[tensor.id]
+        return segments, plan
+
+    # --------------------------------------------------------------------------------------------------- activations
+
+    def kv(self, layer: int, batch: int, size: int, number: int | None = None) -> KvBlock:
+        """The KV block of a layer and batch of ``size`` sequences: in its permanent slot, or in the one given."""
+        at = self.slot(self.resident[self._caches[layer, batch]] if number is None else number)
+        shape, dtype = self.kv_shapes[layer], self._skeleton.compute_dtype
+        count = size * self.capacity * shape.elements
+        storage = self.arenas[at.tier].tensor(at.offset, count * dtype.itemsize, dtype, (count,))
+        return KvBlock(storage, shape, size, self.capacity)
+
+    def state(self, phase: Phase, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The hidden states of a phase: wide [tokens, hidden], then x."""
+        skeleton = self._skeleton
+        at = next(self.slot(slot) for tensor, slot in phase.placed if self._plan.tensors[tensor].kind == "state")
+        wide, width = tokens * skeleton.hidden * skeleton.wide_dtype.itemsize, skeleton.compute_dtype.itemsize
+        shape, arena = (tokens, skeleton.hidden), self.arenas[at.tier]
+        return (
+            arena.tensor(at.offset, wide, skeleton.wide_dtype, shape),
+            arena.tensor(at.offset + wide, tokens * skeleton.hidden * width, skeleton.compute_dtype, shape),
+        )
+
+    def exchange(self, number: int, dtype: torch.dtype) -> torch.Tensor:
+        """All of a slot, flat."""
+        at = self.slot(number)
+        count = at.nbytes // dtype.itemsize
+        return self.arenas[at.tier].tensor(at.offset, count * dtype.itemsize, dtype, (count,))
+
+
+def module_key(tensor: Tensor, expert: int) -> ModuleKey:
+    """The checkpoint's module that a tensor is; ``expert``: what a pick stands for."""
+    kind = "expert" if tensor.kind == "pick" else tensor.kind
+    return ModuleKey(kind, tensor.layer, expert if kind == "expert" else tensor.index if kind == "head" else 0)
