@@ -15,6 +15,7 @@ from klotski_compiler.cost import ALWAYS, Cost, Shape
 from klotski_compiler.plan import ALL, CPU, Bind, Compute, Load, Op, Store
 from klotski_compiler.tensors import TensorTable
 
+URGENT = "urgent"  # a stream of small copies that must not queue behind whole experts on the same link
 HEAD_SLOTS = 2  # pages of a streamed head: one computes while the next arrives
 
 
@@ -209,9 +210,9 @@ class Program:
         """Attention over keys and values where they live."""
         self.compute("attend", layer, batch, *self._present(("kv", layer, batch), ("query", -1, batch)), on=CPU)
 
-    def fetch_mixed(self, batch: int) -> None:
+    def fetch_mixed(self, batch: int, stream: str = URGENT) -> None:
         """The mixed values' way back."""
-        self.entries.append(Load("host>gpu", "host>gpu", tuple(self._present(("query", -1, batch)))))
+        self.entries.append(Load(stream, "host>gpu", tuple(self._present(("query", -1, batch)))))
 
     def output(self, layer: int, batch: int) -> None:
         """The output projection of what came back."""
@@ -261,7 +262,7 @@ class Program:
         """Adds what the CPU's experts computed."""
         if self.cpu_experts(layer):
             sums = self._present(("sums", -1, 0))
-            self.entries.append(Load("host>gpu", "host>gpu", tuple(sums)))
+            self.entries.append(Load(URGENT, "host>gpu", tuple(sums)))
             self.compute("add", layer, ALL, *sums)
 
     def head_pages(self) -> list[int]:

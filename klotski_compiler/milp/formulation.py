@@ -214,6 +214,12 @@ class Formulation:
         """A - K where KV is spilled."""
         return plus({"": g.count * work.attention_us}, times(-1.0, self.kv_us(g, work.spared_us)))
 
+    def attentions(self, g: Group, phase: str, work: LayerWork) -> Iterator[tuple[str, Terms]]:
+        """What the router waits for: A on the GPU and, where KV is spilled and the CPU attends, H."""
+        yield "", self.attention_us(g, work)
+        if self.helped(phase) and work.cpu_attend_us:
+            yield ".cpu", self.kv_us(g, work.cpu_attend_us)
+
     def helped(self, phase: str) -> bool:
         """Whether the CPU may compute beside the GPU: in decode."""
         return self.problem.cpu and phase == "decode"
@@ -283,16 +289,16 @@ class Formulation:
         self._period("processor", g, phase, plus(self.attention_us(g, work), router, self.experts_us(g, phase, work)))
 
     def cpu_processor(self, g: Group, phase: str, work: LayerWork) -> None:
-        """T >= H where KV is spilled + sum_c P_c cpu[g.c];  T >= A + R + sum_c P_c cpu[g.c]: the router speaks first;
-        T >= H + R + experts: the router waits for what the CPU attends to."""
+        """T >= A + R + sum_c P_c cpu[g.c]: the router speaks first;  with H in the place of A, and then also  T >= H + R +
+        experts: the router waits for what the CPU attends to."""
         if not self.helped(phase):
             return
         computes = {f"cpu[{g.name}.c{c}]": cost.cpu_us for c, cost in enumerate(work.classes)}
-        attends, router = self.kv_us(g, work.cpu_attend_us), {"": g.count * work.router_us}
-        self._period("cpu.work", g, phase, plus(attends, computes))
-        self._period("cpu.experts", g, phase, plus(self.attention_us(g, work), router, computes))
-        if work.cpu_attend_us:
-            self._period("cpu.attention", g, phase, plus(attends, router, self.experts_us(g, phase, work)))
+        router = {"": g.count * work.router_us}
+        for part, attention in self.attentions(g, phase, work):
+            self._period(f"cpu.experts{part}", g, phase, plus(attention, router, computes))
+            if part:
+                self._period("cpu.attention", g, phase, plus(attention, router, self.experts_us(g, phase, work)))
 
     def link(self, g: Group, phase: str, work: LayerWork) -> None:
         """T >= streamed modules + static loads + late loads + spilled KV: a layer prefetches for the next what it was
@@ -329,10 +335,12 @@ class Formulation:
             self._period(f"deadlines.{name}", g, phase, plus(start, path))
 
     def late_deadlines(self, g: Group, phase: str, work: LayerWork) -> None:
-        """T >= A + R + late loads up to i + computes from i on, for every late class i: the router speaks first."""
-        start = plus(self.attention_us(g, work), {"": g.count * work.router_us})
-        for name, path in _paths([step for step in self.steps(g, phase, work) if step.late]):
-            self._period(f"late_deadlines.{name}", g, phase, plus(start, path))
+        """T >= A + R + late loads up to i + computes from i on, for every late class i: the router speaks first. With A, and
+        where the CPU attends with H in its place."""
+        for part, attention in self.attentions(g, phase, work):
+            start = plus(attention, {"": g.count * work.router_us})
+            for name, path in _paths([step for step in self.steps(g, phase, work) if step.late]):
+                self._period(f"late_deadlines.{name}{part}", g, phase, plus(start, path))
 
     def kv_deadline(self, g: Group, phase: str, work: LayerWork) -> None:
         """T >= V (1 - what the spill slots hold) + R + experts: the last batch's KV arrives before its attention."""
@@ -344,20 +352,15 @@ class Formulation:
         """T >= A + R + residents + computes up to i + loads from i on - b L + prefetched - M, for every class i.
 
         Until class i is computed at most b further experts fit; what is left, and what the next layer wants to find,
-        comes after.
+        comes after. With A, and where the CPU attends with H in its place.
         """
         steps = self.steps(g, phase, work)
         held = {"": g.count * (work.router_us - self.problem.lead * g.expert.load_us)}
-        start = plus(
-            held,
-            self.attention_us(g, work),
-            self.residents_us(g, work),
-            self._prefetched(g, phase),
-            times(-1.0, self.modules_us(g)),
-        )
-        for i in range(len(steps)):
-            path = plus(*(s.compute for s in steps[:i]), *(s.load for s in steps[i:]))
-            self._period(f"slot_order.{steps[i].name}", g, phase, plus(start, path))
+        found = plus(held, self.residents_us(g, work), self._prefetched(g, phase), times(-1.0, self.modules_us(g)))
+        for part, attention in self.attentions(g, phase, work):
+            for i in range(len(steps)):
+                path = plus(*(s.compute for s in steps[:i]), *(s.load for s in steps[i:]))
+                self._period(f"slot_order.{steps[i].name}{part}", g, phase, plus(found, attention, path))
 
     def slot_time(self, g: Group, phase: str, work: LayerWork) -> None:
         """b T >= u sum over streamed experts of (load + compute): each holds its slot while its unit loads and
