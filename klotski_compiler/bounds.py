@@ -183,11 +183,7 @@ class Relaxation:
                     row(f"once[{i}]", {kept: 1.0, by_cpu: 1.0}, upper=1.0)
                 if on_gpu:
                     near, away = share(f"near[{i}]"), share(f"far[{i}.{phase}]")
-                    row(
-                        f"far[{i}.{phase}]",
-                        {away: 1.0, kept: 1.0, near: 1.0} | ({by_cpu: 1.0} if helped else {}),
-                        lower=1.0,
-                    )
+                    row(f"far[{i}.{phase}]", {away: 1.0, kept: 1.0, near: 1.0}, lower=1.0)
                     if helped:
                         row(f"near[{i}]", {near: 1.0, by_cpu: -1.0}, lower=0.0)
                     far[away] = weight.moved_bytes[number] * disk_us
