@@ -197,8 +197,14 @@ class Cost:
 
     def expert_us(self, layer: int, expert: int, tokens: int, processor: str = "") -> float:
         """One expert over its share of ``tokens`` routed tokens: expected cost, gather and scatter included."""
-        share, touched = self.experts(layer, tokens)[expert]
-        return self._expert_us(self.spec.layers[layer], share, touched, processor)
+        return self._experts_us(layer, tokens, processor)[expert]
+
+    @lru_cache(maxsize=4096)  # noqa: B019
+    def _experts_us(self, number: int, tokens: int, processor: str) -> tuple[float, ...]:
+        """The same for every expert of a layer; those that are equally popular are priced once."""
+        layer, shares = self.spec.layers[number], self.experts(number, tokens)
+        each = {share: self._expert_us(layer, *share, processor) for share in set(shares)}
+        return tuple([each[share] for share in shares])
 
     def _expert_us(self, layer: Layer, share: float, touched: float, name: str = "") -> float:
         if touched <= 0 or layer.expert is None:

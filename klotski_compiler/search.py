@@ -347,7 +347,7 @@ class Search:
             fixed += self.least_kv_bytes(base)
         free = {}
         for tier, budget in self.request.budgets.items():
-            slots = self.streaming(name, base.lead, base.unit, base.head_pages, tier)
+            slots = self.streaming(name, base.lead, base.unit, base.head_pages).get(tier, 0)
             states = 0
             if base.cpu_batches:
                 states += base.cpu_batches * align_up(query_bytes(spec, base.batch_size, self.request.dtype))
@@ -385,18 +385,19 @@ class Search:
         ]
 
     @lru_cache  # noqa: B019 - a Search lives as long as its compilation
-    def streaming(self, name: str, lead: int, unit: int, head_pages: int, tier: str) -> int:
-        """Bytes of a tier's slots when nothing is resident, found by lowering a short model: independent of the group's size."""
+    def streaming(self, name: str, lead: int, unit: int, head_pages: int) -> dict[str, int]:
+        """Bytes of every tier's slots when nothing is resident, found by lowering a short model: independent of the group's size."""
         base = self.base(policy(name).EXPERTS, 1 if policy(name).ONE_BATCH else 2, 1, lead, unit, 1)
         cut, cost = self.short(base.model_copy(update={"head_pages": head_pages, "embedding": False}), SAMPLED)
         trial = lower(cost, name, cut, Workload(prompt_len=2, gen_len=4, num_sequences=2), quick=True)
         kept = {slot for _, slot in trial.placed}
         states = {slot for phase in trial.phases.values() for _, slot in phase.placed}
-        first = max((s.offset + s.nbytes for s in trial.slots if s.id in kept and s.tier == tier), default=0)
-        return (
-            max((s.offset + s.nbytes for s in trial.slots if s.tier == tier and s.id not in states), default=first)
-            - first
-        )
+        ends: dict[str, list[int]] = {}  # per tier, where what is permanent ends, and where streaming slots do
+        for slot in trial.slots:
+            if slot.id not in states:
+                end = ends.setdefault(slot.tier, [0, 0])
+                end[slot.id not in kept] = max(end[slot.id not in kept], slot.offset + slot.nbytes)
+        return {tier: max(0, streamed - permanent) for tier, (permanent, streamed) in ends.items()}
 
     def greedy(self, name: str, base: Decision, capacity: dict[str, int]) -> Decision:
         """Ours for policies whose paper states no fill: KV, then routers, attention, shared experts, then popular experts."""
