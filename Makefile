@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 # The options of pytest.
 PYTEST ?= -n 2 -q
 
-BENCHMARKS := $(filter-out %/__init__.py %/checkpoint.py %/demo.py,$(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out %/__init__.py %/checkpoint.py %/demo.py %/published.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help test lint demo bench format clean
