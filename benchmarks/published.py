@@ -118,10 +118,13 @@ MACHINES: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
                 2400.0,
                 "2.6 ms at batch 16 (introduction), 3.8 at 64 (fig. 15), of which some 0.2 and 0.6 are weights and KV",
             ),
-            "processors.gpu.router_op_us": (4100.0, "fig. 15: 41 ms for the gate of ten batches, of launches on the host"),
+            "processors.gpu.router_op_us": (10500.0,
+                "fig. 15: for each of ten batches 4.1 ms of gate and 6.9 of experts, which run batch by batch; the experts' price "
+                "already has 0.5",
+            ),
             "processors.cpu.matmul.bf16": (
-                ((1, 3.2e10), (8, 2.56e11)),
-                "Fiddler at batch 4, same paper: 1.6 s a pass, some 140 experts on the CPU, 11 ms for the few rows of each",
+                ((1, 4.1e10), (8, 3.28e11)),
+                "Fiddler at batch 4, same paper: 1.6 s a pass, 0.4 of it launches, some 140 experts on the CPU: 8.5 ms each",
             ),
         },
     ),
@@ -542,10 +545,10 @@ def decide(case: Case, run: System, search: Search) -> tuple[Decision, bool]:
             continue
         if stated is None and not run.streams:
             return filled, True
-        return placed(filled, search, stated or (0.0, 1.0), _cache_tier(case, filled)), True
+        return placed(filled, search, stated or (0.0, 1.0), _cache_tier(case, run, filled)), True
     if first is None:
         raise ConfigError(case.id, "workload", f"{run.policy} has no schedule of these sizes")
-    return placed(first, search, stated or (0.0, 1.0), _cache_tier(case, first) if stated else "host"), False
+    return placed(first, search, stated or (0.0, 1.0), _cache_tier(case, run, first) if stated else "host"), False
 
 
 def _bases(case: Case, run: System, search: Search) -> Iterator[Decision]:
@@ -562,8 +565,10 @@ def _shares(details: str, what: str) -> tuple[float, float] | None:
     return (int(found[1]) / 100, int(found[2]) / 100) if found else None
 
 
-def _cache_tier(case: Case, decision: Decision) -> str:
+def _cache_tier(case: Case, run: System, decision: Decision) -> str:
     stated = _shares(case.policy_details, "KV")
+    if stated is None and run.size == "cache":
+        return "gpu"
     if stated is None:
         return "host" if "KV and activations 100 % CPU" in case.policy_details else decision.layers[0].kv
     return "gpu" if stated[0] else "host" if stated[1] else "disk"

@@ -56,11 +56,11 @@ FINE = tuple(COARSE_LOGS[0] + n * (COARSE_LOGS[-1] - COARSE_LOGS[0]) / (STEPS - 
 TIE = 1e-2  # weight of a factor's own square logarithm: decides where the cases do not
 WIDE = 0.4  # an error that is explained
 EXPLAINED = {
-    "klotski-8x7b-env1-klotski-q": "bf16 and 4 bits take equally long in the paper: its small batches are bound by the host, batch by "
-    "batch, not by the link; and prefill's factor, fitted together with it, has to make up for that at batch 64",
+    "klotski-8x7b-env1-klotski-q": "4 bits take as long as 16 in the paper: small batches wait for the host, as in figure 14, not for "
+    "the link, and a factor on links cannot say so",
     "klotski-8x7b-env1-klotski": "as figure 14 at n = 15",
-    "klotski-8x7b-env1-fig14-bs4": "each further batch costs the paper's program 25 ms per layer and pass, whatever its size: host "
-    "work of which figure 15 shows only a half; the cost model has the half",
+    "klotski-8x7b-env1-fig14-bs4": "each further batch of four costs the paper's program 25 ms per layer and pass: twice the host work "
+    "that figure 15 shows, and not beside the copies, presumably because both are Python threads of one interpreter",
     "moe-lightning-s1-8x7b-flexgen": "139 or 62 batches of 8 or 16, each with a barrier in FlexGen that the policy leaves out",
     "moe-gen-8x7b-small-bs1-": "one token asks for a quarter of the experts, and the programs fetch no others: two "
     "seconds a token, in which the link carries 40 of 90 GB; the policies fetch all",
