@@ -26,16 +26,14 @@ from klotski_compiler.search import Request, Search
 from klotski_compiler.tensors import kv_bytes
 
 GPU_USABLE = 0.95  # of the card: what driver and CUDA context leave
-HOST_USABLE = (
-    0.8  # of host memory where a system states no more: MoE-Lightning's cap; FlexGen's stated sizes come to 0.84
-)
+# Of host memory where a system states no more: MoE-Lightning's own cap; FlexGen's stated sizes come to 0.84.
+HOST_USABLE = 0.8
 HALF = 0.5  # of the GPU: weights that take no more stay there, with the KV cache
 CARD_GB = 24  # the GPU memory that micro-batches are given for
 LEAST_BATCHES = 10  # of a group of unstated size, so that shares of its batches mean something
 LLAMA_TOKENS = 2048  # llama.cpp's default logical batch
-PREFILL_BYTES = (
-    64  # per token and value of its hidden state: what an eager prefill of transformers' Mixtral keeps alive
-)
+# Per token and value of its hidden state, in an eager prefill: what DeepSpeed's rates imply of the batches that it took.
+PREFILL_BYTES = 64
 STATES_SHARE = 0.6  # of the GPU beside two layers, for hidden states: MoE-Lightning's largest stated group on the L4
 PACKED = 4.5 / 16  # 4 bits and two 16-bit numbers per group of 64, of a 16-bit value
 DEQUANTISE_BYTES = 20  # per value: PyTorch unpacks, casts, scales and shifts in five passes that read and write 16 bits
@@ -105,6 +103,18 @@ def read_cases(path: Path) -> list[Case]:
 
 # ------------------------------------------------------------------------------------------------------------- machines
 
+# What Klotski's paper shows of the host's work for one batch and layer.
+HOST_WORK: dict[str, tuple[Any, str]] = {
+    "processors.gpu.attention_op_us": (
+        2400.0,
+        "2.6 ms at batch 16 (introduction), 3.8 at 64 (fig. 15), of which some 0.2 and 0.6 are weights and KV",
+    ),
+    "processors.gpu.router_op_us": (
+        10500.0,
+        "fig. 15: for each of ten batches 4.1 ms of gate and 6.9 of experts, which run batch by batch; the experts' price "
+        "already has 0.5",
+    ),
+}
 HIDDEN = "19 decode passes a second over OPT-6.7B's 13 GB leave no gap between kernels: launches run ahead; OPT has no router"
 LAUNCHED: dict[str, tuple[Any, str]] = {
     f"processors.gpu.{op}_op_us": (10.0, HIDDEN) for op in ("attention", "router", "expert")
@@ -114,21 +124,14 @@ MACHINES: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
     "klotski-env1": (
         "rtx3090",
         {
-            "processors.gpu.attention_op_us": (
-                2400.0,
-                "2.6 ms at batch 16 (introduction), 3.8 at 64 (fig. 15), of which some 0.2 and 0.6 are weights and KV",
-            ),
-            "processors.gpu.router_op_us": (10500.0,
-                "fig. 15: for each of ten batches 4.1 ms of gate and 6.9 of experts, which run batch by batch; the experts' price "
-                "already has 0.5",
-            ),
+            **HOST_WORK,
             "processors.cpu.matmul.bf16": (
                 ((1, 4.1e10), (8, 3.28e11)),
                 "Fiddler at batch 4, same paper: 1.6 s a pass, 0.4 of it launches, some 140 experts on the CPU: 8.5 ms each",
             ),
         },
     ),
-    "klotski-env2": ("h800", {}),
+    "klotski-env2": ("h800", HOST_WORK),  # the same programs on another Xeon
     "moe-lightning-s1": (
         "t4",
         {
@@ -427,7 +430,10 @@ def system(case: Case) -> System:
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """A case as the compiler sees it: what is lowered, and how often. fits: whether it does by our own memory model."""
+    """A case as the compiler sees it: what is lowered, and how often.
+
+    fits: whether it does by our own memory model. weights, cache, repeats: see Priced. cache_on_disk: where the decision says host.
+    """
 
     case: Case
     policy: str

@@ -148,7 +148,7 @@ def _disk_us(cost: Cost, phase: LoweredPhase, sequences: int) -> tuple[float, fl
     shape = phase.shape
     position = sequences * sum(layer.kv_elements for layer in cost.spec.layers) * cost.compute_bytes
     seen = (shape.first_context + shape.last_context) / 2 if shape.decoding else 0.0
-    new = 1.0 if shape.decoding else shape.tokens / shape.passes * shape.batches * shape.batch_size / sequences
+    new = shape.tokens * shape.sequences / sequences
     read_us = shape.passes * cost.transfer_us("disk>host", position * seen)
     write_us = shape.passes * cost.transfer_us("host>disk", position * new)
     return phase.times.busy_us["disk>host"] + read_us, write_us
