@@ -39,6 +39,7 @@ class Program:
         self.entries: list[Op | Evict] = []
         self.late = {number: list(chosen.late) for number, chosen in enumerate(self.decision.layers)}
         self._resident = frozenset(table.resident)
+        self.returning = "host>gpu"  # the stream on which what the CPU computed comes back
         self._staged: deque[tuple[int, ...]] = deque()
         self._given_up: set[int] = set()
         self._postponed: list[tuple[int, ...]] = []
@@ -210,9 +211,9 @@ class Program:
         """Attention over keys and values where they live."""
         self.compute("attend", layer, batch, *self._present(("kv", layer, batch), ("query", -1, batch)), on=CPU)
 
-    def fetch_mixed(self, batch: int, stream: str = URGENT) -> None:
+    def fetch_mixed(self, batch: int) -> None:
         """The mixed values' way back."""
-        self.entries.append(Load(stream, "host>gpu", tuple(self._present(("query", -1, batch)))))
+        self.entries.append(Load(self.returning, "host>gpu", tuple(self._present(("query", -1, batch)))))
 
     def output(self, layer: int, batch: int) -> None:
         """The output projection of what came back."""
@@ -262,7 +263,7 @@ class Program:
         """Adds what the CPU's experts computed."""
         if self.cpu_experts(layer):
             sums = self._present(("sums", -1, 0))
-            self.entries.append(Load(URGENT, "host>gpu", tuple(sums)))
+            self.entries.append(Load(self.returning, "host>gpu", tuple(sums)))
             self.compute("add", layer, ALL, *sums)
 
     def head_pages(self) -> list[int]:

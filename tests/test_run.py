@@ -285,6 +285,7 @@ def test_ctrl_c(tiny: SimpleNamespace, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", [{"prompt": p} for p in prompts(*[20] * 4000)])
     output = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "klotski_runtime.cli.run", *tiny.run, "--input", source, "--output", str(output)]
+    command += ["--threads", "1"]  # one that spins beside others would hardly come to an end
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'runtime'}"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     partial = tmp_path / "out.jsonl.partial"

@@ -7,7 +7,8 @@ computes once over the whole group, residents first (they need no load), then by
     link    | named l ... | attn, named l+1 .. | late l, by rank | named l+1 ... | late l+1
     compute | attn l | router l | resident, named l ...... late l | attn l+1 | router l+1 | ...
 
-A load is written into the program when a slot becomes free: ``lead`` expert slots in all, two layers of attention and router.
+A load is written into the program when a slot becomes free: ``lead`` expert slots in all, two layers of attention and router. What
+the CPU computes beside a GPU, attention of some batches and some experts, comes back on a stream of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from klotski_compiler.program import HEAD_SLOTS, Program
+from klotski_compiler.program import HEAD_SLOTS, URGENT, Program
 
 ONE_BATCH = False
 EXPERTS = "solved"
@@ -26,6 +27,7 @@ CPU_ATTENTION = (0.0, 0.25, 0.5, 0.75, 1.0)
 def build(p: Program) -> None:
     """Compute in order; before each op, write every load that has a slot and whose expert is known."""
     queue = Queue(p)
+    p.returning = URGENT
     p.embed()
     for layer in p.layers:
         queue.advance(layer)

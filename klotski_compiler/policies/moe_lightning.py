@@ -35,7 +35,7 @@ def build(p: Program) -> None:
         query(p, layer, batch)
     for number, (layer, batch) in enumerate(course):
         if p.on_cpu(layer, batch):
-            p.fetch_mixed(batch, stream="host>gpu")
+            p.fetch_mixed(batch)
         p.load(*page(p, p.after(layer), batch), next_pass=p.is_last(layer))
         if p.on_cpu(layer, batch):
             p.output(layer, batch)
