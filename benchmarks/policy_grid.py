@@ -1,0 +1,181 @@
+"""Every policy on every model, machine and workload of a fixed grid, by one simulator: is ours ever slower, how far is the bound?
+
+Each cell is one ``klotski-compile --policy auto`` with the machine's rates: every policy is searched over the same sizes, with its
+own residency fill or ours. Routing is uniform, or skewed as the workload says.
+
+    python benchmarks/policy_grid.py [--models A,B] [--machines A,B] [--workloads A,B] [--json FILE] [--output FILE]
+
+A cell takes 3 to 20 seconds on a core; cells run on all of them. What is done is kept in --json, and is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from datetime import date
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from klotski_compiler.errors import Infeasible  # noqa: E402
+from klotski_compiler.hardware import read_hardware  # noqa: E402
+from klotski_compiler.model import ModelSpec, read_model  # noqa: E402
+from klotski_compiler.output import write_whole  # noqa: E402
+from klotski_compiler.plan import Workload  # noqa: E402
+from klotski_compiler.planner import Request, compile_plan  # noqa: E402
+from klotski_compiler.policies import OURS  # noqa: E402
+from klotski_compiler.routing import Routing, uniform  # noqa: E402
+
+MODELS = (
+    "mixtral-8x7b",
+    "mixtral-8x22b",
+    "qwen3-30b-a3b",
+    "qwen3-235b-a22b",
+    "deepseek-v3",
+    "gpt-oss-120b",
+    "olmoe-1b-7b",
+    "glm-4.5-air",
+    "qwen1.5-moe-a2.7b",
+    "deepseek-v2-lite",
+    "phi-3.5-moe",
+    "gpt-oss-20b",
+)
+MACHINES = ("rtx3090", "h800", "t4", "l4", "a5000", "h200", "rtx4090", "dev-2core")
+TIE = 0.005  # below this two speeds are equal
+HEADROOM = (
+    0.10  # of the bound that the best published policy must leave for a cell to count as one with something to win
+)
+
+
+class Work(NamedTuple):
+    """A workload. skew: exponent of expert popularity by rank (Zipf); 0 is uniform."""
+
+    prompt_len: int
+    gen_len: int
+    num_sequences: int
+    skew: float
+
+
+WORKLOADS = {
+    "chat": Work(512, 32, 64, 0.0),
+    "batch": Work(512, 32, 960, 0.0),
+    "long answers": Work(128, 512, 256, 0.5),
+    "long prompts": Work(4096, 64, 128, 0.5),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Computes the cells that are asked for and not there yet, and prints the summary."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--models", type=_names, default=MODELS)
+    parser.add_argument("--machines", type=_names, default=MACHINES)
+    parser.add_argument("--workloads", type=_names, default=tuple(WORKLOADS))
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--json", type=Path, default=ROOT / "demo" / "policy_grid.json", help="where cells are kept")
+    parser.add_argument("--output", type=Path, help="write the table here, with command, date and machine")
+    arguments = parser.parse_args(argv)
+    cells = list(product(arguments.models, arguments.machines, arguments.workloads))
+    found = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(arguments.workers) as pool:
+        missing = {pool.submit(cell, *names): names for names in cells if " | ".join(names) not in found}
+        for done, future in enumerate(as_completed(missing), 1):
+            found[" | ".join(missing[future])] = future.result()
+            write_whole(arguments.json, json.dumps(found, indent=1) + "\n")
+            print(f"{done} of {len(missing)}: {' | '.join(missing[future])}", file=sys.stderr)
+    text = "\n".join(summary(arguments, {key: found[key] for key in map(" | ".join, cells)})) + "\n"
+    if arguments.output:
+        write_whole(arguments.output, text)
+    print(text)
+    return 0
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def cell(model: str, machine: str, work: str) -> dict[str, Any]:
+    """One compilation: {policy: tokens/s}, the bound, the seconds that it took; or why nothing fits."""
+    spec, hardware, asked = read_model(model), read_hardware(machine), WORKLOADS[work]
+    workload = Workload(prompt_len=asked.prompt_len, gen_len=asked.gen_len, num_sequences=asked.num_sequences)
+    budgets = {tier: memory.capacity_bytes for tier, memory in hardware.tiers.items()}
+    began = time.perf_counter()
+    try:
+        plan = compile_plan(Request(spec, hardware, skewed(spec, asked.skew), workload, budgets, spec.compute_dtype))
+    except Infeasible as refusal:
+        return {"infeasible": str(refusal).splitlines()[0]}
+    return {
+        "tokens_per_s": {c.policy: c.tokens_per_s for c in plan.candidates if c.feasible},
+        "bound": plan.forecast.bound_tokens_per_s,
+        "compile_s": time.perf_counter() - began,
+    }
+
+
+def skewed(spec: ModelSpec, exponent: float) -> Routing:
+    """Popularity falls with the rank of an expert to this power; ranks are shifted from layer to layer."""
+    if not exponent:
+        return uniform(spec)
+
+    def shares(number: int, count: int) -> tuple[float, ...]:
+        weights = [(1 + (expert + 7 * number) % count) ** -exponent for expert in range(count)]
+        return tuple(weight / sum(weights) for weight in weights)
+
+    popularity = tuple(shares(number, layer.num_experts) for number, layer in enumerate(spec.layers))
+    return uniform(spec).model_copy(update={"popularity": popularity, "source": f"Zipf, exponent {exponent}"})
+
+
+def summary(arguments: argparse.Namespace, cells: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """The figures of the grid, then a line per cell."""
+    rows = {name: found for name, found in cells.items() if "bound" in found}
+    yield f"{date.today()}: python benchmarks/policy_grid.py{_asked(arguments)}"
+    yield f"{platform.machine()}, {os.cpu_count()} cores; {len(rows)} cells, {len(cells) - len(rows)} in which nothing fits"
+    yield ""
+    ratios, closed, gaps = [], [], []
+    lines = []
+    for name, found in rows.items():
+        rates = found["tokens_per_s"]
+        ours = rates.get(OURS, 0.0)
+        best, other = max((rate, policy) for policy, rate in rates.items() if policy != OURS)
+        headroom, gap = found["bound"] / best - 1, found["bound"] / ours - 1 if ours else float("inf")
+        ratios.append(ours / best)
+        gaps.append(gap)
+        if headroom >= HEADROOM:
+            closed.append((ours - best) / (found["bound"] - best))
+        lines.append(
+            f"{name:<52}{ours:>10.2f}{other:>16}{best:>10.2f}{ours / best:>7.2f}{gap:>8.1%}{found['compile_s']:>7.1f}"
+        )
+    yield f"never slower: {sum(r >= 1 - TIE for r in ratios)} of {len(ratios)} cells (ties within {TIE:.1%}); least {min(ratios):.3f}"
+    yield f"speed-up over the best other policy: median {statistics.median(ratios):.2f}, most {max(ratios):.2f}"
+    if closed:
+        yield f"headroom closed, in the {len(closed)} cells that have {HEADROOM:.0%}: median {statistics.median(closed):.0%}"
+    yield f"gap to the bound: median {statistics.median(gaps):.1%}, 95th percentile {_percentile(gaps, 0.95):.1%}"
+    yield ""
+    yield f"{'model | machine | workload':<52}{OURS:>10}{'best other':>16}{'':>10}{'ratio':>7}{'gap':>8}{'s':>7}"
+    yield from lines
+    yield from (f"{name:<52}{found['infeasible']}" for name, found in cells.items() if "infeasible" in found)
+
+
+def _percentile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def _asked(arguments: argparse.Namespace) -> str:
+    """The options that differ from the whole grid."""
+    whole = {"models": MODELS, "machines": MACHINES, "workloads": tuple(WORKLOADS)}
+    return "".join(
+        f" --{n} '{','.join(getattr(arguments, n))}'" for n, all_ in whole.items() if getattr(arguments, n) != all_
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
