@@ -206,8 +206,8 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_lists_what_is_shipped() -> None:
-    with pytest.raises(ConfigError, match=r"rtx4090: no such file.*\bh800\b.*klotski-profile"):
-        read_hardware("rtx4090")
+    with pytest.raises(ConfigError, match=r"rtx5090: no such file.*\bh800\b.*klotski-profile"):
+        read_hardware("rtx5090")
 
 
 def test_an_unmeasured_dtype_lists_what_is_measured() -> None:
