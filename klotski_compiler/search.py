@@ -330,11 +330,31 @@ class Search:
         if policy(name).EXPERTS == "solved":
             solved = residency(self.cost, self.request.workload, base, capacity, may_spill)
             self.truncated |= solved.truncated
-            return solved.decide(base)
+            return self._all_kept(solved.decide(base), capacity)
         filled = self.greedy(name, base, capacity)
         if decide := getattr(policy(name), "decide", None):
             filled = decide(self.cost, filled)
         return filled
+
+    def _all_kept(self, decision: Decision, capacity: dict[str, int]) -> Decision:
+        """Everything resident where a GPU has room for all of it: the residency problem, to which a transfer that hides is free, sees
+        no reason to prefer that."""
+        spec = self.request.spec
+        modules = [getattr(layer, kind) for layer in spec.layers for kind in MODULES]
+        experts = sum(layer.num_experts * _slot_bytes(layer.expert) for layer in spec.layers if layer.expert)
+        need = experts + sum(map(_slot_bytes, filter(None, modules))) + sum(self._kv_bytes(decision))
+        need += _slot_bytes(spec.head) + _slot_bytes(spec.norm)
+        if self.tier != "gpu" or need > capacity["gpu"]:
+            return decision
+        layers = tuple(
+            LayerDecision(
+                resident=tuple(kind for kind in MODULES if getattr(layer, kind)),
+                resident_experts=tuple(range(layer.num_experts)),
+                kv="gpu",
+            )
+            for layer in spec.layers
+        )
+        return decision.model_copy(update={"layers": layers, "head_pages": 0, "cpu_batches": 0})
 
     def capacity(self, name: str, base: Decision, reserve: Mapping[str, int]) -> dict[str, int]:
         """Bytes of each tier for residents and KV: the budget without slots, hidden states, workspace and fixed residents."""
