@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -299,3 +300,16 @@ def test_joint_is_also_tried_without_spilling_kv() -> None:
             assert len(found) < 2 or found[1] == {"gpu"} != found[0]
             kinds.add(len(found))
     assert 2 in kinds
+
+
+@MACHINES
+@pytest.mark.parametrize("asked", [{"batch_size": 2, "gen_len": 1000}, {"batch_size": 24, "gen_len": 8}])
+def test_a_refusal_names_sizes_that_fit(gpu: bool, asked: dict[str, int]) -> None:
+    """With little more memory than one sequence takes: each change that is named makes it fit."""
+    near = least(gpu, "joint") + (1 << 20)
+    found = compiled(gpu, near, "joint", num_batches=1, **asked)
+    assert isinstance(found, Infeasible) and "--memory" in str(found)
+    sizes = dict(re.findall(r"--(batch-size|gen-len) (\d+)", str(found)))
+    assert sizes
+    for option, size in sizes.items():
+        plan_of(compiled(gpu, near, "joint", num_batches=1, **asked | {option.replace("-", "_"): int(size)}))
