@@ -122,7 +122,7 @@ class Relaxation:
         """
         model, total = Model(), self.workload.num_sequences
         links, on_gpu = self.cost.hardware.links, self.tier == "gpu"
-        into, back = ("host>gpu", "gpu>host") if on_gpu else ("disk>host", "host>disk")
+        into, back = self.cost.links
         weights = self.weights(first, low, high)
         kv_bytes, kv_read = (
             low * self.positions * self.kv_position,
@@ -144,8 +144,7 @@ class Relaxation:
         kept_kv = share("kept[kv]")
         cpu_kv = share("cpu[kv]", 1.0 if core_cpu < inf else 0.0)
         row("kv", {kept_kv: 1.0, cpu_kv: 1.0}, upper=1.0)
-        spilling = back in links
-        if not spilling:
+        if back not in links:
             row("kv_stays", {kept_kv: 1.0}, lower=1.0)
 
         here: Terms = {kept_kv: kv_bytes / GIB}
@@ -242,7 +241,7 @@ class Relaxation:
         """Every weight, by kind: modules and head cross in every pass; an expert if it is touched."""
         modules, prompt = float(self.module_bytes), low * self.workload.prompt_len
         out = [Weight(modules, (first * modules, first * self.passes * modules))]
-        helped = self.tier == "gpu" and CPU in self.cost.hardware.processors
+        helped = self.cost.cpu_helps
         for layer, q, count in self.experts:
             assert layer.expert is not None
             nbytes = float(count * layer.expert.nbytes)
@@ -284,7 +283,7 @@ class Relaxation:
         prefill = self._least(ops, self.workload.prompt_len, first, low, high) + head + attention[0]
         decode = self.passes * (self._least(ops, 1, first, low, high) + head) + attention[1] if self.passes else 0.0
         elsewhere = inf
-        if self.tier == "gpu" and CPU in cost.hardware.processors and not any(x.expand_flops for x, _ in self.layers):
+        if cost.cpu_attends:
             cpu = cost.hardware.processors[CPU]
             elsewhere = sum(count * self._attention_us(layer, high, cpu)[1] for layer, count in self.layers)
         return (prefill, decode), attention[1], elsewhere

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 
 from klotski_compiler.hardware import Hardware, Processor, matmul_us
 from klotski_compiler.model import Layer, ModelSpec, Module
-from klotski_compiler.plan import ALL, Bind, Compute, Load, Op, Store, Tensor
+from klotski_compiler.plan import ALL, CPU, Bind, Compute, Load, Op, Store, Tensor
 from klotski_compiler.routing import Routing
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -76,6 +76,21 @@ class Cost:
     def processor(self) -> Processor:
         """The processor that computes in the compute tier."""
         return self.hardware.processors[self.processor_name]
+
+    @cached_property
+    def links(self) -> tuple[str, str]:
+        """The links into the compute tier and back."""
+        return ("host>gpu", "gpu>host") if self.hardware.compute_tier == "gpu" else ("disk>host", "host>disk")
+
+    @cached_property
+    def cpu_helps(self) -> bool:
+        """Whether a CPU may compute beside a GPU."""
+        return self.hardware.compute_tier == "gpu" and CPU in self.hardware.processors
+
+    @cached_property
+    def cpu_attends(self) -> bool:
+        """Whether that holds for attention: a latent cache would have to be expanded on the CPU, to some 70 times its size."""
+        return self.cpu_helps and not any(layer.expand_flops for layer in self.spec.layers)
 
     @property
     def compute_bytes(self) -> int:

@@ -35,7 +35,7 @@ class Program:
         self.spec, self.decision = cost.spec, table.decision
         self.compute_tier, self.processor = cost.hardware.compute_tier, cost.processor_name
         # Prefill is the GPU's alone: prompts keep it busy, and the CPU has nothing to read yet.
-        self._helped = shape.decoding and self.compute_tier == "gpu"
+        self._helped = shape.decoding and cost.cpu_helps
         self.entries: list[Op | Evict] = []
         self.late = {number: list(chosen.late) for number, chosen in enumerate(self.decision.layers)}
         self._resident = frozenset(table.resident)

@@ -9,7 +9,6 @@ from klotski_compiler.bounds import bound_tokens_per_s
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.pipeline import Lowered, phase_record
 from klotski_compiler.plan import SCHEMA_VERSION, Bind, Candidate, Envelope, Forecast, Plan
-from klotski_compiler.policies import policy
 from klotski_compiler.search import Best, Search
 
 
@@ -97,9 +96,7 @@ def notes(search: Search, best: Best, predicted: Forecast) -> Iterator[str]:
         if what == "one more batch" and decision.sequences >= search.request.workload.num_sequences:
             yield "one more batch: the workload already fits in one group"
             continue
-        d = decision
-        base = tried.base(policy(best.policy).EXPERTS, num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups)
-        base = base.model_copy(update={"cpu_batches": min(d.cpu_batches, num_batches)})
+        base = tried.bare(best.policy, decision, num_batches)
         try:
             rate = tried.estimate(best.policy, tried.fill(best.policy, base))
         except Infeasible as refusal:

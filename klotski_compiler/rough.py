@@ -29,7 +29,7 @@ def _pass_us(cost: Cost, policy: ModuleType, decision: Decision, shape: Shape) -
             serial = getattr(policy, "OVERLAPS", True) is False
             known[key] = sum(work.values()) if serial else max(work.values())
         total += known[key]
-    link = _into(cost)
+    link, _ = cost.links
     head = cost.module_us(cost.spec.head, shape.sequences)
     streamed = cost.transfer_us(link, cost.spec.head.nbytes) if decision.head_pages else 0.0
     return total + max(head, streamed)
@@ -38,8 +38,8 @@ def _pass_us(cost: Cost, policy: ModuleType, decision: Decision, shape: Shape) -
 def layer_work(cost: Cost, decision: Decision, number: int, chosen: LayerDecision, shape: Shape) -> dict[str, float]:
     """Microseconds of every stream in one layer and pass."""
     hardware, layer = cost.hardware, cost.spec.layers[number]
-    on_gpu, link = hardware.compute_tier == "gpu", _into(cost)
-    helped = on_gpu and CPU in hardware.processors and shape.decoding
+    on_gpu, (link, back) = hardware.compute_tier == "gpu", cost.links
+    helped = cost.cpu_helps and shape.decoding
     tokens, batch_tokens = shape.scope_tokens(ALL), shape.scope_tokens(0)
     position = shape.batch_size * layer.kv_elements * cost.compute_bytes
     context = (shape.first_context + shape.last_context) / 2
@@ -56,7 +56,6 @@ def layer_work(cost: Cost, decision: Decision, number: int, chosen: LayerDecisio
     if chosen.kv != hardware.compute_tier:
         read = (shape.batches - elsewhere) * cost.kv_us(link, position * context) if shape.tokens == 1 else 0.0
         work[link] += read
-        back = "gpu>host" if on_gpu else "host>disk"
         work[back] += shape.batches * cost.kv_us(back, position * shape.tokens)
     if layer.expert is None:
         work[cost.processor_name] += shape.batches * cost.dense_us(layer, batch_tokens)
@@ -77,8 +76,3 @@ def layer_work(cost: Cost, decision: Decision, number: int, chosen: LayerDecisio
     apart = (*(chosen.cpu if helped else ()), *chosen.late[loaded:])
     work[CPU] += sum(cost.expert_us(number, e, tokens, CPU) for e in apart)
     return work
-
-
-def _into(cost: Cost) -> str:
-    """The link into the compute tier."""
-    return "host>gpu" if cost.hardware.compute_tier == "gpu" else "disk>host"

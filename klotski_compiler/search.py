@@ -23,7 +23,6 @@ from klotski_compiler.milp.solve import relaxed_us, residency
 from klotski_compiler.model import ModelSpec, Module
 from klotski_compiler.pipeline import Lowered, lower, shapes
 from klotski_compiler.plan import (
-    CPU,
     PAGE_BYTES,
     Decision,
     LayerDecision,
@@ -226,13 +225,7 @@ class Search:
 
     def cpu_batches(self, module: ModuleType, num_batches: int) -> list[int]:
         """Batches whose decode attention the CPU computes: the shares that the policy may choose from."""
-        if (
-            self.tier != "gpu"
-            or CPU not in self.request.hardware.processors
-            or any(x.expand_flops for x in self.request.spec.layers)
-        ):
-            return [0]  # a latent cache would have to be expanded on the CPU: some 70 times its size
-        shares = getattr(module, "CPU_ATTENTION", (0.0,))
+        shares = getattr(module, "CPU_ATTENTION", (0.0,)) if self.cost.cpu_attends else (0.0,)
         return sorted({round(share * num_batches) for share in shares})
 
     def leads(self, experts: str) -> list[tuple[int, int]]:
@@ -290,6 +283,11 @@ class Search:
             embedding=self.tier == "host" and spec.embedding.nbytes <= small and not solved,
             layers=tuple(layers),
         )
+
+    def bare(self, name: str, d: Decision, num_batches: int) -> Decision:
+        """The sizes of a decision, in so many batches, with nothing resident."""
+        base = self.base(policy(name).EXPERTS, num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups)
+        return base.model_copy(update={"cpu_batches": min(d.cpu_batches, num_batches)})
 
     # ------------------------------------------------------------------------------------------------------ residency
 
@@ -533,8 +531,7 @@ class Search:
 
     def whole(self, name: str, decision: Decision) -> tuple[Lowered, Decision]:
         """The whole schedule. Where it needs more slots than the short model showed, residents make room."""
-        d, reserve = decision, Counter[str]()
-        base = self.base(policy(name).EXPERTS, d.num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups)
+        reserve, base = Counter[str](), self.bare(name, decision, decision.num_batches)
         while True:
             lowered = lower(self.cost, name, decision, self.request.workload)
             over = self._over(lowered)

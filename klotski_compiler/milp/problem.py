@@ -56,11 +56,6 @@ class LayerWork:
     cpu_attend_us: float = 0.0
     spared_us: float = 0.0
 
-    @property
-    def batches_us(self) -> float:
-        """What precedes the experts."""
-        return self.attention_us + self.router_us
-
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -124,7 +119,7 @@ def build(
 ) -> Problem:
     """Price everything that the formulation needs. ``decision``: see ``solve.residency``."""
     on_gpu = cost.hardware.compute_tier == "gpu"
-    into, back = ("host>gpu", "gpu>host") if on_gpu else ("disk>host", "host>disk")
+    into, back = cost.links
     phases = [shape for shape in shapes(decision, workload) if shape.passes]
     whole_groups = -(-workload.num_sequences // decision.sequences)
     pages = decision.head_pages
@@ -179,7 +174,7 @@ def build(
         capacity=capacity,
         lead=decision.lead,
         unit=decision.unit,
-        cpu=_has_cpu(cost),
+        cpu=cost.cpu_helps,
     )
 
 
@@ -224,7 +219,7 @@ def _work(
     cost: Cost, number: int, classes: list[list[int]], shape: Shape, decision: Decision, links: tuple[str, str]
 ) -> LayerWork:
     layer, processor, unit = cost.spec.layers[number], cost.processor, decision.unit
-    helped = _has_cpu(cost) and shape.decoding
+    helped = cost.cpu_helps and shape.decoding
     tokens, batch_tokens = shape.scope_tokens(ALL), shape.scope_tokens(0)
     if layer.expert:
         router = shape.batches * cost.router_us(layer, batch_tokens) + processor.op_us  # and one bind
@@ -254,11 +249,6 @@ def _work(
         spared = decision.cpu_batches * cost.attend_us(layer, sequences, middle(shape), processor)
     ahead = min(1.0, SPILL_SLOTS / shape.batches)
     return LayerWork(attention, router, tuple(work), load, store, ahead, attend, spared)
-
-
-def _has_cpu(cost: Cost) -> bool:
-    """Whether a CPU may compute beside a GPU."""
-    return cost.hardware.compute_tier == "gpu" and CPU in cost.hardware.processors
 
 
 def _end(cost: Cost, shape: Shape, pages: int) -> EndWork:

@@ -19,7 +19,7 @@ __all__ = ["CPU_EXPERTS", "EXPERTS", "ONE_BATCH", "build", "decide"]
 
 def decide(cost: Cost, decision: Decision) -> Decision:
     """How many of the late experts, in a decode pass, the CPU computes sooner than they are sent and computed."""
-    if cost.hardware.compute_tier != "gpu" or CPU not in cost.hardware.processors:
+    if not cost.cpu_helps:
         return decision
     layers, tokens = [], decision.sequences
     for number, (layer, chosen) in enumerate(zip(cost.spec.layers, decision.layers, strict=True)):

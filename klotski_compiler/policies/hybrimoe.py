@@ -60,7 +60,7 @@ def prefill(p: Program) -> None:
 
 def decide(cost: Cost, decision: Decision) -> Decision:
     """Where the two ends meet in every layer, for a decode pass with the expected numbers of tokens."""
-    if cost.hardware.compute_tier != "gpu" or CPU not in cost.hardware.processors:
+    if not cost.cpu_helps:
         return decision
     layers, tokens = [], decision.sequences
     for number, (layer, chosen) in enumerate(zip(cost.spec.layers, decision.layers, strict=True)):
