@@ -7,7 +7,7 @@ finds that number, compiles, and runs all in turn: ratios are between neighbours
 repeat.
 
     python benchmarks/policies.py [--row disk|balanced] [--repeats 5] [--json FILE] [--output FILE]
-                                                                        five minutes per row and repeat
+                                                                        some eight minutes per row and repeat
 """
 
 from __future__ import annotations

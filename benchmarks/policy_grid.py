@@ -52,9 +52,7 @@ MODELS = (
 )
 MACHINES = ("rtx3090", "h800", "t4", "l4", "a5000", "h200", "rtx4090", "dev-2core")
 TIE = 0.005  # below this two speeds are equal
-HEADROOM = (
-    0.10  # of the bound that the best published policy must leave for a cell to count as one with something to win
-)
+HEADROOM = 0.10  # what the best published policy must leave to the bound for a cell to have something to win
 
 
 class Work(NamedTuple):

@@ -273,7 +273,7 @@ class Decision(_Record):
     resident). prefill_groups: sub-groups that prefill runs in, each re-reading the weights. attention_batch, decode_batch:
     sequences whose attention runs at once in prefill and in decode. expert_rows: tokens per matmul of an expert, router or
     dense MLP at most. cpu_batches: batches, the last ones, whose decode attention the CPU computes where the KV lives. hot:
-    experts per layer that are prefetched (policy klotski). embedding: whether its rows are resident.
+    experts per layer that are prefetched before the router speaks. embedding: whether its rows are resident.
     """
 
     num_batches: int

@@ -184,6 +184,15 @@ class Program:
                 self._store_kv(layer, batch, sync)
             yield batch
 
+    def attend_and_route(self, layer: int) -> None:
+        """All batches through attention, then all through the router, whose weights are given up after them."""
+        for _ in self.attend(layer):
+            pass
+        self.evict(*self.attention_weights(layer))
+        for batch in self.batches:
+            self.route(layer, batch)
+        self.evict(*self.router_weights(layer))
+
     def attend_one(self, layer: int, batch: int) -> None:
         """Attention of one batch, with nothing ahead."""
         for _ in self.attend(layer, batches=[batch]):

@@ -27,12 +27,7 @@ def build(p: Program) -> None:
     p.embed()
     prefetch(p, 0)
     for layer in p.layers:
-        for _ in p.attend(layer):
-            pass
-        p.evict(*p.attention_weights(layer))
-        for batch in p.batches:
-            p.route(layer, batch)
-        p.evict(*p.router_weights(layer))
+        p.attend_and_route(layer)
         hot, missed = p.picks(layer)[: p.decision.hot], p.picks(layer)[p.decision.hot :]
         p.bind(layer, "rank", len(hot), len(missed))
         p.stream(layer, missed, ready=[*p.resident_experts(layer), *hot], then=partial(prefetch, p, layer + 1))

@@ -29,12 +29,7 @@ def build(p: Program) -> None:
     p.embed()
     for layer in p.layers:
         p.load(*p.attention_weights(layer), *p.router_weights(layer))
-        for _ in p.attend(layer):
-            pass
-        p.evict(*p.attention_weights(layer))
-        for batch in p.batches:
-            p.route(layer, batch)
-        p.evict(*p.router_weights(layer))
+        p.attend_and_route(layer)
         p.bind(layer, "rank", 0, len(p.late[layer]))
         p.experts_on_cpu(layer)
         p.experts(layer, p.resident_experts(layer))

@@ -35,7 +35,7 @@ class Places:
         self.resident = dict(plan.placed)
         self.kv_shapes = [skeleton.kv_shape(layer) for layer in range(skeleton.layers)]
         self.capacity = plan.envelope.prompt_len + plan.envelope.gen_len
-        self._layouts: dict[int, tuple[ModuleKey, tuple[Segment, ...], Layout]] = {}
+        self._layouts: dict[int, tuple[tuple[Segment, ...], Layout]] = {}
         self._occupant: dict[int, ModuleKey] = {}
         self._parts: dict[int, tuple[int, dict[str, torch.Tensor]]] = {}
         self._caches = {(t.layer, t.index): t.id for t in plan.tensors if t.kind == "kv"}
@@ -111,9 +111,8 @@ class Places:
                 pages = max(1, self._plan.decision.head_pages)
                 vocabulary = segments[0].shape[0]
                 segments = tuple(s.rows(*page_rows(vocabulary, pages, tensor.index)) for s in segments)
-            self._layouts[tensor.id] = (key, segments, layout(segments))
-        _, segments, plan = self._layouts[tensor.id]
-        return segments, plan
+            self._layouts[tensor.id] = (segments, layout(segments))
+        return self._layouts[tensor.id]
 
     # --------------------------------------------------------------------------------------------------- activations
 
