@@ -11,7 +11,7 @@ from math import floor, inf, isinf, log
 
 from klotski_compiler.cost import Cost
 from klotski_compiler.hardware import Processor, matmul_us
-from klotski_compiler.milp.formulation import Model, Row, Terms, Variable
+from klotski_compiler.milp.formulation import Model, Row, Terms, Variable, plus, times
 from klotski_compiler.milp.solve import Solver
 from klotski_compiler.model import Layer
 from klotski_compiler.plan import CPU, Decision, Workload
@@ -95,8 +95,8 @@ class Relaxation:
         """(layer, q, count): experts that a token picks with probability q, rounded down to a percent where many
         differ."""
         found: Counter[tuple[Layer, float]] = Counter()
-        pairs = zip(self.cost.spec.layers, self.cost.routing.popularity, strict=True)
-        shares = [(layer, min(1.0, layer.top_k * p)) for layer, popular in pairs for p in popular]
+        pairs = zip(self.cost.spec.layers, self.cost.picked, strict=True)
+        shares = [(layer, q) for layer, popular in pairs for q in popular]
         rounded = len(set(shares)) > EXACT_SHARES
         for layer, q in shares:
             if q > 0:
@@ -186,7 +186,7 @@ class Relaxation:
                     if helped:
                         row(f"near[{i}]", {near: 1.0, by_cpu: -1.0}, lower=0.0)
                     far[away] = weight.moved_bytes[number] * disk_us
-            work[phase] = [enter, leave, compute, cpu, far]
+            work[phase] = [*self._shared(enter, compute, cpu), leave, far]
         for i, weight in enumerate(weights):
             here[f"kept[{i}]"] = weight.nbytes / GIB
             if on_gpu:
@@ -202,6 +202,16 @@ class Relaxation:
             for number, terms in enumerate(resources):
                 row(f"work[{phase}.{number}]", {phase: 1.0} | {n: -v for n, v in terms.items()}, lower=0.0)
         return model
+
+    def _shared(self, enter: Terms, compute: Terms, cpu: Terms) -> tuple[Terms, Terms, Terms]:
+        """The link into the compute tier, its processor and the CPU, each with what sharing host memory costs it (``Cost.drag``)."""
+        into, cost = self.cost.links[0], self.cost
+        if CPU not in cost.hardware.processors:
+            return enter, compute, cpu
+        beside = compute if cost.processor_name == CPU else cpu
+        slower = plus(beside, times(cost.drag(CPU, into), enter))
+        link = plus(enter, times(cost.drag(into, CPU), beside))
+        return (link, slower, cpu) if beside is compute else (link, compute, slower)
 
     # -------------------------------------------------------------------------------------------------------- memory
 

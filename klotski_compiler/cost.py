@@ -23,6 +23,7 @@ ROW_OPS = 6  # small ops that a row takes: to ask a reader for it, and to copy i
 LOAD_OPS = 10  # small ops that a load from disk is worth: to hand pieces to readers, to bind what has arrived
 BIND_OPS = 20  # small ops that binding picks is worth: to sort a layer's tokens by expert
 SPILL_OPS = 50  # small ops that moving one batch's KV to or from disk is worth
+PICKED_DIGITS = 9
 ALWAYS = 0.98  # an expert touched with a higher probability is loaded without waiting for the router (design 5.3)
 
 
@@ -98,21 +99,22 @@ class Cost:
         return DTYPE_BYTES[self.dtype]
 
     @cached_property
-    def _picked(self) -> tuple[tuple[float, ...], ...]:
+    def picked(self) -> tuple[tuple[float, ...], ...]:
+        """Per layer and expert the probability that a token picks it, rounded: what differs by rounding only is equal."""
         return tuple(
-            tuple(min(1.0, layer.top_k * p) for p in shares)
+            tuple(round(min(1.0, layer.top_k * p), PICKED_DIGITS) for p in shares)
             for layer, shares in zip(self.spec.layers, self.routing.popularity, strict=True)
         )
 
     @lru_cache(maxsize=4096)  # noqa: B019 - one Cost lives as long as its compilation
     def experts(self, layer: int, tokens: int) -> tuple[tuple[float, float], ...]:
         """For each expert of a layer (expected tokens, probability of being touched) when ``tokens`` tokens are routed."""
-        return tuple((tokens * q, 1.0 - (1.0 - q) ** tokens) for q in self._picked[layer])
+        return tuple((tokens * q, 1.0 - (1.0 - q) ** tokens) for q in self.picked[layer])
 
     @lru_cache(maxsize=4096)  # noqa: B019
     def popular(self, layer: int) -> tuple[int, ...]:
         """Experts of a layer, most popular first (ties by number)."""
-        return tuple(sorted(range(len(self._picked[layer])), key=lambda e: (-self._picked[layer][e], e)))
+        return tuple(sorted(range(len(self.picked[layer])), key=lambda e: (-self.picked[layer][e], e)))
 
     def sharing(self, utilisation: dict[str, float]) -> dict[str, float]:
         """How many times as long ops take on each stream, given the share of time for which each stream is busy.
@@ -126,6 +128,12 @@ class Cost:
             if more and utilisation[stream]:
                 slower[stream] = 1 + more
         return slower
+
+    def drag(self, stream: str, other: str) -> float:
+        """What share of the other stream's busy time, at least, a stream's work takes longer because both use one memory. With C and L
+        busy alone, u = L / T and s the slowdown, T >= C (1 + s u); for u <= 1 that implies T >= C + s / (1 + s) L."""
+        slower = self._slowdown(stream, other)
+        return slower / (1 + slower)
 
     def _slowdown(self, stream: str, other: str) -> float:
         """By what share of its time an op of a stream takes longer while the other stream is busy: measured for the processor of

@@ -183,7 +183,7 @@ def _residents(table: TensorTable, fixed: dict[tuple[str, int], int], compute_ti
         if tier == "gpu":
             entries.append(Load("host>gpu", "host>gpu", (number,)))
             staged.append(number)
-        if len(staged) > 2:
+        if len(staged) > 1:
             entries.append(Evict("host", (staged.popleft(),)))
     return [*entries, *(Evict("host", (number,)) for number in staged)]
 

@@ -106,6 +106,12 @@ class Program:
         last = batch >= self.decision.num_batches - self.decision.cpu_batches
         return self._helped and last and self.decision.layers[layer].kv == "host"
 
+    def streams_kv(self, layer: int) -> bool:
+        """Whether the link brings keys and values of this layer: they live elsewhere, and not all of them are the CPU's."""
+        return self.shape.decoding and any(
+            self._kv(layer, batch) and not self.on_cpu(layer, batch) for batch in self.batches
+        )
+
     def is_moe(self, layer: int) -> bool:
         """Whether the layer routes."""
         return self.spec.layers[layer].num_experts > 0

@@ -12,17 +12,29 @@ from klotski_compiler.tensors import MODULES
 
 
 def rough_us(cost: Cost, policy: ModuleType, decision: Decision, workload: Workload) -> float:
-    """The whole workload, without loading what is resident."""
+    """The whole workload, from the first weight byte on."""
     groups = -(-workload.num_sequences // decision.sequences)
-    return groups * sum(
+    return load_us(cost, decision) + groups * sum(
         shape.passes * _pass_us(cost, policy, decision, shape) for shape in shapes(decision, workload) if shape.passes
     )
+
+
+def load_us(cost: Cost, decision: Decision) -> float:
+    """Reading what is resident; before a GPU, what host memory keeps as well."""
+    on_gpu, nbytes = cost.hardware.compute_tier == "gpu", 0
+    for layer, chosen in zip(cost.spec.layers, decision.layers, strict=True):
+        modules = {kind: module.nbytes for kind in MODULES if (module := getattr(layer, kind))}
+        nbytes += sum(size for kind, size in modules.items() if on_gpu or kind in chosen.resident)
+        if layer.expert:
+            near = layer.num_experts - len(chosen.on_disk) if on_gpu else len(chosen.resident_experts)
+            nbytes += near * layer.expert.nbytes
+    return 1e6 * nbytes / cost.hardware.links["disk>host"].bandwidth_bytes_per_s
 
 
 def _pass_us(cost: Cost, policy: ModuleType, decision: Decision, shape: Shape) -> float:
     total, known = 0.0, dict[tuple[object, ...], float]()
     for number, chosen in enumerate(decision.layers):
-        layer, shares = cost.spec.layers[number], cost.routing.popularity[number]
+        layer, shares = cost.spec.layers[number], cost.picked[number]
         key = layer, chosen, shares
         if key not in known:
             work = layer_work(cost, decision, number, chosen, shape)

@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import inf
 from types import MappingProxyType, ModuleType
 
+from klotski_compiler.bounds import Relaxation
 from klotski_compiler.cost import Cost
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.hardware import Hardware
@@ -29,7 +30,7 @@ from klotski_compiler.plan import (
     Workload,
     align_up,
 )
-from klotski_compiler.policies import policy
+from klotski_compiler.policies import OURS, policy
 from klotski_compiler.rough import rough_us
 from klotski_compiler.routing import Routing
 from klotski_compiler.tensors import MODULES, kv_bytes, query_bytes, state_bytes
@@ -41,7 +42,9 @@ ATTENTION_SHARE = 0.08  # of the budget for what one attention call allocates
 EXPERT_ROWS = {"host": 512, "gpu": 8192}  # tokens per matmul: where its rate has long stopped growing
 SPILLED_BATCHES = 3  # of one layer's KV in flight where KV does not live in the compute tier
 SAMPLED = 2  # layers of the short model on which candidates are timed; a second one has twice as many
-KEPT_SIZES = 4  # group sizes per policy that are scored, the largest that fit first
+LEAST_ROWS = 2048  # tokens per matmul that joint may go down to: its rate has stopped growing
+WORTH = 0.002  # what a smaller micro-batch must save
+KEPT_FRUGAL = 3  # decisions per size whose micro-batches are fitted to the memory that they leave
 KEPT_SCORED = 2  # sizes per policy that are timed on short models
 KEPT_SOLVED = 5  # and of the policy whose residency is solved
 KEPT_WHOLE = 2  # and of those, that may be lowered whole
@@ -89,6 +92,7 @@ class Search:
         self.truncated = False
         self._experts = sum(layer.num_experts for layer in request.spec.layers)
         self._most = request.workload.num_sequences
+        self._least: dict[int, float] = {}
 
     # ---------------------------------------------------------------------------------------------------- candidates
 
@@ -100,20 +104,22 @@ class Search:
             )
         scored: list[tuple[float, Decision]] = []
         module, refusal = policy(name), None
-        sizes: set[int] = set()
-        for base in self.bases(name):
-            if base.sequences not in sizes and len(sizes) >= KEPT_SIZES:
+        for bound_us, size in self.sizes():
+            # In order of their bounds: what follows cannot be faster than the best so far.
+            if scored and bound_us > min(us for us, _ in scored) * (1 + ESTIMATE_ERROR):
                 break
             if scored and time.monotonic() > self.deadline:
                 self.truncated = True
                 break
-            try:
-                scored.append((self.score(name, base), base))
-            except Infeasible as fault:
-                if refusal is None or sum(fault.shortfalls.values()) < sum(refusal.shortfalls.values()):
-                    refusal = fault
-                continue
-            sizes.add(base.sequences)
+            fitting: list[tuple[float, Decision]] = []
+            for base in self.bases_of(name, [size]):
+                try:
+                    fitting.append((self.score(name, base), base))
+                except Infeasible as fault:
+                    if refusal is None or sum(fault.shortfalls.values()) < sum(refusal.shortfalls.values()):
+                        refusal = fault
+            fitting.sort(key=lambda entry: entry[0])
+            scored += self.frugal(name, fitting[:KEPT_FRUGAL]) if module.EXPERTS == "solved" else fitting
         scored.sort(key=lambda entry: entry[0])
         tried = KEPT_SOLVED if module.EXPERTS == "solved" else KEPT_SCORED
         decisions = [decision for _, base in scored[:tried] for decision in self.fills(name, base)]
@@ -201,6 +207,39 @@ class Search:
                         for cpu_batches in self.cpu_batches(module, num_batches):
                             yield base.model_copy(update={"cpu_batches": cpu_batches})
 
+    @cached_property
+    def _bounds(self) -> Relaxation:
+        return Relaxation(self.cost, self.request.workload, self.request.budgets)
+
+    def sizes(self) -> list[tuple[float, int]]:
+        """Sequences per group with the least time that any schedule in such groups takes, most promising first."""
+        total, found = self.request.workload.num_sequences, []
+        for size in self.group_sizes():
+            groups = -(-total // size)
+            if size not in self._least:
+                self._least[size] = self._bounds.least_us(groups, groups)
+            found.append((self._least[size], size))
+        return sorted(found, key=lambda entry: (entry[0], -entry[1]))
+
+    def frugal(self, name: str, scored: list[tuple[float, Decision]]) -> list[tuple[float, Decision]]:
+        """The same sizes with the micro-batches of each module as small, and prefill in as many parts, as pays: what their buffers
+        do not take, weights and KV do."""
+        found: list[tuple[float, Decision]] = []
+        for us, base in scored:
+            best, improved = (us, base), True
+            while improved:
+                improved = False
+                for smaller in frugalities(best[1]):
+                    try:
+                        tried = self.score(name, smaller)
+                    except Infeasible:
+                        continue
+                    if tried < best[0] * (1 - WORTH):
+                        best, improved = (tried, smaller), True
+            if best[1] not in [base for _, base in found]:
+                found.append(best)
+        return sorted(found, key=lambda entry: entry[0])
+
     def group_sizes(self) -> list[int]:
         """Sequences per group: the workload in 1, 2, 3, ... equal groups, thinned out geometrically."""
         request, total = self.request, self.request.workload.num_sequences
@@ -287,7 +326,8 @@ class Search:
     def bare(self, name: str, d: Decision, num_batches: int) -> Decision:
         """The sizes of a decision, in so many batches, with nothing resident."""
         base = self.base(policy(name).EXPERTS, num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups)
-        return base.model_copy(update={"cpu_batches": min(d.cpu_batches, num_batches)})
+        kept = {size: getattr(d, size) for size in ("attention_batch", "decode_batch", "expert_rows")}
+        return base.model_copy(update={**kept, "cpu_batches": min(d.cpu_batches, num_batches)})
 
     # ------------------------------------------------------------------------------------------------------ residency
 
@@ -306,9 +346,13 @@ class Search:
         except Infeasible:
             return
         yield first
-        if policy(name).EXPERTS == "solved" and not self._keeps_kv(first):
+        if policy(name).EXPERTS != "solved":
+            return
+        if not self._keeps_kv(first):
             with suppress(Infeasible):
                 yield self.fill(name, base, may_spill=False)
+        if kept := self.all_kept(base):
+            yield kept
 
     def _keeps_kv(self, decision: Decision) -> bool:
         return all(layer.kv == self.tier for layer in decision.layers)
@@ -328,22 +372,22 @@ class Search:
         if policy(name).EXPERTS == "solved":
             solved = residency(self.cost, self.request.workload, base, capacity, may_spill)
             self.truncated |= solved.truncated
-            return self._all_kept(solved.decide(base), capacity)
+            return solved.decide(base)
         filled = self.greedy(name, base, capacity)
         if decide := getattr(policy(name), "decide", None):
             filled = decide(self.cost, filled)
         return filled
 
-    def _all_kept(self, decision: Decision, capacity: dict[str, int]) -> Decision:
-        """Everything resident where a GPU has room for all of it: the residency problem, to which a transfer that hides is free, sees
+    def all_kept(self, base: Decision) -> Decision | None:
+        """Everything resident, where a GPU has room for all of it: the residency problem, to which a transfer that hides is free, sees
         no reason to prefer that."""
-        spec = self.request.spec
+        spec, room = self.request.spec, self.capacity(OURS, base, {})[self.tier]
         modules = [getattr(layer, kind) for layer in spec.layers for kind in MODULES]
         experts = sum(layer.num_experts * _slot_bytes(layer.expert) for layer in spec.layers if layer.expert)
-        need = experts + sum(map(_slot_bytes, filter(None, modules))) + sum(self._kv_bytes(decision))
+        need = experts + sum(map(_slot_bytes, filter(None, modules))) + sum(self._kv_bytes(base))
         need += _slot_bytes(spec.head) + _slot_bytes(spec.norm)
-        if self.tier != "gpu" or need > capacity["gpu"]:
-            return decision
+        if self.tier != "gpu" or need > room:
+            return None
         layers = tuple(
             LayerDecision(
                 resident=tuple(kind for kind in MODULES if getattr(layer, kind)),
@@ -352,7 +396,7 @@ class Search:
             )
             for layer in spec.layers
         )
-        return decision.model_copy(update={"layers": layers, "head_pages": 0, "cpu_batches": 0})
+        return base.model_copy(update={"layers": layers, "head_pages": 0, "cpu_batches": 0})
 
     def capacity(self, name: str, base: Decision, reserve: Mapping[str, int]) -> dict[str, int]:
         """Bytes of each tier for residents and KV: the budget without slots, hidden states, workspace and fixed residents."""
@@ -394,6 +438,15 @@ class Search:
         in_flight = SPILLED_BATCHES * max(cache) // base.num_batches
         return min(sum(cache), in_flight + spill_bytes(self.cost, base, self.request.workload))
 
+    def far(self, name: str) -> bool:
+        """Whether some experts must live on disk although there is host memory between."""
+        spec, experts = self.request.spec, 0
+        if self.tier != "gpu" or policy(name).EXPERTS == "picks":
+            return False
+        for layer in spec.layers:
+            experts += layer.num_experts * layer.expert.nbytes if layer.expert else 0
+        return experts > sum(self.request.budgets.get(tier, 0) for tier in ("gpu", "host"))
+
     def _kv_bytes(self, base: Decision) -> list[int]:
         """KV of the whole group in each layer."""
         workload, dtype = self.request.workload, self.request.dtype
@@ -406,6 +459,9 @@ class Search:
     def streaming(self, name: str, lead: int, unit: int, head_pages: int) -> dict[str, int]:
         """Bytes of every tier's slots when nothing is resident, found by lowering a short model: independent of the group's size."""
         base = self.base(policy(name).EXPERTS, 1 if policy(name).ONE_BATCH else 2, 1, lead, unit, 1)
+        if self.far(name):
+            layers = tuple(layer.model_copy(update={"on_disk": layer.static[:unit]}) for layer in base.layers)
+            base = base.model_copy(update={"layers": layers})
         cut, cost = self.short(base.model_copy(update={"head_pages": head_pages, "embedding": False}), SAMPLED)
         trial = lower(cost, name, cut, Workload(prompt_len=2, gen_len=4, num_sequences=2), quick=True)
         kept = {slot for _, slot in trial.placed}
@@ -494,12 +550,14 @@ class Search:
     # --------------------------------------------------------------------------------------------------------- timing
 
     def short(self, decision: Decision, count: int) -> tuple[Decision, Cost]:
-        """The model cut to its dense layers' first and ``count`` MoE layers, evenly spaced, with their decisions."""
+        """The model cut to its dense layers' first and ``count`` MoE layers, evenly spaced within each kind of layer, with their
+        decisions."""
         spec = self.request.spec
         moe = [n for n, layer in enumerate(spec.layers) if layer.expert]
         dense = [n for n, layer in enumerate(spec.layers) if not layer.expert][:1]
-        count = min(count, len(moe))
-        kept = dense + [moe[(2 * i + 1) * len(moe) // (2 * count)] for i in range(count)]
+        count, kinds = min(count, len(moe)), list(dict.fromkeys(spec.layers))
+        moe.sort(key=lambda n: (kinds.index(spec.layers[n]), n))
+        kept = dense + sorted(moe[(2 * i + 1) * len(moe) // (2 * count)] for i in range(count))
         routing = self.request.routing.model_copy(
             update={"popularity": tuple(self.request.routing.popularity[n] for n in kept), "successors": ()}
         )
@@ -561,6 +619,15 @@ class Search:
 def _slot_bytes(module: Module) -> int:
     """Room that a module takes in an arena."""
     return align_up(module.nbytes + 2 * PAGE_BYTES * module.segments)
+
+
+def frugalities(d: Decision) -> Iterator[Decision]:
+    """A decision with one of its micro-batches half as large, or prefill in twice as many parts."""
+    if d.prefill_groups < d.num_batches:
+        yield d.model_copy(update={"prefill_groups": min(d.num_batches, 2 * d.prefill_groups)})
+    for size, least in (("attention_batch", 1), ("decode_batch", 1), ("expert_rows", LEAST_ROWS)):
+        if (now := getattr(d, size)) > least:
+            yield d.model_copy(update={size: max(least, -(-now // 2))})
 
 
 def largest(limit: int, fits: Callable[[int], bool]) -> int:

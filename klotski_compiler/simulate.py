@@ -14,6 +14,8 @@ from klotski_compiler.plan import Bind, Compute, Step
 
 SIMULATED_PASSES = 4  # the pipeline has settled well before
 NEGLIGIBLE = 0.005  # growth of the op times over a phase, as a share of a pass, that need not be simulated
+SAG = 0.005  # how far a phase's time may lie above its true one, as a share of it, in each span of positions
+MOST_SPANS = 8
 
 Times = list[tuple[float, float]]
 
@@ -71,21 +73,35 @@ def simulate(
 ) -> PhaseTimes:
     """Time a phase of ``passes`` passes. ``durations(x)``: op times at the fraction x of the way from first to last pass.
 
-    Op times are affine in the position and pass time is their maximum along paths, hence convex: the phase is the mean of its
-    first and last pass (an upper estimate), each settled by replaying it; ``quick``: the middle one alone.
+    Op times are affine in the position and pass time is their maximum along paths, hence convex: the mean over a span of positions
+    is at most the mean of its ends. Spans are halved until that is close enough, each point settled by replaying it. ``quick``:
+    three points.
     """
     middle = _settled(steps, passes, compute, durations(0.5))
-    if quick or passes == 1 or sum(durations(1.0)) - sum(durations(0.0)) < NEGLIGIBLE * middle.pass_us:
+    if passes == 1 or sum(durations(1.0)) - sum(durations(0.0)) < NEGLIGIBLE * middle.pass_us:
         return middle
-    runs = [_settled(steps, passes, compute, durations(x)) for x in (0.0, 1.0)]
-    mean = 1.0 / len(runs)
+    first, last = (_settled(steps, passes, compute, durations(x)) for x in (0.0, 1.0))
+    runs = list[tuple[float, PhaseTimes]]()
+
+    def cover(span: tuple[float, float], left: PhaseTimes, centre: PhaseTimes, right: PhaseTimes) -> None:
+        """Weigh the runs of a span, or halve it."""
+        low, high = span
+        sag = (left.total_us + right.total_us) / 2 - centre.total_us
+        if quick or sag * (high - low) < SAG * middle.total_us or high - low <= 1 / MOST_SPANS:
+            runs.extend((weight * (high - low), run) for weight, run in ((0.25, left), (0.5, centre), (0.25, right)))
+            return
+        at = (low + high) / 2
+        for (a, b), one, other in (((low, at), left, centre), ((at, high), centre, right)):
+            cover((a, b), one, _settled(steps, passes, compute, durations((a + b) / 2)), other)
+
+    cover((0.0, 1.0), first, middle, last)
     busy, bubble = Counter[str](), Counter[str]()
-    for run in runs:
+    for weight, run in runs:
         for name, value in run.busy_us.items():
-            busy[name] += value * mean  # type: ignore[assignment]
+            busy[name] += value * weight  # type: ignore[assignment]
         for name, value in run.bubble_us.items():
-            bubble[name] += value * mean  # type: ignore[assignment]
-    return PhaseTimes(sum(r.total_us for r in runs) * mean, middle.pass_us, middle.steps, busy, bubble)
+            bubble[name] += value * weight  # type: ignore[assignment]
+    return PhaseTimes(sum(weight * run.total_us for weight, run in runs), middle.pass_us, middle.steps, busy, bubble)
 
 
 def _settled(steps: Sequence[Step], passes: int, compute: str, duration_us: Sequence[float]) -> PhaseTimes:

@@ -5,7 +5,8 @@ Sets         g layer groups (of N_g equal layers), c expert classes of a group i
 Parameters   of one layer and pass: A attention, R router or dense MLP, C_c one expert's compute, L one expert's link
              time, l_c its expected link time after the router, M_k a module's link time, V and W link time of spilled
              KV in and out; in decode beside a GPU also P_c one expert's compute on the CPU and, of the share of a
-             layer's batches that the CPU attends to, H its time there and K the time it spares the GPU; b = lead
+             layer's batches that the CPU attends to, H its time there (with what the GPU does around it) and K the
+             time it spares the GPU; b = lead
              (expert slots), u = unit (experts per load), s slot bytes.
 Variables    resident[g.c], static[g.c], late[g.c]: experts that never move, are streamed by name, are bound after the
              router; cpu[g.c]: experts that the CPU computes in decode (in prefill they are streamed by name);
@@ -210,15 +211,25 @@ class Formulation:
         spared = {f"cpu[{g.name}.c{c}]": -cost.compute_us for c, cost in enumerate(work.classes)}
         return plus({"": g.count * whole}, spared if self.helped(phase) else {})
 
+    def cpu_us(self, g: Group, work: LayerWork) -> Terms:
+        """sum_c P_c cpu[g.c]."""
+        return {f"cpu[{g.name}.c{c}]": cost.cpu_us for c, cost in enumerate(work.classes)}
+
+    def linked_us(self, g: Group, phase: str, work: LayerWork) -> Terms:
+        """What the link into the compute tier carries."""
+        loads = [step.load for step in self.steps(g, phase, work)]
+        return plus(self.modules_us(g), *loads, self.kv_us(g, work.kv_load_us))
+
     def attention_us(self, g: Group, work: LayerWork) -> Terms:
         """A - K where KV is spilled."""
         return plus({"": g.count * work.attention_us}, times(-1.0, self.kv_us(g, work.spared_us)))
 
     def attentions(self, g: Group, phase: str, work: LayerWork) -> Iterator[tuple[str, Terms]]:
-        """What the router waits for: A on the GPU and, where KV is spilled and the CPU attends, H."""
-        yield "", self.attention_us(g, work)
+        """What the experts wait for: A + R on the GPU and, where KV is spilled and the CPU attends, H and what the GPU does around
+        it."""
+        yield "", plus(self.attention_us(g, work), {"": g.count * work.router_us})
         if self.helped(phase) and work.cpu_attend_us:
-            yield ".cpu", self.kv_us(g, work.cpu_attend_us)
+            yield ".cpu", self.kv_us(g, work.cpu_attend_us + work.around_us)
 
     def helped(self, phase: str) -> bool:
         """Whether the CPU may compute beside the GPU: in decode."""
@@ -286,25 +297,34 @@ class Formulation:
     def processor(self, g: Group, phase: str, work: LayerWork) -> None:
         """T >= A + R + experts: all of the layer's compute, wherever its experts live."""
         router = {"": g.count * work.router_us}
-        self._period("processor", g, phase, plus(self.attention_us(g, work), router, self.experts_us(g, phase, work)))
+        terms = [self.attention_us(g, work), router, self.experts_us(g, phase, work)]
+        if not self.problem.cpu:
+            terms.append(times(self.problem.drag[0], self.linked_us(g, phase, work)))
+        self._period("processor", g, phase, plus(*terms))
 
     def cpu_processor(self, g: Group, phase: str, work: LayerWork) -> None:
-        """T >= A + R + sum_c P_c cpu[g.c]: the router speaks first;  with H in the place of A, and then also  T >= H + R +
-        experts: the router waits for what the CPU attends to."""
+        """T >= A + R + sum_c P_c cpu[g.c]: the router speaks first;  with H in the place of A + R, and then also  T >= H + experts: the
+        router waits for what the CPU attends to;  and T >= H + sum_c P_c cpu[g.c] + what the link slows that down."""
         if not self.helped(phase):
             return
-        computes = {f"cpu[{g.name}.c{c}]": cost.cpu_us for c, cost in enumerate(work.classes)}
-        router = {"": g.count * work.router_us}
+        computes = self.cpu_us(g, work)
         for part, attention in self.attentions(g, phase, work):
-            self._period(f"cpu.experts{part}", g, phase, plus(attention, router, computes))
+            self._period(f"cpu.experts{part}", g, phase, plus(attention, computes))
             if part:
-                self._period("cpu.attention", g, phase, plus(attention, router, self.experts_us(g, phase, work)))
+                self._period("cpu.attention", g, phase, plus(attention, self.experts_us(g, phase, work)))
+        slowed = times(self.problem.drag[0], self.linked_us(g, phase, work))
+        self._period("cpu", g, phase, plus(self.kv_us(g, work.cpu_attend_us), computes, slowed))
 
     def link(self, g: Group, phase: str, work: LayerWork) -> None:
-        """T >= streamed modules + static loads + late loads + spilled KV: a layer prefetches for the next what it was
-        spared."""
-        loads = [step.load for step in self.steps(g, phase, work)]
-        self._period("link", g, phase, plus(self.modules_us(g), *loads, self.kv_us(g, work.kv_load_us)))
+        """T >= streamed modules + static loads + late loads + spilled KV, slowed by the CPU: a layer prefetches for the next what it
+        was spared."""
+        slowed: Terms = {}
+        if self.helped(phase):
+            slowed = times(self.problem.drag[1], plus(self.kv_us(g, work.cpu_attend_us), self.cpu_us(g, work)))
+        elif not self.problem.cpu:
+            rest = plus(self.attention_us(g, work), {"": g.count * work.router_us}, self.experts_us(g, phase, work))
+            slowed = times(self.problem.drag[1], rest)
+        self._period("link", g, phase, plus(self.linked_us(g, phase, work), slowed))
 
     def disk_link(self, g: Group, phase: str) -> None:
         """T >= disk loads of the experts that live there."""
@@ -335,10 +355,9 @@ class Formulation:
             self._period(f"deadlines.{name}", g, phase, plus(start, path))
 
     def late_deadlines(self, g: Group, phase: str, work: LayerWork) -> None:
-        """T >= A + R + late loads up to i + computes from i on, for every late class i: the router speaks first. With A, and
-        where the CPU attends with H in its place."""
-        for part, attention in self.attentions(g, phase, work):
-            start = plus(attention, {"": g.count * work.router_us})
+        """T >= A + R + late loads up to i + computes from i on, for every late class i: the router speaks first. With A + R, and
+        where the CPU attends with H in their place."""
+        for part, start in self.attentions(g, phase, work):
             for name, path in _paths([step for step in self.steps(g, phase, work) if step.late]):
                 self._period(f"late_deadlines.{name}{part}", g, phase, plus(start, path))
 
@@ -352,10 +371,10 @@ class Formulation:
         """T >= A + R + residents + computes up to i + loads from i on - b L + prefetched - M, for every class i.
 
         Until class i is computed at most b further experts fit; what is left, and what the next layer wants to find,
-        comes after. With A, and where the CPU attends with H in its place.
+        comes after. With A + R, and where the CPU attends with H in their place.
         """
         steps = self.steps(g, phase, work)
-        held = {"": g.count * (work.router_us - self.problem.lead * g.expert.load_us)}
+        held = {"": -g.count * self.problem.lead * g.expert.load_us}
         found = plus(held, self.residents_us(g, work), self._prefetched(g, phase), times(-1.0, self.modules_us(g)))
         for part, attention in self.attentions(g, phase, work):
             for i in range(len(steps)):
@@ -391,14 +410,20 @@ class Formulation:
         out.update(self.load_terms())
 
     def load_terms(self) -> Terms:
-        """Time to load what is resident, beyond what is loaded in any case; less what stays on disk."""
+        """Time to read what memory keeps from disk: what is resident or, before a GPU, all but what stays on disk."""
         problem = self.problem
-        terms: Terms = {"resident[head]": problem.head.load_us, "resident[embedding]": problem.embedding.load_us}
+        terms: Terms = {"": 0.0}
+        if problem.home_tier:
+            for g in problem.groups:
+                modules = sum(item.disk_us for item in g.modules.values())
+                terms[""] += g.count * (modules + sum(g.sizes) * g.expert.disk_us)
+                if self.homes_on_disk:
+                    terms |= {f"disk[{g.name}.c{c}]": -g.expert.disk_us for c in range(len(g.sizes))}
+            return terms
+        terms |= {"resident[head]": problem.head.load_us, "resident[embedding]": problem.embedding.load_us}
         for g in problem.groups:
             terms |= {f"resident[{g.name}.{kind}]": item.load_us for kind, item in g.modules.items()}
             terms |= {f"resident[{g.name}.c{c}]": g.expert.load_us for c in range(len(g.sizes))}
-            if self.homes_on_disk:
-                terms |= {f"disk[{g.name}.c{c}]": -g.expert.disk_us for c in range(len(g.sizes))}
         return terms
 
     # ---------------------------------------------------------------------------------------------------- helpers

@@ -13,7 +13,7 @@ from klotski_compiler.cost import ALWAYS, Cost, Shape
 from klotski_compiler.model import Layer, Module
 from klotski_compiler.pipeline import shapes
 from klotski_compiler.plan import ALL, CPU, PAGE_BYTES, Decision, Workload, align_up
-from klotski_compiler.tensors import MODULES, kv_bytes
+from klotski_compiler.tensors import MODULES, kv_bytes, query_bytes
 from klotski_compiler.workspace import spill_bytes
 
 EXACT_EXPERTS = 16  # up to so many experts, a class holds equally popular ones only
@@ -45,7 +45,8 @@ class ClassWork:
 @dataclass(frozen=True, slots=True)
 class LayerWork:
     """One layer in one pass: all batches through attention, then through router (or dense MLP); classes; spilled KV: what it takes
-    the links, what attending to it takes the CPU and spares the GPU."""
+    the links, what attending to it takes the CPU and spares the GPU, and around_us, what the GPU does before and after: the first
+    batch's projections, the last one's output and router."""
 
     attention_us: float
     router_us: float
@@ -55,6 +56,7 @@ class LayerWork:
     kv_ahead: float
     cpu_attend_us: float = 0.0
     spared_us: float = 0.0
+    around_us: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,8 @@ class Problem:
 
     head: all its pages, head_pages of them (0: it must be resident). may_spill: the machine can write KV back.
     home_tier: where the rest of the weights lives, if that is a memory with a capacity (host, on a machine with a GPU).
-    cpu: whether a CPU may compute beside a GPU.
+    cpu: whether a CPU may compute beside a GPU. drag: of (stream, other), see ``Cost.drag``: the processor that reads host memory
+    and the link that does.
     """
 
     groups: tuple[Group, ...]
@@ -112,6 +115,7 @@ class Problem:
     lead: int
     unit: int
     cpu: bool = False
+    drag: tuple[float, float] = (0.0, 0.0)
 
 
 def build(
@@ -175,13 +179,14 @@ def build(
         lead=decision.lead,
         unit=decision.unit,
         cpu=cost.cpu_helps,
+        drag=(cost.drag(CPU, into), cost.drag(into, CPU)) if CPU in cost.hardware.processors else (0.0, 0.0),
     )
 
 
 def _identical(cost: Cost) -> list[tuple[int, ...]]:
     """Layer numbers by what the problem can tell apart, in order of first appearance."""
     found: dict[tuple[Layer, tuple[float, ...]], list[int]] = {}
-    for number, (layer, shares) in enumerate(zip(cost.spec.layers, cost.routing.popularity, strict=True)):
+    for number, (layer, shares) in enumerate(zip(cost.spec.layers, cost.picked, strict=True)):
         found.setdefault((layer, tuple(sorted(shares))), []).append(number)
     return [tuple(members) for members in found.values()]
 
@@ -189,7 +194,7 @@ def _identical(cost: Cost) -> list[tuple[int, ...]]:
 def _classes(cost: Cost, layer: int) -> list[list[int]]:
     """Experts in classes, most popular first: equally popular ones, or bands of equal popularity mass where those are
     many."""
-    popular, shares = cost.popular(layer), cost.routing.popularity[layer]
+    popular, shares = cost.popular(layer), cost.picked[layer]
     equal = [list(members) for _, members in groupby(popular, key=lambda e: shares[e])]
     if len(popular) <= EXACT_EXPERTS or len(equal) <= MAX_CLASSES:
         return equal
@@ -242,13 +247,16 @@ def _work(
         load = moved * cost.kv_us(links[0], position * middle(shape)) if shape.name == "decode" else 0.0
         store = shape.batches * cost.kv_us(links[1], position * shape.tokens)
     attention = shape.batches * cost.attention_us(layer, shape, middle(shape))
-    attend = spared = 0.0
+    attend = spared = around = 0.0
     if helped and decision.cpu_batches:
         cpu, sequences = cost.hardware.processors[CPU], shape.batch_size
         attend = decision.cpu_batches * (cpu.op_us + cost.attend_us(layer, sequences, middle(shape), cpu))
         spared = decision.cpu_batches * cost.attend_us(layer, sequences, middle(shape), processor)
+        around = cost.project_us(layer, shape) + cost.output_us(layer, shape) + router / shape.batches
+        small = query_bytes(cost.spec, sequences, cost.dtype)
+        around += cost.transfer_us(links[1], small) + cost.transfer_us(links[0], small)
     ahead = min(1.0, SPILL_SLOTS / shape.batches)
-    return LayerWork(attention, router, tuple(work), load, store, ahead, attend, spared)
+    return LayerWork(attention, router, tuple(work), load, store, ahead, attend, spared, around)
 
 
 def _end(cost: Cost, shape: Shape, pages: int) -> EndWork:

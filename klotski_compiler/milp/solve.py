@@ -25,14 +25,14 @@ RELATIVE_GAP = 1e-4
 NODE_LIMIT = 2000
 SAFETY_SECONDS = 20.0
 SEED = 1
+SCALE_US = 1e6  # of times inside the solver
 
 
 @dataclass(frozen=True)
 class Solved:
     """The best residency found. Times in microseconds.
 
-    objective_us: whole workload without ``load_us``, the time to load what is resident (beyond what is loaded in any
-    case). bound_us: the solver's lower bound on objective_us + load_us. binding: microseconds saved per further byte of
+    objective_us: whole workload without ``load_us``, the time to load what memory keeps. bound_us: the solver's lower bound on objective_us + load_us. binding: microseconds saved per further byte of
     each tier, from the duals of the linear relaxation. period_us: per layer group and phase. statistics: size of the
     model.
     """
@@ -93,7 +93,7 @@ def residency(
     if answer.status == "infeasible":
         raise _shortfall(problem)
     values = answer.values
-    load = sum(factor * values[name] for name, factor in formulation.load_terms().items())
+    load = sum(factor * (values[name] if name else 1.0) for name, factor in formulation.load_terms().items())
     return Solved(
         status=answer.status,
         objective_us=answer.objective - load,
@@ -138,16 +138,25 @@ class Solver:
         """Copies variables, rows and objective."""
         self.built = mathopt.Model(name="residency")
         self.integers = [v.name for v in model.variables.values() if v.integer]
+        # Times run to 1e9 microseconds beside counts of one: solvers want columns, rows and objective near one.
+        self.unit = {v.name: SCALE_US if v.name.endswith("_us") or "_us[" in v.name else 1.0 for v in model.variables.values()}
         self.variables = {
-            v.name: self.built.add_variable(lb=v.lower, ub=v.upper, name=v.name) for v in model.variables.values()
+            v.name: self.built.add_variable(lb=v.lower / self.unit[v.name], ub=v.upper / self.unit[v.name], name=v.name)
+            for v in model.variables.values()
         }
-        self.rows = {}
+        self.rows, self.row_unit = {}, dict[str, float]()
         for row in model.rows:
-            self.rows[row.name] = made = self.built.add_linear_constraint(lb=row.lower, ub=row.upper, name=row.name)
-            for name, value in row.terms.items():
-                made.set_coefficient(self.variables[name], value)
-        for name, value in model.objective.items():
-            self.built.objective.set_linear_coefficient(self.variables[name], value)
+            terms = {name: value * self.unit[name] for name, value in row.terms.items()}
+            unit = self.row_unit[row.name] = max(map(abs, terms.values()), default=1.0)
+            made = self.built.add_linear_constraint(lb=row.lower / unit, ub=row.upper / unit, name=row.name)
+            self.rows[row.name] = made
+            for name, value in terms.items():
+                made.set_coefficient(self.variables[name], value / unit)
+        goal = {name: value * self.unit[name] for name, value in model.objective.items() if name}
+        self.goal_unit = max(map(abs, goal.values()), default=1.0)
+        self.built.objective.offset = model.objective.get("", 0.0) / self.goal_unit
+        for name, value in goal.items():
+            self.built.objective.set_linear_coefficient(self.variables[name], value / self.goal_unit)
 
     def relaxed(self) -> Answer:
         """The linear relaxation, with duals."""
@@ -174,10 +183,12 @@ class Solver:
         with_duals = relax and result.has_dual_feasible_solution()
         return Answer(
             status="optimal" if end.reason == mathopt.TerminationReason.OPTIMAL else "feasible",
-            objective=result.objective_value(),
-            bound=end.objective_bounds.dual_bound,
-            values={name: result.variable_values(v) for name, v in self.variables.items()},
-            duals={name: result.dual_values(row) for name, row in self.rows.items()} if with_duals else {},
+            objective=result.objective_value() * self.goal_unit,
+            bound=end.objective_bounds.dual_bound * self.goal_unit,
+            values={name: result.variable_values(v) * self.unit[name] for name, v in self.variables.items()},
+            duals={name: result.dual_values(row) * self.goal_unit / self.row_unit[name] for name, row in self.rows.items()}
+            if with_duals
+            else {},
             truncated=end.limit == mathopt.Limit.TIME,
         )
 
@@ -200,6 +211,14 @@ def johnson(experts: Sequence[int], load_us: dict[int, float], compute_us: dict[
     first = [e for e in experts if compute_us[e] >= load_us[e]]
     rest = [e for e in experts if compute_us[e] < load_us[e]]
     return sorted(first, key=lambda e: load_us[e]) + sorted(rest, key=lambda e: -compute_us[e])
+
+
+def woven(experts: Sequence[int], far: frozenset[int]) -> list[int]:
+    """Those that come from disk evenly among the others, each kind in its order: the disk is never the one that is waited for while
+    the link behind it has nothing else to send."""
+    near, away = [e for e in experts if e not in far], [e for e in experts if e in far]
+    places = [((i + 0.5) / len(kind), e) for kind in (near, away) for i, e in enumerate(kind)]
+    return [e for _, e in sorted(places, key=lambda place: place[0])] if near and away else list(experts)
 
 
 def spread(total: int, rooms: Sequence[int], burden_us: list[float], relief_us: float) -> list[int]:
@@ -275,7 +294,7 @@ def _group_layers(
             LayerDecision(
                 resident=tuple(kind for kind in g.modules if modules[kind][j]),
                 resident_experts=tuple(kept),
-                static=tuple(johnson(streamed, load, compute)),
+                static=tuple(woven(johnson(streamed, load, compute), frozenset(far))),
                 late=tuple(late_ones),
                 cpu=tuple(apart),
                 on_disk=tuple(sorted(far)),

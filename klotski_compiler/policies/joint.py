@@ -31,12 +31,10 @@ def build(p: Program) -> None:
     p.embed()
     for layer in p.layers:
         queue.advance(layer)
-        for _ in p.attend_with_cpu(layer):
-            pass
-        queue.release(*p.attention_weights(layer))
-        for batch in p.batches:
+        for done, batch in enumerate(p.attend_with_cpu(layer), 1):
             p.route(layer, batch)
-        queue.release(*p.router_weights(layer))
+            queue.attended(layer, done)
+        queue.release(*p.attention_weights(layer), *p.router_weights(layer))
         if p.is_moe(layer):
             p.bind(layer, "rank", 0, len(p.picks(layer)))
             queue.bound = layer
@@ -58,6 +56,8 @@ class Queue:
 
     def __init__(self, p: Program) -> None:
         self.p, self.bound, self.layer = p, -1, 0
+        self.open = -1  # the last layer to whose KV all loads are written
+        self.share = 0.0  # of the slots that a layer's experts may take, while its KV is on the way
         self.waiting: deque[Unit] = deque()  # late experts that were passed by, because their router has not spoken yet
         self.pending = deque(unit for layer in p.layers for unit in self._units(layer))
         self.heads, self.free_pages = deque(p.head_pages()), HEAD_SLOTS
@@ -89,7 +89,9 @@ class Queue:
         While late experts wait for their router, slots for one unit are kept for them: with every slot full of the next layer
         they would have none.
         """
-        p, self.layer = self.p, layer
+        p = self.p
+        if layer != self.layer:
+            self.layer, self.share = layer, 0.0
         while self.waiting and self.waiting[0].layer <= self.bound and self.waiting[0].slots <= self.free:
             self._write(self.waiting.popleft())
         while self.pending and self.pending[0].layer <= layer + 1:
@@ -98,6 +100,8 @@ class Queue:
                 self.waiting.append(self.pending.popleft())
                 continue
             kept = self.waiting[0].slots if self.waiting else 0
+            if p.streams_kv(unit.layer) and unit.layer > self.open:
+                kept += round((1 - self.share) * p.decision.lead) if unit.layer == layer else p.decision.lead
             if unit.slots and unit.slots + kept > self.free:
                 break
             self._write(self.pending.popleft())
@@ -108,6 +112,12 @@ class Queue:
             self.free_pages -= 1
         while self.opening and not self.heads and self.opening[0].slots <= self.free:
             self._write(self.opening.popleft(), next_pass=True)
+
+    def attended(self, layer: int, batches: int) -> None:
+        """Attention to so many batches of a layer has been written: experts, needed after the last, travel between their KV."""
+        self.share = batches / len(self.p.batches)
+        self.open = layer if self.share == 1 else self.open
+        self.advance(layer)
 
     def _write(self, unit: Unit, next_pass: bool = False) -> None:
         self.p.load(*unit.tensors, next_pass=next_pass)
