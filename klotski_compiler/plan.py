@@ -253,7 +253,8 @@ class LayerDecision(_Record):
     how many of the late ones, those picked last, it computes likewise. ``resident`` names modules among attention, router, shared,
     dense; ``late`` the experts that the layer's picks range over, most popular first (as many picks as there are); ``on_disk``
     the experts whose home is the disk although the machine has host memory between disk and compute tier. Every expert
-    is in exactly one of ``resident_experts``, ``static``, ``late`` and ``cpu``.
+    is in exactly one of ``resident_experts``, ``static``, ``late`` and ``cpu``. ``kv``: where keys and values live, but for those of
+    the first ``kv_batches`` batches, which live in the compute tier. ``cpu_batches``: as in the decision, where this layer differs.
     """
 
     resident: tuple[str, ...] = ()
@@ -264,6 +265,8 @@ class LayerDecision(_Record):
     cpu_picks: int = 0
     on_disk: tuple[int, ...] = ()
     kv: str = ""
+    kv_batches: int = 0
+    cpu_batches: int | None = None
 
 
 class Decision(_Record):
@@ -289,6 +292,12 @@ class Decision(_Record):
     hot: int
     embedding: bool
     layers: tuple[LayerDecision, ...]
+
+    def attended(self, layer: int) -> int:
+        """Batches, the last ones, whose decode attention the CPU computes in a layer."""
+        chosen = self.layers[layer]
+        share = self.cpu_batches if chosen.cpu_batches is None else chosen.cpu_batches
+        return min(share, self.num_batches - chosen.kv_batches) if chosen.kv == "host" else 0
 
     @property
     def sequences(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby, pairwise
 
 from klotski_compiler.cost import ALWAYS, Cost, Shape
@@ -42,6 +43,7 @@ class Program:
         self.returning = "host>gpu"  # the stream on which what the CPU computed comes back
         self._staged: deque[tuple[int, ...]] = deque()
         self._given_up: set[int] = set()
+        self._sent: set[tuple[int, int]] = set()
         self._postponed: list[tuple[int, ...]] = []
 
     # ------------------------------------------------------------------------------------------- what a policy asks
@@ -103,14 +105,14 @@ class Program:
 
     def on_cpu(self, layer: int, batch: int) -> bool:
         """Whether the CPU attends to this batch: in decode, where its KV lives in host memory."""
-        last = batch >= self.decision.num_batches - self.decision.cpu_batches
-        return self._helped and last and self.decision.layers[layer].kv == "host"
+        return self._helped and batch >= self.decision.num_batches - self.decision.attended(layer)
 
-    def streams_kv(self, layer: int) -> bool:
-        """Whether the link brings keys and values of this layer: they live elsewhere, and not all of them are the CPU's."""
-        return self.shape.decoding and any(
-            self._kv(layer, batch) and not self.on_cpu(layer, batch) for batch in self.batches
-        )
+    @lru_cache  # noqa: B019 - a Program lives as long as its phase is built
+    def sent_batches(self, layer: int) -> list[int]:
+        """Batches whose keys and values the link brings in decode: they live elsewhere, and the CPU does not attend to them."""
+        if not self.shape.decoding:
+            return []
+        return [batch for batch in self.batches if self._kv(layer, batch) and not self.on_cpu(layer, batch)]
 
     def is_moe(self, layer: int) -> bool:
         """Whether the layer routes."""
@@ -121,6 +123,11 @@ class Program:
         tokens = batches * self.shape.batch_size * self.shape.tokens
         touched = self.cost.experts(layer, tokens)
         return sum(touched[e][1] > ALWAYS for e in self.late[layer])
+
+    def expected_us(self, op: Op) -> float:
+        """What an op takes in the middle pass, by the cost model."""
+        context = (self.shape.first_context + self.shape.last_context) / 2
+        return self.cost.op_us(op, self.table.all, self.shape, context, self.late)
 
     def _present(self, *keys: tuple[str, int, int]) -> list[int]:
         return [i for key in keys if (i := self.table.id(*key)) is not None]
@@ -179,7 +186,8 @@ class Program:
         ahead = 0 if sync else 1
         for number, batch in enumerate(chosen):
             for coming in chosen[: 1 + ahead] if number == 0 else chosen[number + ahead : number + ahead + 1]:
-                self._load_kv(layer, coming, sync)
+                if (layer, coming) not in self._sent:
+                    self.load_kv(layer, coming, sync)
             if self.on_cpu(layer, batch):
                 self.project(layer, batch)
                 self.attend_on_cpu(layer, batch)
@@ -325,7 +333,10 @@ class Program:
     def _kv(self, layer: int, batch: int) -> list[int]:
         return [t for t in self._present(("kv", layer, batch)) if t not in self._resident]
 
-    def _load_kv(self, layer: int, batch: int, sync: bool) -> None:
+    def load_kv(self, layer: int, batch: int, sync: bool = False) -> None:
+        """Keys and values of a batch, unless they are resident or the CPU's; ``attend`` does it one batch ahead where it was not done
+        before."""
+        self._sent.add((layer, batch))
         for tensor in () if self.on_cpu(layer, batch) else self._kv(layer, batch):
             hops = self._hops(self.table.all[tensor].home)
             for link in hops:

@@ -201,16 +201,16 @@ def _streamed(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _kv_places(plan: Plan) -> str:
-    tiers = Counter(layer.kv for layer in plan.decision.layers)
-    nbytes = Counter[str]()
+    nbytes, blocks = Counter[str](), Counter[str]()
     for tensor in plan.tensors:
         if tensor.kind == "kv":
             nbytes[tensor.home] += tensor.nbytes
-    parts = [
-        f"{'all' if len(tiers) == 1 else count} layers in {tier} ({size(nbytes[tier])})"
-        for tier, count in tiers.most_common()
-    ]
-    return ", ".join(parts)
+            blocks[tensor.home] += 1
+    total = sum(blocks.values())
+    return ", ".join(
+        f"{'all' if count == total else format(count / total, '.0%')} in {tier} ({size(nbytes[tier])})"
+        for tier, count in blocks.most_common()
+    )
 
 
 def forecast(plan: Plan) -> str:
@@ -516,7 +516,7 @@ def compare(one: Plan, other: Plan) -> str:
     words(
         "KV cache",
         *(
-            ", ".join(f"{n} in {tier}" for tier, n in Counter(la.kv for la in p.decision.layers).most_common())
+            _kv_places(p)
             for p in plans
         ),
     )

@@ -59,16 +59,17 @@ def layer_work(cost: Cost, decision: Decision, number: int, chosen: LayerDecisio
     for kind in MODULES:
         if kind not in chosen.resident and (module := getattr(layer, kind)):
             work[link] += cost.transfer_us(link, module.nbytes)
-    elsewhere = decision.cpu_batches if helped and chosen.kv == "host" else 0
+    away = max(0, shape.batches - chosen.kv_batches)
+    elsewhere = decision.attended(number) if helped else 0
     work[cost.processor_name] += shape.batches * cost.attention_us(layer, shape, context)
     if elsewhere:
         cpu = hardware.processors[CPU]
         work[CPU] += elsewhere * cost.attend_us(layer, shape.batch_size, context, cpu)
         work[cost.processor_name] -= elsewhere * cost.attend_us(layer, shape.batch_size, context, cost.processor)
     if chosen.kv != hardware.compute_tier:
-        read = (shape.batches - elsewhere) * cost.kv_us(link, position * context) if shape.tokens == 1 else 0.0
+        read = (away - elsewhere) * cost.kv_us(link, position * context) if shape.tokens == 1 else 0.0
         work[link] += read
-        work[back] += shape.batches * cost.kv_us(back, position * shape.tokens)
+        work[back] += away * cost.kv_us(back, position * shape.tokens)
     if layer.expert is None:
         work[cost.processor_name] += shape.batches * cost.dense_us(layer, batch_tokens)
         return work

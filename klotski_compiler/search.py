@@ -121,6 +121,9 @@ class Search:
             fitting.sort(key=lambda entry: entry[0])
             scored += self.frugal(name, fitting[:KEPT_FRUGAL]) if module.EXPERTS == "solved" else fitting
         scored.sort(key=lambda entry: entry[0])
+        if module.EXPERTS == "solved":  # one of each shape: what a score cannot tell is how finely work is divided
+            scored = list({(base.num_batches, base.batch_size): (us, base) for us, base in reversed(scored)}.values())
+            scored.sort(key=lambda entry: entry[0])
         tried = KEPT_SOLVED if module.EXPERTS == "solved" else KEPT_SCORED
         decisions = [decision for _, base in scored[:tried] for decision in self.fills(name, base)]
         rated = [(self.estimate(name, decision), name, decision) for decision in decisions]
@@ -260,11 +263,12 @@ class Search:
             return [request.num_batches]
         if request.batch_size:
             return [max(1, sequences // request.batch_size)]
-        return [n for n in (1, 4, 8, 16) if n == 1 or sequences // n >= 8]
+        return [n for n in (1, 2, 4, 8, 16) if n == 1 or sequences // n >= 8]
 
     def cpu_batches(self, module: ModuleType, num_batches: int) -> list[int]:
         """Batches whose decode attention the CPU computes: the shares that the policy may choose from."""
-        shares = getattr(module, "CPU_ATTENTION", (0.0,)) if self.cost.cpu_attends else (0.0,)
+        solved = module.EXPERTS == "solved"  # and so is this share
+        shares = getattr(module, "CPU_ATTENTION", (0.0,)) if self.cost.cpu_attends and not solved else (0.0,)
         return sorted({round(share * num_batches) for share in shares})
 
     def leads(self, experts: str) -> list[tuple[int, int]]:
@@ -327,7 +331,8 @@ class Search:
         """The sizes of a decision, in so many batches, with nothing resident."""
         base = self.base(policy(name).EXPERTS, num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups)
         kept = {size: getattr(d, size) for size in ("attention_batch", "decode_batch", "expert_rows")}
-        return base.model_copy(update={**kept, "cpu_batches": min(d.cpu_batches, num_batches)})
+        shared = 0 if policy(name).EXPERTS == "solved" else min(d.cpu_batches, num_batches)
+        return base.model_copy(update={**kept, "cpu_batches": shared})
 
     # ------------------------------------------------------------------------------------------------------ residency
 
@@ -351,6 +356,9 @@ class Search:
         if not self._keeps_kv(first):
             with suppress(Infeasible):
                 yield self.fill(name, base, may_spill=False)
+        with suppress(Infeasible):
+            if (alike := self.fill(name, base, uniform=True)) != first:
+                yield alike
         if kept := self.all_kept(base):
             yield kept
 
@@ -363,14 +371,16 @@ class Search:
         base: Decision,
         reserve: Mapping[str, int] = MappingProxyType({}),
         may_spill: bool = True,
+        uniform: bool = False,
     ) -> Decision:
         """What is resident. Raises Infeasible where not even streaming everything fits.
 
-        reserve: bytes per tier to leave free beyond what the slots of a short model showed. may_spill: KV, as far as it is solved.
+        reserve: bytes per tier to leave free beyond what the slots of a short model showed. may_spill: KV, as far as it is solved. uniform: see
+        ``residency``.
         """
         capacity = self.capacity(name, base, reserve)
         if policy(name).EXPERTS == "solved":
-            solved = residency(self.cost, self.request.workload, base, capacity, may_spill)
+            solved = residency(self.cost, self.request.workload, base, capacity, may_spill, uniform)
             self.truncated |= solved.truncated
             return solved.decide(base)
         filled = self.greedy(name, base, capacity)

@@ -75,7 +75,8 @@ class TensorTable:
                     self._module("pick", number, pick, layer.expert, False)
             for batch in range(decision.num_batches):
                 nbytes = kv_bytes(spec, number, decision.batch_size, positions, self.dtype)
-                self._add("kv", number, batch, nbytes, 0, chosen.kv == self.compute_tier, chosen.kv)
+                home = self.compute_tier if batch < chosen.kv_batches else chosen.kv
+                self._add("kv", number, batch, nbytes, 0, home == self.compute_tier, home)
         self._exchanges()
 
     def _exchanges(self) -> None:

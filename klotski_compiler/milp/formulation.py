@@ -3,16 +3,18 @@
 Sets         g layer groups (of N_g equal layers), c expert classes of a group in compute order (of m_c experts per
              layer), p phases (prefill, decode), k modules (attention, router, shared, dense), t tiers.
 Parameters   of one layer and pass: A attention, R router or dense MLP, C_c one expert's compute, L one expert's link
-             time, l_c its expected link time after the router, M_k a module's link time, V and W link time of spilled
-             KV in and out; in decode beside a GPU also P_c one expert's compute on the CPU and, of the share of a
-             layer's batches that the CPU attends to, H its time there (with what the GPU does around it) and K the
-             time it spares the GPU; b = lead
+             time, l_c its expected link time after the router, M_k a module's link time, V and W link time of one
+             batch's KV in and out; in decode beside a GPU also P_c one expert's compute on the CPU and, of one batch
+             that the CPU attends to, H its time there (with what the GPU does around it) and K the time it spares the
+             GPU; n batches of the group; b = lead
              (expert slots), u = unit (experts per load), s slot bytes.
 Variables    resident[g.c], static[g.c], late[g.c]: experts that never move, are streamed by name, are bound after the
              router; cpu[g.c]: experts that the CPU computes in decode (in prefill they are streamed by name);
              disk[g.c]: of the static ones, those that live on disk although the machine has host memory
-             between; resident[g.k], resident[head], resident[embedding]: modules; kv[g]: layers whose KV stays in the
-             compute tier; spilling: whether any does not. All are integer, and totals over the layers of g.
+             between; resident[g.k], resident[head], resident[embedding]: modules; kv[g]: batches whose KV stays in the
+             compute tier; spilling: whether any does not; attended[g]: batches, of those whose KV does not, that the CPU
+             attends to. All are integer, and totals over the layers of g. If all layers are to be alike: each[g.kv],
+             each[g.attended] and, where experts are few and large, each[g.c] of the CPU's are the same per layer.
              prefetched_us[g.p]: link time already done when a layer begins; period_us[g.p], period_us[end.p]: T.
 Objective    sum_p passes_p (sum_g N_g T[g.p] + T[end.p]) + time to load what is resident, once.
 
@@ -26,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from klotski_compiler.milp.problem import HEAD_SLOTS, Group, LayerWork, Problem
+from klotski_compiler.milp.problem import EXACT_EXPERTS, HEAD_SLOTS, Group, LayerWork, Problem
 
 MIB = 1 << 20
 Terms = dict[str, float]
@@ -112,6 +114,7 @@ class Formulation:
         """The table of contents."""
         self.variables()
         self.assign()
+        self.alike()
         self.spill()
         for tier in filter(None, (self.problem.compute_tier, self.problem.home_tier)):
             self.capacity(tier)
@@ -144,7 +147,9 @@ class Formulation:
         for g in problem.groups:
             for kind in g.modules:
                 self._count(f"resident[{g.name}.{kind}]", g.count)
-            self._count(f"kv[{g.name}]", g.count, at_least=0 if problem.may_spill else g.count)
+            blocks = g.count * problem.batches
+            self._count(f"kv[{g.name}]", blocks, at_least=0 if problem.may_spill else blocks)
+            self._count(f"attended[{g.name}]", blocks if problem.attends else 0)
             for c, size in enumerate(g.sizes):
                 whole = size * g.count
                 self._count(f"resident[{g.name}.c{c}]", whole)
@@ -154,6 +159,9 @@ class Formulation:
                     self._count(f"cpu[{g.name}.c{c}]", whole)
                 if self.homes_on_disk:
                     self._count(f"disk[{g.name}.c{c}]", whole)
+            for name in self.uniform(g):
+                each = self.model.variables[name].upper / g.count
+                self._count(f"each[{name}]", int(each))
             for phase in () if self.elastic else problem.passes:
                 self._time(f"prefetched_us[{g.name}.{phase}]")
                 self._time(f"period_us[{g.name}.{phase}]")
@@ -218,26 +226,42 @@ class Formulation:
     def linked_us(self, g: Group, phase: str, work: LayerWork) -> Terms:
         """What the link into the compute tier carries."""
         loads = [step.load for step in self.steps(g, phase, work)]
-        return plus(self.modules_us(g), *loads, self.kv_us(g, work.kv_load_us))
+        return plus(self.modules_us(g), *loads, self.sent_us(g, work.kv_load_us))
 
     def attention_us(self, g: Group, work: LayerWork) -> Terms:
-        """A - K where KV is spilled."""
-        return plus({"": g.count * work.attention_us}, times(-1.0, self.kv_us(g, work.spared_us)))
+        """A - K for every batch that the CPU attends to."""
+        return {"": g.count * work.attention_us, f"attended[{g.name}]": -work.spared_us}
 
     def attentions(self, g: Group, phase: str, work: LayerWork) -> Iterator[tuple[str, Terms]]:
         """What the experts wait for: A + R on the GPU and, where KV is spilled and the CPU attends, H and what the GPU does around
         it."""
         yield "", plus(self.attention_us(g, work), {"": g.count * work.router_us})
         if self.helped(phase) and work.cpu_attend_us:
-            yield ".cpu", self.kv_us(g, work.cpu_attend_us + work.around_us)
+            yield ".cpu", self.attend_us(g, work.cpu_attend_us + work.around_us / self.problem.batches)
+
+    def uniform(self, g: Group) -> list[str]:
+        """What must be the same in all layers of the group, if asked for."""
+        if not self.problem.uniform:
+            return []
+        few = self.problem.cpu and sum(g.sizes) <= EXACT_EXPERTS
+        experts = [f"cpu[{g.name}.c{c}]" for c in range(len(g.sizes))] if few else []
+        return [f"kv[{g.name}]", f"attended[{g.name}]", *experts]
 
     def helped(self, phase: str) -> bool:
         """Whether the CPU may compute beside the GPU: in decode."""
         return self.problem.cpu and phase == "decode"
 
     def kv_us(self, g: Group, us: float) -> Terms:
-        """us (N_g - kv[g])."""
-        return {"": g.count * us, f"kv[{g.name}]": -us}
+        """us (N_g n - kv[g])."""
+        return {"": g.count * self.problem.batches * us, f"kv[{g.name}]": -us}
+
+    def attend_us(self, g: Group, us: float) -> Terms:
+        """us attended[g]."""
+        return {f"attended[{g.name}]": us}
+
+    def sent_us(self, g: Group, us: float) -> Terms:
+        """us (N_g n - kv[g] - attended[g]): KV that the link brings."""
+        return plus(self.kv_us(g, us), self.attend_us(g, -us))
 
     # --------------------------------------------------------------------------------------------------- families
 
@@ -253,10 +277,20 @@ class Formulation:
                 if self.homes_on_disk:
                     self._row(f"disk_is_static[{where}]", {f"static[{where}]": 1.0, f"disk[{where}]": -1.0}, 0.0)
 
-    def spill(self) -> None:
-        """N_g - kv[g] <= N_g spilling."""
+    def alike(self) -> None:
+        """v[g] = N_g each[v[g]] for what one more of would make a layer wait."""
         for g in self.problem.groups:
-            self._row(f"spill[{g.name}]", {f"kv[{g.name}]": 1.0, "spilling": float(g.count)}, g.count)
+            for name in self.uniform(g):
+                self._row(f"alike[{name}]", {name: 1.0, f"each[{name}]": -float(g.count)}, 0.0, 0.0)
+
+    def spill(self) -> None:
+        """N_g n - kv[g] <= N_g n spilling;  kv[g] + attended[g] <= N_g n."""
+        for g in self.problem.groups:
+            blocks = float(g.count * self.problem.batches)
+            self._row(f"spill[{g.name}]", {f"kv[{g.name}]": 1.0, "spilling": blocks}, blocks)
+            if self.problem.attends:
+                where = {f"kv[{g.name}]": 1.0, f"attended[{g.name}]": 1.0}
+                self._row(f"attended[{g.name}]", where, -float("inf"), blocks)
 
     def capacity(self, tier: str) -> None:
         """sum of slot bytes in the tier <= its capacity: residents, KV and its spill slots; in the home tier the
@@ -271,10 +305,13 @@ class Formulation:
             used = plus(used, {f"resident[{g.name}.c{c}]": sign * g.expert.slot_bytes for c in range(len(g.sizes))})
             used = plus(used, {f"kv[{g.name}]": sign * g.kv_slot_bytes})
             fixed += g.count * (sum(m.slot_bytes for m in g.modules.values()) + sum(g.sizes) * g.expert.slot_bytes)
-            fixed += g.count * g.kv_slot_bytes
+            fixed += g.count * problem.batches * g.kv_slot_bytes
             if not here and self.homes_on_disk:
                 used = plus(used, {f"disk[{g.name}.c{c}]": -g.expert.slot_bytes for c in range(len(g.sizes))})
         used = plus(used, {"resident[head]": sign * problem.head.slot_bytes})
+        for g in problem.groups if problem.attends else ():  # as much as the layer that attends to most batches
+            share = sum(other.count for other in problem.groups)
+            used = plus(used, {f"attended[{g.name}]": problem.query_bytes / share})
         if here:
             used = plus(used, {"resident[embedding]": problem.embedding.slot_bytes, "spilling": problem.spill_bytes})
         else:
@@ -313,14 +350,14 @@ class Formulation:
             if part:
                 self._period("cpu.attention", g, phase, plus(attention, self.experts_us(g, phase, work)))
         slowed = times(self.problem.drag[0], self.linked_us(g, phase, work))
-        self._period("cpu", g, phase, plus(self.kv_us(g, work.cpu_attend_us), computes, slowed))
+        self._period("cpu", g, phase, plus(self.attend_us(g, work.cpu_attend_us), computes, slowed))
 
     def link(self, g: Group, phase: str, work: LayerWork) -> None:
         """T >= streamed modules + static loads + late loads + spilled KV, slowed by the CPU: a layer prefetches for the next what it
         was spared."""
         slowed: Terms = {}
         if self.helped(phase):
-            slowed = times(self.problem.drag[1], plus(self.kv_us(g, work.cpu_attend_us), self.cpu_us(g, work)))
+            slowed = times(self.problem.drag[1], plus(self.attend_us(g, work.cpu_attend_us), self.cpu_us(g, work)))
         elif not self.problem.cpu:
             rest = plus(self.attention_us(g, work), {"": g.count * work.router_us}, self.experts_us(g, phase, work))
             slowed = times(self.problem.drag[1], rest)
@@ -365,7 +402,7 @@ class Formulation:
         """T >= V (1 - what the spill slots hold) + R + experts: the last batch's KV arrives before its attention."""
         if ahead := work.kv_load_us * (1.0 - work.kv_ahead):
             after = plus({"": g.count * work.router_us}, self.experts_us(g, phase, work))
-            self._period("kv_deadline", g, phase, plus(self.kv_us(g, ahead), after))
+            self._period("kv_deadline", g, phase, plus(self.sent_us(g, ahead), after))
 
     def slot_order(self, g: Group, phase: str, work: LayerWork) -> None:
         """T >= A + R + residents + computes up to i + loads from i on - b L + prefetched - M, for every class i.
@@ -435,7 +472,11 @@ class Formulation:
             return False
         weights = problem.head.slot_bytes + sum(
             g.count
-            * (sum(m.slot_bytes for m in g.modules.values()) + sum(g.sizes) * g.expert.slot_bytes + g.kv_slot_bytes)
+            * (
+                sum(m.slot_bytes for m in g.modules.values())
+                + sum(g.sizes) * g.expert.slot_bytes
+                + problem.batches * g.kv_slot_bytes
+            )
             for g in problem.groups
         )
         return weights > problem.capacity[problem.home_tier]

@@ -44,9 +44,9 @@ class ClassWork:
 
 @dataclass(frozen=True, slots=True)
 class LayerWork:
-    """One layer in one pass: all batches through attention, then through router (or dense MLP); classes; spilled KV: what it takes
-    the links, what attending to it takes the CPU and spares the GPU, and around_us, what the GPU does before and after: the first
-    batch's projections, the last one's output and router."""
+    """One layer in one pass: all batches through attention, then through router (or dense MLP); classes; and of one batch whose KV
+    lives elsewhere: what it takes the links, what attending to it takes the CPU and spares the GPU, and around_us, what the GPU does
+    before and after all of them: the first one's projections, the last one's output and router."""
 
     attention_us: float
     router_us: float
@@ -62,7 +62,7 @@ class LayerWork:
 @dataclass(frozen=True, slots=True)
 class Group:
     """Identical layers. sizes: experts per class and layer. late: whether a class may be bound after the router.
-    kv_slot_bytes: the KV of one layer, all batches."""
+    kv_slot_bytes: the KV of one layer and batch."""
 
     name: str
     layers: tuple[int, ...]
@@ -93,13 +93,16 @@ class EndWork:
 class Problem:
     """All numbers of one residency problem. passes: how often each phase's pass runs in the whole workload.
 
+    batches: of a group, n. attends: whether the CPU may compute attention; query_bytes: what that takes in either tier, per batch.
     head: all its pages, head_pages of them (0: it must be resident). may_spill: the machine can write KV back.
     home_tier: where the rest of the weights lives, if that is a memory with a capacity (host, on a machine with a GPU).
-    cpu: whether a CPU may compute beside a GPU. drag: of (stream, other), see ``Cost.drag``: the processor that reads host memory
+    cpu: whether a CPU may compute beside a GPU. uniform: whether KV and the CPU's shares are the same in all
+    layers. drag: of (stream, other), see ``Cost.drag``: the processor that reads host memory
     and the link that does.
     """
 
     groups: tuple[Group, ...]
+    batches: int
     passes: dict[str, int]
     end: dict[str, EndWork]
     head: Item
@@ -115,11 +118,14 @@ class Problem:
     lead: int
     unit: int
     cpu: bool = False
+    attends: bool = False
+    query_bytes: int = 0
+    uniform: bool = False
     drag: tuple[float, float] = (0.0, 0.0)
 
 
 def build(
-    cost: Cost, workload: Workload, decision: Decision, capacity: dict[str, int], may_spill: bool = True
+    cost: Cost, workload: Workload, decision: Decision, capacity: dict[str, int], may_spill: bool = True, uniform: bool = False
 ) -> Problem:
     """Price everything that the formulation needs. ``decision``: see ``solve.residency``."""
     on_gpu = cost.hardware.compute_tier == "gpu"
@@ -158,12 +164,13 @@ def build(
                 late=tuple(min(touched[e][1] for e in c) <= ALWAYS for c in classes),
                 modules={kind: item(m) for kind in MODULES if (m := getattr(layer, kind))},
                 expert=item(layer.expert, loads=1 / decision.unit) if layer.expert else Item(0, 0.0, 0.0),
-                kv_slot_bytes=decision.num_batches * kv[members[0]],
+                kv_slot_bytes=kv[members[0]],
                 work={s.name: _work(cost, members[0], classes, s, decision, (into, back)) for s in phases},
             )
         )
     return Problem(
         groups=tuple(groups),
+        batches=decision.num_batches,
         passes={shape.name: whole_groups * shape.passes for shape in phases},
         end={shape.name: _end(cost, shape, max(1, pages)) for shape in phases},
         head=item(cost.spec.head, share=max(1, pages), loads=max(1, pages)),
@@ -179,6 +186,9 @@ def build(
         lead=decision.lead,
         unit=decision.unit,
         cpu=cost.cpu_helps,
+        uniform=uniform,
+        attends=cost.cpu_attends and any(shape.decoding for shape in phases),
+        query_bytes=align_up(query_bytes(cost.spec, decision.batch_size, cost.dtype)),
         drag=(cost.drag(CPU, into), cost.drag(into, CPU)) if CPU in cost.hardware.processors else (0.0, 0.0),
     )
 
@@ -243,15 +253,14 @@ def _work(
     load = store = 0.0
     if links[1] in cost.hardware.links:
         # Prefill has nothing to read back: it makes the cache.
-        moved = shape.batches - (decision.cpu_batches if helped else 0)
-        load = moved * cost.kv_us(links[0], position * middle(shape)) if shape.name == "decode" else 0.0
-        store = shape.batches * cost.kv_us(links[1], position * shape.tokens)
+        load = cost.kv_us(links[0], position * middle(shape)) if shape.decoding else 0.0
+        store = cost.kv_us(links[1], position * shape.tokens) * shape.batches / decision.num_batches
     attention = shape.batches * cost.attention_us(layer, shape, middle(shape))
     attend = spared = around = 0.0
-    if helped and decision.cpu_batches:
+    if helped and cost.cpu_attends:
         cpu, sequences = cost.hardware.processors[CPU], shape.batch_size
-        attend = decision.cpu_batches * (cpu.op_us + cost.attend_us(layer, sequences, middle(shape), cpu))
-        spared = decision.cpu_batches * cost.attend_us(layer, sequences, middle(shape), processor)
+        attend = cpu.op_us + cost.attend_us(layer, sequences, middle(shape), cpu)
+        spared = cost.attend_us(layer, sequences, middle(shape), processor)
         around = cost.project_us(layer, shape) + cost.output_us(layer, shape) + router / shape.batches
         small = query_bytes(cost.spec, sequences, cost.dtype)
         around += cost.transfer_us(links[1], small) + cost.transfer_us(links[0], small)

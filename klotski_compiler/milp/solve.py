@@ -57,6 +57,7 @@ class Solved:
                 "layers": self.layers,
                 "embedding": self.embedding,
                 "head_pages": 0 if self.head_resident else base.head_pages,
+                "cpu_batches": max(layer.cpu_batches or 0 for layer in self.layers),
             }
         )
 
@@ -74,17 +75,22 @@ class Answer:
 
 
 def residency(
-    cost: Cost, workload: Workload, decision: Decision, capacity: dict[str, int], may_spill: bool = True
+    cost: Cost,
+    workload: Workload,
+    decision: Decision,
+    capacity: dict[str, int],
+    may_spill: bool = True,
+    uniform: bool = False,
 ) -> Solved:
     """The best residency for policy ``joint`` under the sizes of ``decision``.
 
     decision: no residents; ``head_pages`` is what the head is streamed in if it is not resident (0: it must be).
     capacity: bytes of the compute tier, and on a machine with a GPU of ``host``, for resident weights and KV: without
-    streaming and staging slots, states and workspace. may_spill: KV may live outside the compute tier. Raises Infeasible
+    streaming and staging slots, states and workspace. may_spill: KV may live outside the compute tier. uniform: KV and the CPU's shares are the same in all layers. Raises Infeasible
     with the bytes that are short even if everything is streamed and KV spilled.
     """
     began = time.perf_counter()
-    problem = build(cost, workload, decision, capacity, may_spill)
+    problem = build(cost, workload, decision, capacity, may_spill, uniform)
     formulation = Formulation(problem)
     model = formulation.add_all()
     solver = Solver(model)
@@ -114,7 +120,8 @@ def relaxed_us(cost: Cost, workload: Workload, decision: Decision, capacity: dic
     """What ``residency`` would take if experts and layers could be divided, loading included: within a few percent, in a tenth of
     the time. Raises Infeasible as it does."""
     problem = build(cost, workload, decision, capacity)
-    answer = Solver(Formulation(problem).add_all()).relaxed()
+    solver = Solver(Formulation(problem).add_all())
+    answer = solver.relaxed()
     if answer.status == "infeasible":
         raise _shortfall(problem)
     return answer.objective
@@ -254,10 +261,11 @@ def _layers(
 def _group_layers(
     cost: Cost, problem: Problem, g: Group, decision: Decision, workload: Workload, counts: dict[str, int]
 ) -> list[LayerDecision]:
-    one = [1] * g.count
+    one, blocks = [1] * g.count, [problem.batches] * g.count
     work = g.work.get("decode") or g.work["prefill"]
     burden = [0.0] * g.count
-    kv = spread(counts[f"kv[{g.name}]"], one, burden, work.kv_load_us)
+    kv = spread(counts[f"kv[{g.name}]"], blocks, burden, work.kv_load_us)
+    attended = spread(counts[f"attended[{g.name}]"], [problem.batches - n for n in kv], burden, work.kv_load_us)
     modules = {
         kind: spread(counts[f"resident[{g.name}.{kind}]"], one, burden, item.load_us)
         for kind, item in g.modules.items()
@@ -298,7 +306,9 @@ def _group_layers(
                 late=tuple(late_ones),
                 cpu=tuple(apart),
                 on_disk=tuple(sorted(far)),
-                kv=problem.compute_tier if kv[j] else home,
+                kv=problem.compute_tier if kv[j] == problem.batches else home,
+                kv_batches=kv[j] if kv[j] < problem.batches else 0,
+                cpu_batches=attended[j],
             )
         )
     return layers

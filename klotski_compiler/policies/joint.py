@@ -2,10 +2,10 @@
 
 One queue of loads runs through the whole pass and into the next. An expert that is touched nearly always travels before the router
 speaks; the rest is bound to ranks and travels after it, while the named experts of the next layer fill the gap. Each expert
-computes once over the whole group, residents first (they need no load), then by Johnson's rule (design 7.4).
+computes once over the whole group: streamed ones by Johnson's rule (design 7.4) as they arrive, residents in between.
 
     link    | named l ... | attn, named l+1 .. | late l, by rank | named l+1 ... | late l+1
-    compute | attn l | router l | resident, named l ...... late l | attn l+1 | router l+1 | ...
+    compute | attn l | router l | named, resident l ...... late l | attn l+1 | router l+1 | ...
 
 A load is written into the program when a slot becomes free: ``lead`` expert slots in all, two layers of attention and router. What
 the CPU computes beside a GPU, attention of some batches and some experts, comes back on a stream of its own.
@@ -14,14 +14,15 @@ the CPU computes beside a GPU, attention of some batches and some experts, comes
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from klotski_compiler.program import HEAD_SLOTS, URGENT, Program
+from klotski_compiler.plan import CPU, Bind, Compute, Load, Store
+from klotski_compiler.program import HEAD_SLOTS, URGENT, Evict, Program
 
 ONE_BATCH = False
 EXPERTS = "solved"
-CPU_ATTENTION = (0.0, 0.25, 0.5, 0.75, 1.0)
+KV_AHEAD = 2  # batches whose KV is on its way or waits for attention
 
 
 def build(p: Program) -> None:
@@ -31,97 +32,141 @@ def build(p: Program) -> None:
     p.embed()
     for layer in p.layers:
         queue.advance(layer)
-        for done, batch in enumerate(p.attend_with_cpu(layer), 1):
+        for batch in p.attend_with_cpu(layer):
             p.route(layer, batch)
-            queue.attended(layer, done)
+            queue.attended(layer, batch)
         queue.release(*p.attention_weights(layer), *p.router_weights(layer))
         if p.is_moe(layer):
             p.bind(layer, "rank", 0, len(p.picks(layer)))
             queue.bound = layer
             p.experts_on_cpu(layer)
             queue.advance(layer)
-            p.experts(layer, p.resident_experts(layer))
-            for streamed in (p.static_experts(layer), p.picks(layer)):
-                for number in range(0, len(streamed), p.decision.unit):
-                    unit = streamed[number : number + p.decision.unit]
-                    p.experts(layer, unit)
-                    queue.release(*unit, slots=len(unit))
+            experts(p, queue, layer)
             p.add_sums(layer)
     queue.advance(len(p.layers))
     p.logits(queue.next_page)
 
 
-class Queue:
-    """Loads of one pass in order of need, followed by those that open the next pass, written as slots become free."""
+def experts(p: Program, queue: Queue, layer: int) -> None:
+    """List scheduling: a streamed unit as soon as it has arrived, which frees its slots for the link; residents while it has not."""
+    here = units(p.resident_experts(layer), p.decision.unit)
+    coming = units(p.static_experts(layer), p.decision.unit) + units(p.picks(layer), p.decision.unit)
+    while here or coming:
+        if coming and (not here or queue.clock.has(coming[0])):
+            unit = coming.popleft()
+            p.experts(layer, unit)
+            queue.release(*unit, slots=len(unit))
+        else:
+            p.experts(layer, here.popleft())
+
+
+def units(experts: Sequence[int], size: int) -> deque[list[int]]:
+    """Experts in transfer units."""
+    return deque(list(experts[first : first + size]) for first in range(0, len(experts), size))
+
+
+class Clock:
+    """When what has been written so far would be done, by the ops' expected times: what list scheduling goes by. Streams in order,
+    loads after the ops before them (those gave up their slots), compute after its tensors."""
 
     def __init__(self, p: Program) -> None:
-        self.p, self.bound, self.layer = p, -1, 0
-        self.open = -1  # the last layer to whose KV all loads are written
-        self.share = 0.0  # of the slots that a layer's experts may take, while its KV is on the way
-        self.waiting: deque[Unit] = deque()  # late experts that were passed by, because their router has not spoken yet
-        self.pending = deque(unit for layer in p.layers for unit in self._units(layer))
-        self.heads, self.free_pages = deque(p.head_pages()), HEAD_SLOTS
-        # The next pass opens with what fits before its first release.
-        self.opening: deque[Unit] = deque()
-        self.free = p.decision.lead
-        while (
-            self.pending
-            and self.pending[0].layer == 0
-            and not self.pending[0].late
-            and self.pending[0].slots <= self.free
-        ):
-            self.opening.append(self.pending.popleft())
-            self.free -= self.opening[-1].slots
+        self.p, self.read, self.now = p, 0, dict.fromkeys((p.processor, CPU), 0.0)
+        self.ready: dict[int, float] = {}
+
+    def has(self, tensors: list[int]) -> bool:
+        """Whether these have arrived when the processor is free."""
+        self._catch_up()
+        return max(self.ready.get(t, 0.0) for t in tensors) <= self.now[self.p.processor]
+
+    def _catch_up(self) -> None:
+        for entry in self.p.entries[self.read :]:
+            if isinstance(entry, Evict) or (isinstance(entry, Load) and entry.wraps):
+                continue
+            after = 0.0 if isinstance(entry, Compute | Bind) else self.now[self.p.processor]
+            used = entry.tensors if isinstance(entry, Compute | Store) else ()
+            begin = max(self.now.get(entry.stream, 0.0), after, *(self.ready.get(t, 0.0) for t in used))
+            self.now[entry.stream] = end = begin + self.p.expected_us(entry)
+            if not isinstance(entry, Bind):
+                self.ready |= dict.fromkeys(entry.tensors, end)
+        self.read = len(self.p.entries)
+
+
+class Queue:
+    """Loads of one pass in order of need, followed by those that open the next pass, written as soon as they can travel.
+
+    Modules travel one layer ahead; named experts while slots last; late ones once their router has spoken; keys and values
+    ``KV_AHEAD`` batches ahead. Each kind keeps its order, and what cannot travel yet lets the other kinds pass.
+    """
+
+    def __init__(self, p: Program) -> None:
+        self.p, self.clock, self.bound, self.layer = p, Clock(p), -1, 0
+        self.free, self.free_kv, self.free_pages = p.decision.lead, KV_AHEAD, HEAD_SLOTS
+        self.opening: deque[Unit] = deque()  # of the next pass: what fits before its first release
+        self.queues: dict[str, deque[Unit]] = {kind: deque() for kind in ("module", "kv", "named", "late")}
+        self.heads = deque(p.head_pages())
+        self.unsent = {layer: len(p.sent_batches(layer)) for layer in p.layers}
+        for number, unit in enumerate(unit for layer in p.layers for unit in self._units(layer)):
+            opens = unit.layer == 0 and unit.kind in ("module", "named") and unit.slots <= self.free
+            if opens and not self.queues["named"]:
+                self.opening.append(unit)
+                self.free -= unit.slots
+            else:
+                self.queues[unit.kind].append(unit._replace(order=number))
 
     def _units(self, layer: int) -> Iterator[Unit]:
-        """What a layer loads: attention, router and shared expert, experts by name, experts by rank."""
-        p, size = self.p, self.p.decision.unit
-        for tensor in (*p.attention_weights(layer), *p.router_weights(layer)):
-            yield Unit(layer, False, 0, (tensor,))
-        for late, experts in ((False, p.static_experts(layer)), (True, p.picks(layer))):
-            for first in range(0, len(experts), size):
-                chosen = tuple(experts[first : first + size])
-                yield Unit(layer, late, len(chosen), chosen)
+        """What a layer loads: attention, KV, router and shared expert, experts by name, experts by rank."""
+        p = self.p
+        yield from (Unit(layer, "module", (tensor,)) for tensor in p.attention_weights(layer))
+        yield from (Unit(layer, "kv", (batch,)) for batch in p.sent_batches(layer))
+        yield from (Unit(layer, "module", (tensor,)) for tensor in p.router_weights(layer))
+        for kind, experts in (("named", p.static_experts(layer)), ("late", p.picks(layer))):
+            for chosen in units(experts, p.decision.unit):
+                yield Unit(layer, kind, tuple(chosen), len(chosen))
 
     def advance(self, layer: int) -> None:
-        """Write what can travel now: in order, late experts only once bound, one layer's weights ahead, while slots last.
-
-        While late experts wait for their router, slots for one unit are kept for them: with every slot full of the next layer
-        they would have none.
-        """
-        p = self.p
-        if layer != self.layer:
-            self.layer, self.share = layer, 0.0
-        while self.waiting and self.waiting[0].layer <= self.bound and self.waiting[0].slots <= self.free:
-            self._write(self.waiting.popleft())
-        while self.pending and self.pending[0].layer <= layer + 1:
-            unit = self.pending[0]
-            if unit.late and unit.layer > self.bound:
-                self.waiting.append(self.pending.popleft())
-                continue
-            kept = self.waiting[0].slots if self.waiting else 0
-            if p.streams_kv(unit.layer) and unit.layer > self.open:
-                kept += round((1 - self.share) * p.decision.lead) if unit.layer == layer else p.decision.lead
-            if unit.slots and unit.slots + kept > self.free:
-                break
-            self._write(self.pending.popleft())
-        if self.pending or self.waiting:
+        """Write what can travel now, first what is needed first."""
+        self.layer = layer
+        while ready := [queue[0] for queue in self.queues.values() if queue and self._may_go(queue[0])]:
+            unit = min(ready, key=lambda unit: unit.order)
+            self.queues[unit.kind].popleft()
+            self._write(unit)
+        if any(self.queues.values()):
             return
         while self.heads and self.free_pages:
-            p.load(self.heads.popleft())
+            self.p.load(self.heads.popleft())
             self.free_pages -= 1
         while self.opening and not self.heads and self.opening[0].slots <= self.free:
             self._write(self.opening.popleft(), next_pass=True)
 
-    def attended(self, layer: int, batches: int) -> None:
-        """Attention to so many batches of a layer has been written: experts, needed after the last, travel between their KV."""
-        self.share = batches / len(self.p.batches)
-        self.open = layer if self.share == 1 else self.open
-        self.advance(layer)
+    def _may_go(self, unit: Unit) -> bool:
+        if unit.layer > self.layer + 1:
+            return False
+        if unit.kind == "kv":
+            return self.free_kv > 0
+        if unit.kind == "late":
+            return unit.layer <= self.bound and unit.slots <= self.free
+        return unit.kind == "module" or unit.slots + self._kept(unit.layer) <= self.free
+
+    def _kept(self, layer: int) -> int:
+        """Slots that named experts of a layer must leave free: one unit for late experts of an earlier one, which would else have
+        none, and a share while the layer's KV, which is needed first, is still to be sent."""
+        late, sent = self.queues["late"], len(self.p.sent_batches(layer))
+        kept = late[0].slots if late and late[0].layer < layer else 0
+        return kept + (round(self.p.decision.lead * self.unsent[layer] / sent) if sent else 0)
 
     def _write(self, unit: Unit, next_pass: bool = False) -> None:
-        self.p.load(*unit.tensors, next_pass=next_pass)
-        self.free -= unit.slots
+        if unit.kind == "kv":
+            self.p.load_kv(unit.layer, unit.tensors[0])
+            self.free_kv -= 1
+            self.unsent[unit.layer] -= 1
+        else:
+            self.p.load(*unit.tensors, next_pass=next_pass)
+            self.free -= unit.slots
+
+    def attended(self, layer: int, batch: int) -> None:
+        """Attention to a batch has been written: if its KV was sent, the next may be."""
+        self.free_kv += batch in self.p.sent_batches(layer)
+        self.advance(layer)
 
     def release(self, *tensors: int, slots: int = 0) -> None:
         """Evict, and let the freed slots load again."""
@@ -136,9 +181,10 @@ class Queue:
 
 
 class Unit(NamedTuple):
-    """What one load brings. slots: expert slots that it takes."""
+    """What one load brings. tensors: or the batch, of KV. slots: expert slots that it takes. order: of need."""
 
     layer: int
-    late: bool
-    slots: int
+    kind: str
     tensors: tuple[int, ...]
+    slots: int = 0
+    order: int = 0
