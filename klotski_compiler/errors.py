@@ -35,6 +35,10 @@ class Infeasible(KlotskiError):
         short = "; ".join(f"{name} is short by {value:,} bytes" for name, value in shortfalls.items())
         super().__init__(f"no schedule fits: {short}\n{mend}")
 
+    def __reduce__(self) -> tuple[type[Infeasible], tuple[dict[str, int], str]]:
+        """From one process to another."""
+        return type(self), (self.shortfalls, self.mend)
+
 
 class PlanError(KlotskiError):
     """A plan that cannot be trusted. ``window`` holds the plan lines around the fault."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from klotski_compiler.cost import Cost, Shape
 from klotski_compiler.passes.critical import critical_us
@@ -33,6 +34,7 @@ from klotski_compiler.simulate import PhaseTimes, simulate
 from klotski_compiler.tensors import TensorTable
 from klotski_compiler.workspace import workspace
 
+LOAD_BYTES = 32 << 20  # a load aims at this many bytes: below, latency and per-op cost show
 PASSES = ("build", "slots", "depend", "waits", "schedule")
 
 
@@ -91,7 +93,7 @@ def lower(
 ) -> Lowered:
     """Run all passes. Raises PlanError where the policy's program is not sound.
 
-    quick: time the middle pass only and leave out the critical path. dump_after: the pass after which to keep the program's text.
+    quick: time three positions only; leave out the critical path, and the load of residents but for its time. dump_after: the pass after which to keep the program's text.
     """
     compute_tier = cost.hardware.compute_tier
     table = TensorTable(cost.spec, decision, workload, cost.dtype, compute_tier)
@@ -101,7 +103,11 @@ def lower(
     arena = Arena(fixed_slots)
 
     load_shape = Shape("load", 1, 0, 0, 0, 0, 0, 1)
-    out.phases["load"] = _phase(cost, table, load_shape, _residents(table, fixed, compute_tier), fixed, arena, out)
+    loads = _residents(table, fixed, compute_tier)
+    if quick:
+        out.phases["load"] = _rough_load(cost, table, load_shape, loads)
+    else:
+        out.phases["load"] = _phase(cost, table, load_shape, loads, fixed, arena, out)
     for shape in shapes(decision, workload):
         if shape.passes == 0:
             continue
@@ -173,19 +179,41 @@ def _permanent(table: TensorTable, compute_tier: str) -> tuple[dict[tuple[str, i
 
 
 def _residents(table: TensorTable, fixed: dict[tuple[str, int], int], compute_tier: str) -> list[Op | Evict]:
-    """Read every permanent weight from the checkpoint; towards a GPU through host memory."""
+    """Read every permanent weight from the checkpoint, small ones together; towards a GPU through host memory."""
     entries: list[Op | Evict] = []
-    staged: deque[int] = deque()
-    for tier, number in fixed:
-        if table.all[number].kind == "kv":
-            continue
-        entries.append(Load("disk>host", "disk>host", (number,)))
+    staged: deque[tuple[int, ...]] = deque()
+    for tier, group in _together(table, fixed):
+        entries.append(Load("disk>host", "disk>host", group))
         if tier == "gpu":
-            entries.append(Load("host>gpu", "host>gpu", (number,)))
-            staged.append(number)
+            entries.append(Load("host>gpu", "host>gpu", group))
+            staged.append(group)
         if len(staged) > 1:
-            entries.append(Evict("host", (staged.popleft(),)))
-    return [*entries, *(Evict("host", (number,)) for number in staged)]
+            entries.append(Evict("host", staged.popleft()))
+    return [*entries, *(Evict("host", group) for group in staged)]
+
+
+def _rough_load(cost: Cost, table: TensorTable, shape: Shape, loads: Sequence[Op | Evict]) -> LoweredPhase:
+    """The load of residents as the work of its busiest link."""
+    busy = Counter[str]()
+    for op in loads:
+        if isinstance(op, Load):
+            busy[op.stream] += cost.op_us(op, table.all, shape, 0, {})  # type: ignore[assignment]
+    total = float(max(busy.values(), default=0))
+    return LoweredPhase(shape, [], PhaseTimes(total, total, []), [], total, Counter())
+
+
+def _together(table: TensorTable, fixed: dict[tuple[str, int], int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """What is permanent in groups of one tier and kind of at most ``LOAD_BYTES``, a larger tensor alone."""
+    weights = [(tier, table.all[number]) for tier, number in fixed if table.all[number].kind != "kv"]
+    for (tier, _), run in groupby(weights, key=lambda entry: (entry[0], entry[1].kind)):
+        group, nbytes = list[int](), 0
+        for _, tensor in run:
+            if group and nbytes + tensor.nbytes > LOAD_BYTES:
+                yield tier, tuple(group)
+                group, nbytes = [], 0
+            group.append(tensor.id)
+            nbytes += tensor.nbytes
+        yield tier, tuple(group)
 
 
 def _phase(

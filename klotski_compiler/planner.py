@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.explain import explained
 from klotski_compiler.garbage import uncollected
-from klotski_compiler.plan import Candidate, Decision, Plan
+from klotski_compiler.plan import Candidate, Plan
 from klotski_compiler.policies import POLICIES
 from klotski_compiler.record import record
-from klotski_compiler.search import Best, Request, Search
+from klotski_compiler.search import Best, Rated, Request, Search
 from klotski_compiler.verify import verify
 
 __all__ = ["Request", "compile_plan"]
@@ -22,15 +26,15 @@ def compile_plan(request: Request, progress: Callable[[str, float], None] | None
     search = Search(request)
     names = POLICIES if request.policy == "auto" else (request.policy,)
     while True:
-        timed: list[tuple[float, str, Decision]] = []
+        timed: list[Rated] = []
         refusals: dict[str, Infeasible] = {}
-        for number, name in enumerate(names):
+        for number, (name, found) in enumerate(_side_by_side(search, names)):
             if progress:
                 progress(name, number / len(names))
-            try:
-                timed += search.timed(name)
-            except Infeasible as refusal:
-                refusals[name] = refusal
+            if isinstance(found, Infeasible):
+                refusals[name] = found
+            else:
+                timed += found
         try:
             best = search.whole_best(timed, refusals)
             break
@@ -47,14 +51,36 @@ def compile_plan(request: Request, progress: Callable[[str, float], None] | None
     return plan
 
 
-def candidates(
-    best: list[Best], timed: list[tuple[float, str, Decision]], refusals: dict[str, Infeasible]
-) -> list[Candidate]:
+def _side_by_side(search: Search, names: Sequence[str]) -> Iterator[tuple[str, list[Rated] | Infeasible]]:
+    """What each policy finds, in the order of their names; those of a large model in processes of their own."""
+    workers = min(len(names), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    if workers < 2 or not search.is_large:
+        yield from ((name, _timed(search, name)) for name in names)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        for name, (found, truncated) in zip(names, pool.map(partial(_apart, search), names), strict=True):
+            search.truncated |= truncated
+            yield name, found
+
+
+def _apart(search: Search, name: str) -> tuple[list[Rated] | Infeasible, bool]:
+    """What a policy finds and whether the time limit struck, in a process of its own."""
+    return _timed(search, name), search.truncated
+
+
+def _timed(search: Search, name: str) -> list[Rated] | Infeasible:
+    try:
+        return search.timed(name)
+    except Infeasible as refusal:
+        return refusal
+
+
+def candidates(best: list[Best], timed: list[Rated], refusals: dict[str, Infeasible]) -> list[Candidate]:
     """One line per policy, fastest first: its whole schedule where it was lowered, else its estimate, else why there is none."""
     found = {b.policy: (b.tokens_per_s, b.decision) for b in reversed(best)}
-    for rate, name, decision in timed:
-        if name not in refusals:
-            found.setdefault(name, (rate, decision))
+    for rated in timed:
+        if rated.policy not in refusals:
+            found.setdefault(rated.policy, (rated.tokens_per_s, rated.decision))
     lines = [
         Candidate(policy=name, tokens_per_s=rate, num_batches=d.num_batches, batch_size=d.batch_size, feasible=True)
         for name, (rate, d) in found.items()

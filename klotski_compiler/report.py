@@ -515,10 +515,7 @@ def compare(one: Plan, other: Plan) -> str:
         words(title, *(str(sum(len(getattr(layer, name)) for layer in p.decision.layers)) for p in plans))
     words(
         "KV cache",
-        *(
-            _kv_places(p)
-            for p in plans
-        ),
+        *(_kv_places(p) for p in plans),
     )
     a, b = one.forecast, other.forecast
     numbers("tokens/s", ".2f", a.tokens_per_s, b.tokens_per_s)

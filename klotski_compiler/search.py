@@ -22,7 +22,7 @@ from klotski_compiler.errors import Infeasible
 from klotski_compiler.hardware import Hardware
 from klotski_compiler.milp.solve import relaxed_us, residency
 from klotski_compiler.model import ModelSpec, Module
-from klotski_compiler.pipeline import Lowered, lower, shapes
+from klotski_compiler.pipeline import LOAD_BYTES, Lowered, lower, shapes
 from klotski_compiler.plan import (
     PAGE_BYTES,
     Decision,
@@ -36,21 +36,24 @@ from klotski_compiler.routing import Routing
 from klotski_compiler.tensors import MODULES, kv_bytes, query_bytes, state_bytes
 from klotski_compiler.workspace import decode_attention_bytes, prefill_attention_bytes, spill_bytes, workspace
 
-LOAD_BYTES = 32 << 20  # a load aims at this many bytes: below, latency and per-op cost show
 SMALL_SHARE = 0.03  # head and embedding stay resident where they take less than this of the budget
 ATTENTION_SHARE = 0.08  # of the budget for what one attention call allocates
 EXPERT_ROWS = {"host": 512, "gpu": 8192}  # tokens per matmul: where its rate has long stopped growing
 SPILLED_BATCHES = 3  # of one layer's KV in flight where KV does not live in the compute tier
 SAMPLED = 2  # layers of the short model on which candidates are timed; a second one has twice as many
 LEAST_ROWS = 2048  # tokens per matmul that joint may go down to: its rate has stopped growing
-WORTH = 0.002  # what a smaller micro-batch must save
-KEPT_FRUGAL = 3  # decisions per size whose micro-batches are fitted to the memory that they leave
+WORTH = 0.002  # what another micro-batch must save
+FILLS = ("any", "no spill", "alike", "resident")
+NOTHING: Mapping[str, int] = MappingProxyType({})
+KEPT_FITTED = 3  # decisions per size whose micro-batches are fitted to the memory that they leave
+IMPROVEMENTS = 8  # decisions near the best one that are tried
 KEPT_SCORED = 2  # sizes per policy that are timed on short models
 KEPT_SOLVED = 5  # and of the policy whose residency is solved
-KEPT_WHOLE = 2  # and of those, that may be lowered whole
+KEPT_WHOLE = 3  # and of those, that may be lowered whole
 ESTIMATE_ERROR = 0.05  # how far a short model's time may be off
-LARGE_WHOLE = 2  # schedules of a large model that are lowered whole
-WHOLE_EXPERTS = 600  # a model of so many experts is timed whole at once
+MANY_EXPERTS = 8000  # a model of more: loads bring twice as much, for the sake of the plan's length
+MOST_WHOLE = {2000: 2, MANY_EXPERTS: 1}  # schedules that are lowered whole of a model of more than so many experts
+WHOLE_EXPERTS, WHOLE_LAYERS = 2000, 28  # a model of so few experts and layers is timed whole at once
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,16 @@ class Request:
     max_latency_s: float | None = None
     time_limit_s: float = 60.0
     model_digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rated:
+    """A decision with its estimated speed. kind: of its fill, see ``Search.fills``."""
+
+    tokens_per_s: float
+    policy: str
+    decision: Decision
+    kind: str
 
 
 @dataclass(slots=True)
@@ -94,10 +107,15 @@ class Search:
         self._most = request.workload.num_sequences
         self._least: dict[int, float] = {}
 
+    @property
+    def is_large(self) -> bool:
+        """Whether the model has so many experts that compiling it takes long."""
+        return self._experts > MANY_EXPERTS
+
     # ---------------------------------------------------------------------------------------------------- candidates
 
-    def timed(self, name: str) -> list[tuple[float, str, Decision]]:
-        """A policy's best candidates by estimated tokens per second. Raises Infeasible."""
+    def timed(self, name: str) -> list[Rated]:
+        """A policy's best candidates by estimated speed. Raises Infeasible."""
         if policy(name).ONE_BATCH and (self.request.num_batches or 1) > 1:
             raise Infeasible(
                 {}, f"{name} computes one batch at a time; leave out --num-batches, or choose another --policy"
@@ -119,38 +137,45 @@ class Search:
                     if refusal is None or sum(fault.shortfalls.values()) < sum(refusal.shortfalls.values()):
                         refusal = fault
             fitting.sort(key=lambda entry: entry[0])
-            scored += self.frugal(name, fitting[:KEPT_FRUGAL]) if module.EXPERTS == "solved" else fitting
+            scored += self.fitted(name, fitting[:KEPT_FITTED]) if module.EXPERTS == "solved" else fitting
         scored.sort(key=lambda entry: entry[0])
         if module.EXPERTS == "solved":  # one of each shape: what a score cannot tell is how finely work is divided
             scored = list({(base.num_batches, base.batch_size): (us, base) for us, base in reversed(scored)}.values())
             scored.sort(key=lambda entry: entry[0])
         tried = KEPT_SOLVED if module.EXPERTS == "solved" else KEPT_SCORED
-        decisions = [decision for _, base in scored[:tried] for decision in self.fills(name, base)]
-        rated = [(self.estimate(name, decision), name, decision) for decision in decisions]
-        kept = sorted((entry for entry in rated if entry[0] > 0), key=lambda entry: -entry[0])[:KEPT_WHOLE]
+        rated = [
+            Rated(self.estimate(name, decision), name, decision, kind)
+            for _, base in scored[:tried]
+            for kind, decision in self.fills(name, base)
+        ]
+        if module.EXPERTS == "solved" and rated:
+            best = max(rated, key=lambda r: r.tokens_per_s)
+            if (better := self.improved(best)) is not best:
+                rated.append(better)
+        kept = sorted((r for r in rated if r.tokens_per_s > 0), key=lambda r: -r.tokens_per_s)[:KEPT_WHOLE]
         if not kept:
             raise self._too_slow() if scored or refusal is None else refusal
         return kept
 
-    def whole_best(self, timed: list[tuple[float, str, Decision]], refusals: dict[str, Infeasible]) -> list[Best]:
+    def whole_best(self, timed: list[Rated], refusals: dict[str, Infeasible]) -> list[Best]:
         """Candidates lowered whole, fastest first: all that may win given how far an estimate can be off. Raises Infeasible."""
         whole: list[Best] = []
-        for rate, name, decision in sorted(timed, key=lambda entry: -entry[0]):
-            enough = len(whole) == LARGE_WHOLE and self._experts > WHOLE_EXPERTS
-            if whole and (enough or rate < max(b.tokens_per_s for b in whole) * (1 - ESTIMATE_ERROR)):
+        for rated in sorted(timed, key=lambda r: -r.tokens_per_s):
+            enough = any(self._experts > size and len(whole) >= most for size, most in MOST_WHOLE.items())
+            if whole and (enough or rated.tokens_per_s < max(b.tokens_per_s for b in whole) * (1 - ESTIMATE_ERROR)):
                 break
             try:
-                lowered, fitted = self.whole(name, decision)
-                whole.append(Best(name, fitted, self.rate(lowered), lowered))
+                lowered, fitted = self.whole(rated)
+                whole.append(Best(rated.policy, fitted, self.rate(lowered), lowered))
             except Infeasible as refusal:
-                refusals[name] = refusal
+                refusals[rated.policy] = refusal
         if not whole:
             raise min(refusals.values(), key=lambda r: sum(r.shortfalls.values()))
         return sorted(whole, key=lambda best: -best.tokens_per_s)
 
-    def narrow(self, timed: list[tuple[float, str, Decision]]) -> bool:
+    def narrow(self, timed: list[Rated]) -> bool:
         """After all these turned out not to fit when lowered whole: go on with smaller groups; False where there are none."""
-        tried = min((decision.sequences for _, _, decision in timed), default=1)
+        tried = min((rated.decision.sequences for rated in timed), default=1)
         self._most = tried - 1
         return tried > 1 and not (self.request.batch_size and self.request.num_batches)
 
@@ -224,24 +249,66 @@ class Search:
             found.append((self._least[size], size))
         return sorted(found, key=lambda entry: (entry[0], -entry[1]))
 
-    def frugal(self, name: str, scored: list[tuple[float, Decision]]) -> list[tuple[float, Decision]]:
-        """The same sizes with the micro-batches of each module as small, and prefill in as many parts, as pays: what their buffers
-        do not take, weights and KV do."""
+    def fitted(self, name: str, scored: list[tuple[float, Decision]]) -> list[tuple[float, Decision]]:
+        """The same sizes with the micro-batches of each module as large, and prefill in as few parts, as pays: what their buffers take,
+        weights and KV do not."""
         found: list[tuple[float, Decision]] = []
         for us, base in scored:
             best, improved = (us, base), True
             while improved:
                 improved = False
-                for smaller in frugalities(best[1]):
+                for other in micro_batches(best[1]):
                     try:
-                        tried = self.score(name, smaller)
+                        tried = self.score(name, other)
                     except Infeasible:
                         continue
                     if tried < best[0] * (1 - WORTH):
-                        best, improved = (tried, smaller), True
+                        best, improved = (tried, other), True
             if best[1] not in [base for _, base in found]:
                 found.append(best)
         return sorted(found, key=lambda entry: entry[0])
+
+    def improved(self, best: Rated) -> Rated:
+        """The best of a decision and what is near it, by hill climbing on simulated time: how far ahead, in which units and in how many
+        batches pays is a matter of bubbles, which the residency problem does not see."""
+        tried, left = {_shape(best.decision)}, IMPROVEMENTS
+        climbing = True
+        while climbing:
+            climbing = False
+            for base in self.neighbours(best.policy, best.decision):
+                if not left or time.monotonic() > self.deadline:
+                    return best
+                if _shape(base) in tried:
+                    continue
+                tried.add(_shape(base))
+                left -= 1
+                with suppress(Infeasible):
+                    if not (decision := self.filled(best.policy, base, best.kind)):
+                        continue
+                    rate = self.estimate(best.policy, decision)
+                    if rate > best.tokens_per_s * (1 + WORTH):
+                        best, climbing = replace(best, tokens_per_s=rate, decision=decision), True
+                        break
+        return best
+
+    def neighbours(self, name: str, d: Decision) -> Iterator[Decision]:
+        """The same sizes with twice or half as many slots, with twice or half as many batches, in units of twice or half the size."""
+        base = self.bare(name, d, d.num_batches)
+        most = 2 * max(layer.num_experts for layer in self.request.spec.layers)
+        for lead in (2 * d.lead, d.lead // 2):
+            if 2 * d.unit <= lead <= most:
+                yield base.model_copy(update={"lead": lead})
+        for num_batches in (2 * d.num_batches, d.num_batches // 2):
+            if num_batches and not self.request.num_batches and not self.request.batch_size:
+                size = -(-d.sequences // num_batches)
+                small = {part: min(getattr(base, part), size) for part in ("attention_batch", "decode_batch")}
+                parts = min(base.prefill_groups, num_batches)
+                shape = {"num_batches": num_batches, "batch_size": size, "prefill_groups": parts, **small}
+                if num_batches * size <= self._most:
+                    yield base.model_copy(update=shape)
+        for unit in (d.unit // 2, 2 * d.unit):
+            if 1 <= unit <= d.lead // 2:
+                yield base.model_copy(update={"unit": unit})
 
     def group_sizes(self) -> list[int]:
         """Sequences per group: the workload in 1, 2, 3, ... equal groups, thinned out geometrically."""
@@ -275,7 +342,8 @@ class Search:
         """(expert slots, experts per load)."""
         layer = next(layer for layer in self.request.spec.layers if layer.expert)
         assert layer.expert is not None
-        unit = max(1, min(layer.num_experts, round(LOAD_BYTES / layer.expert.nbytes)))
+        aim = LOAD_BYTES * (2 if self.is_large else 1)
+        unit = max(1, min(layer.num_experts, round(aim / layer.expert.nbytes)))
         if experts == "static":
             return [(layer.num_experts, unit)]
         if experts == "picks":
@@ -343,33 +411,29 @@ class Search:
             return relaxed_us(self.cost, self.request.workload, base, self.capacity(name, base, {}))
         return rough_us(self.cost, policy(name), self.fill(name, base), self.request.workload)
 
-    def fills(self, name: str, base: Decision) -> Iterator[Decision]:
-        """What ``fill`` finds and, where that spills KV which would fit, what it finds without: the residency problem takes a
-        spill for a matter of link time, while in a schedule attention may wait for it. Nothing where only shares of experts fit."""
-        try:
-            first = self.fill(name, base)
-        except Infeasible:
-            return
-        yield first
-        if policy(name).EXPERTS != "solved":
-            return
-        if not self._keeps_kv(first):
+    def fills(self, name: str, base: Decision) -> Iterator[tuple[str, Decision]]:
+        """What ``fill`` finds; of the residency problem, which averages over layers and takes a spill for a matter of link time, also
+        what it finds with all layers alike and without a spill; and everything resident, where that fits. Nothing where only shares
+        of experts fit. With the kind of fill that it is."""
+        found: list[Decision] = []
+        for kind in FILLS if policy(name).EXPERTS == "solved" else FILLS[:1]:
             with suppress(Infeasible):
-                yield self.fill(name, base, may_spill=False)
-        with suppress(Infeasible):
-            if (alike := self.fill(name, base, uniform=True)) != first:
-                yield alike
-        if kept := self.all_kept(base):
-            yield kept
+                decision = self.filled(name, base, kind)
+                if decision and decision not in found:
+                    found.append(decision)
+                    yield kind, decision
 
-    def _keeps_kv(self, decision: Decision) -> bool:
-        return all(layer.kv == self.tier for layer in decision.layers)
+    def filled(self, name: str, base: Decision, kind: str, reserve: Mapping[str, int] = NOTHING) -> Decision | None:
+        """One kind of fill; None where everything resident does not fit. Raises Infeasible."""
+        if kind == "resident":
+            return self.all_kept(base)
+        return self.fill(name, base, reserve, may_spill=kind != "no spill", uniform=kind == "alike")
 
     def fill(
         self,
         name: str,
         base: Decision,
-        reserve: Mapping[str, int] = MappingProxyType({}),
+        reserve: Mapping[str, int] = NOTHING,
         may_spill: bool = True,
         uniform: bool = False,
     ) -> Decision:
@@ -473,7 +537,7 @@ class Search:
             layers = tuple(layer.model_copy(update={"on_disk": layer.static[:unit]}) for layer in base.layers)
             base = base.model_copy(update={"layers": layers})
         cut, cost = self.short(base.model_copy(update={"head_pages": head_pages, "embedding": False}), SAMPLED)
-        trial = lower(cost, name, cut, Workload(prompt_len=2, gen_len=4, num_sequences=2), quick=True)
+        trial = lower(cost, name, cut, Workload(prompt_len=2, gen_len=4, num_sequences=2))
         kept = {slot for _, slot in trial.placed}
         states = {slot for phase in trial.phases.values() for _, slot in phase.placed}
         ends: dict[str, list[int]] = {}  # per tier, where what is permanent ends, and where streaming slots do
@@ -512,15 +576,16 @@ class Search:
             for n in moe:
                 share[n] = min(spec.layers[n].num_experts, total)
                 total -= share[n]
+        kept = [frozenset(self.cost.popular(n)[: share.get(n, 0)]) for n in range(len(spec.layers))]
         layers = tuple(
             LayerDecision(
                 resident=tuple(sorted(kinds, key=MODULES.index)),
-                resident_experts=tuple(sorted(self.cost.popular(n)[: share.get(n, 0)])),
-                static=tuple(e for e in old.static if e not in self.cost.popular(n)[: share.get(n, 0)]),
-                late=tuple(e for e in old.late if e not in self.cost.popular(n)[: share.get(n, 0)]),
+                resident_experts=tuple(sorted(here)),
+                static=tuple(e for e in old.static if e not in here),
+                late=tuple(e for e in old.late if e not in here),
                 kv=kv_tier,
             )
-            for n, (kinds, old) in enumerate(zip(resident, base.layers, strict=True))
+            for kinds, old, here in zip(resident, base.layers, kept, strict=True)
         )
         if self.tier == "gpu":
             layers = self._homes(name, layers, capacity["host"] - (sum(cache) if kv_tier == "host" else 0))
@@ -560,13 +625,16 @@ class Search:
     # --------------------------------------------------------------------------------------------------------- timing
 
     def short(self, decision: Decision, count: int) -> tuple[Decision, Cost]:
-        """The model cut to its dense layers' first and ``count`` MoE layers, evenly spaced within each kind of layer, with their
-        decisions."""
+        """The model cut to its dense layers' first and ``count`` MoE layers, evenly spaced within each kind of layer (that differs in
+        itself or in where its KV lives), with their decisions."""
         spec = self.request.spec
         moe = [n for n, layer in enumerate(spec.layers) if layer.expert]
         dense = [n for n, layer in enumerate(spec.layers) if not layer.expert][:1]
-        count, kinds = min(count, len(moe)), list(dict.fromkeys(spec.layers))
-        moe.sort(key=lambda n: (kinds.index(spec.layers[n]), n))
+        alike = [
+            (layer, d.kv, d.kv_batches, d.cpu_batches) for layer, d in zip(spec.layers, decision.layers, strict=True)
+        ]
+        count, kinds = min(count, len(moe)), list(dict.fromkeys(alike))
+        moe.sort(key=lambda n: (kinds.index(alike[n]), n))
         kept = dense + sorted(moe[(2 * i + 1) * len(moe) // (2 * count)] for i in range(count))
         routing = self.request.routing.model_copy(
             update={"popularity": tuple(self.request.routing.popularity[n] for n in kept), "successors": ()}
@@ -578,7 +646,7 @@ class Search:
     def estimate(self, name: str, decision: Decision) -> float:
         """Tokens per second, timed on distinct layer periods: what L layers take from what 2 and 4 of them take."""
         moe = self.request.spec.moe_layers
-        if self._experts <= WHOLE_EXPERTS or len(moe) <= 2 * SAMPLED:
+        if (self._experts <= WHOLE_EXPERTS and len(moe) <= WHOLE_LAYERS) or len(moe) <= 2 * SAMPLED:
             return self.rate(lower(self.cost, name, decision, self.request.workload, quick=True))
         runs = []
         for count in (SAMPLED, 2 * SAMPLED):
@@ -597,8 +665,9 @@ class Search:
             return 0.0
         return self._rate(more.groups * sum(us for phase, us in grown.items() if phase != "load") + grown["load"])
 
-    def whole(self, name: str, decision: Decision) -> tuple[Lowered, Decision]:
+    def whole(self, rated: Rated) -> tuple[Lowered, Decision]:
         """The whole schedule. Where it needs more slots than the short model showed, residents make room."""
+        name, decision = rated.policy, rated.decision
         reserve, base = Counter[str](), self.bare(name, decision, decision.num_batches)
         while True:
             lowered = lower(self.cost, name, decision, self.request.workload)
@@ -606,7 +675,7 @@ class Search:
             if not over:
                 break
             reserve.update(over)
-            decision = self.fill(name, base, reserve, may_spill=not self._keeps_kv(decision))
+            decision = self.filled(name, base, rated.kind, reserve) or self.fill(name, base, reserve)
         if (decode := lowered.phases.get("decode")) and self._late(decode.times.pass_us):
             raise self._too_slow()
         return lowered, decision
@@ -631,13 +700,22 @@ def _slot_bytes(module: Module) -> int:
     return align_up(module.nbytes + 2 * PAGE_BYTES * module.segments)
 
 
-def frugalities(d: Decision) -> Iterator[Decision]:
-    """A decision with one of its micro-batches half as large, or prefill in twice as many parts."""
-    if d.prefill_groups < d.num_batches:
-        yield d.model_copy(update={"prefill_groups": min(d.num_batches, 2 * d.prefill_groups)})
-    for size, least in (("attention_batch", 1), ("decode_batch", 1), ("expert_rows", LEAST_ROWS)):
-        if (now := getattr(d, size)) > least:
-            yield d.model_copy(update={size: max(least, -(-now // 2))})
+def _shape(d: Decision) -> tuple[int, ...]:
+    return d.num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups
+
+
+def micro_batches(d: Decision) -> Iterator[Decision]:
+    """A decision with one of its micro-batches, or the number of prefill's parts, half or twice as large."""
+    limits = {
+        "prefill_groups": (1, d.num_batches),
+        "attention_batch": (1, d.batch_size),
+        "decode_batch": (1, d.batch_size),
+        "expert_rows": (min(LEAST_ROWS, d.expert_rows), d.expert_rows),
+    }
+    for size, (least, most) in limits.items():
+        now = getattr(d, size)
+        for other in {max(least, -(-now // 2)), min(most, 2 * now)} - {now}:
+            yield d.model_copy(update={size: other})
 
 
 def largest(limit: int, fits: Callable[[int], bool]) -> int:

@@ -75,12 +75,12 @@ def simulate(
 
     Op times are affine in the position and pass time is their maximum along paths, hence convex: the mean over a span of positions
     is at most the mean of its ends. Spans are halved until that is close enough, each point settled by replaying it. ``quick``:
-    three points.
+    three points, and no bubbles.
     """
-    middle = _settled(steps, passes, compute, durations(0.5))
+    middle = _settled(steps, passes, compute, durations(0.5), quick)
     if passes == 1 or sum(durations(1.0)) - sum(durations(0.0)) < NEGLIGIBLE * middle.pass_us:
         return middle
-    first, last = (_settled(steps, passes, compute, durations(x)) for x in (0.0, 1.0))
+    first, last = (_settled(steps, passes, compute, durations(x), quick) for x in (0.0, 1.0))
     runs = list[tuple[float, PhaseTimes]]()
 
     def cover(span: tuple[float, float], left: PhaseTimes, centre: PhaseTimes, right: PhaseTimes) -> None:
@@ -92,7 +92,7 @@ def simulate(
             return
         at = (low + high) / 2
         for (a, b), one, other in (((low, at), left, centre), ((at, high), centre, right)):
-            cover((a, b), one, _settled(steps, passes, compute, durations((a + b) / 2)), other)
+            cover((a, b), one, _settled(steps, passes, compute, durations((a + b) / 2), quick), other)
 
     cover((0.0, 1.0), first, middle, last)
     busy, bubble = Counter[str](), Counter[str]()
@@ -104,7 +104,9 @@ def simulate(
     return PhaseTimes(sum(weight * run.total_us for weight, run in runs), middle.pass_us, middle.steps, busy, bubble)
 
 
-def _settled(steps: Sequence[Step], passes: int, compute: str, duration_us: Sequence[float]) -> PhaseTimes:
+def _settled(
+    steps: Sequence[Step], passes: int, compute: str, duration_us: Sequence[float], quick: bool = False
+) -> PhaseTimes:
     shown = min(passes, SIMULATED_PASSES)
     clock = Simulation(duration_us)
     execute(steps, shown, clock)
@@ -125,7 +127,7 @@ def _settled(steps: Sequence[Step], passes: int, compute: str, duration_us: Sequ
     busy, bubble = Counter[str](), Counter[str]()
     for number, step in enumerate(steps):
         busy[step.op.stream] += duration_us[number] * passes  # type: ignore[assignment]
-    for cause, idle in bubbles(steps, clock.log, shown, compute).items():
+    for cause, idle in () if quick else bubbles(steps, clock.log, shown, compute).items():
         bubble[cause] += idle * passes / shown  # type: ignore[assignment]
     return PhaseTimes(total, settled, times, busy, bubble)
 

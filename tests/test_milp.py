@@ -56,7 +56,12 @@ def skewed(cost_spec: object, rng: random.Random) -> tuple[tuple[float, ...], ..
 def weights_bytes(problem: Problem) -> int:
     """Room for every weight and all KV."""
     groups = sum(
-        g.count * (sum(m.slot_bytes for m in g.modules.values()) + sum(g.sizes) * g.expert.slot_bytes + g.kv_slot_bytes)
+        g.count
+        * (
+            sum(m.slot_bytes for m in g.modules.values())
+            + sum(g.sizes) * g.expert.slot_bytes
+            + problem.batches * g.kv_slot_bytes
+        )
         for g in problem.groups
     )
     return groups + problem.head.slot_bytes + problem.embedding.slot_bytes + problem.norm_bytes
@@ -93,6 +98,13 @@ def random_case(seed: int) -> Case:
     )
 
 
+def loading_us(problem: Problem) -> float:
+    """Reading every weight of the layers from disk, which before a GPU is done once, but for those that stay there."""
+    return sum(
+        g.count * (sum(m.disk_us for m in g.modules.values()) + sum(g.sizes) * g.expert.disk_us) for g in problem.groups
+    )
+
+
 def solve(case: Case) -> Solved | None:
     """The residency, or None where nothing fits."""
     try:
@@ -119,7 +131,7 @@ def least_period(
     chain = [(x[1] / n * load, x[1] / n * c.compute_us, min(1.0, unit / size)) for x, c, size in work]
     late = [(x[2] / n * c.late_us, x[2] / n * c.compute_us, min(1.0, unit / size)) for x, c, size in work]
     moved = {k: (1 - modules[k] / n) * item.load_us for k, item in g.modules.items()}
-    spilled = 1 - kv / n
+    spilled = problem.batches - kv / n
     loads = sum(moved.values()) + sum(step[0] for step in chain + late)
     plain = [attention + router + all_experts, loads + spilled * w.kv_load_us, spilled * w.kv_store_us]
     plain.append(sum(x[3] for x, _, _ in work) / n * g.expert.disk_us)
@@ -168,7 +180,8 @@ def brute_force(problem: Problem) -> float:
     for g in problem.groups:
         kinds = list(g.modules)
         options: dict[tuple[bool, int, int], float] = {}
-        for kv in range(0 if problem.may_spill else g.count, g.count + 1):
+        blocks = g.count * problem.batches
+        for kv in range(0 if problem.may_spill else blocks, blocks + 1):
             for chosen in product(*(range(g.count + 1) for _ in kinds)):
                 for experts in product(
                     *(splits(m * g.count, late, disk) for m, late in zip(g.sizes, g.late, strict=True))
@@ -179,19 +192,19 @@ def brute_force(problem: Problem) -> float:
                         for phase, passes in problem.passes.items()
                     )
                     kept = sum(x[0] for x in experts)
-                    time += kept * g.expert.load_us - sum(x[3] for x in experts) * g.expert.disk_us
-                    time += sum(modules[k] * g.modules[k].load_us for k in kinds)
+                    time -= sum(x[3] for x in experts) * g.expert.disk_us
+                    if not far:
+                        time += kept * g.expert.load_us + sum(modules[k] * g.modules[k].load_us for k in kinds)
                     here = (
                         kept * g.expert.slot_bytes
                         + kv * g.kv_slot_bytes
                         + sum(modules[k] * g.modules[k].slot_bytes for k in kinds)
                     )
                     there = (
-                        sum(x[1] + x[2] - x[3] for x in experts) * g.expert.slot_bytes
-                        + (g.count - kv) * g.kv_slot_bytes
+                        sum(x[1] + x[2] - x[3] for x in experts) * g.expert.slot_bytes + (blocks - kv) * g.kv_slot_bytes
                     )
                     there += sum((g.count - modules[k]) * g.modules[k].slot_bytes for k in kinds)
-                    key = (kv < g.count, here, there if far else 0)
+                    key = (kv < blocks, here, there if far else 0)
                     options[key] = min(time, options.get(key, float("inf")))
         merged: dict[tuple[bool, int, int], float] = {}
         for (s1, a1, b1), t1 in states.items():
@@ -203,7 +216,7 @@ def brute_force(problem: Problem) -> float:
     best = float("inf")
     for head in (0, 1) if problem.head_pages else (1,):
         for embedding in (0, 1):
-            time = head * problem.head.load_us + embedding * problem.embedding.load_us
+            time = loading_us(problem) if far else head * problem.head.load_us + embedding * problem.embedding.load_us
             for phase, passes in problem.passes.items():
                 end, streamed = problem.end[phase], (1 - head) * problem.head.load_us
                 rest = max(0.0, 1 - HEAD_SLOTS / max(1, problem.head_pages)) * streamed + end.page_us
@@ -235,7 +248,7 @@ def small(problem: Problem) -> bool:
     total = 0
     disk = bool(problem.home_tier) and weights_bytes(problem) > problem.capacity[problem.home_tier]
     for g in problem.groups:
-        options = (g.count + 1) ** (1 + len(g.modules))
+        options = (g.count * problem.batches + 1) * (g.count + 1) ** len(g.modules)
         for size, late in zip(g.sizes, g.late, strict=True):
             options *= len(splits(size * g.count, late, disk))
         total += options
@@ -285,11 +298,12 @@ def by_cbc(problem: Problem) -> float | None:
         embedding * problem.embedding.slot_bytes,
     ]
     there = [(1 - head) * problem.head.slot_bytes]
-    goal = [head * problem.head.load_us, embedding * problem.embedding.load_us]
+    goal = [loading_us(problem)] if far else [head * problem.head.load_us, embedding * problem.embedding.load_us]
     for g in problem.groups:
         n, load = g.count, g.expert.load_us
-        kv = integer(f"kv_{g.name}", n, 0 if problem.may_spill else n)
-        model += n - kv <= n * spilling
+        blocks = n * problem.batches
+        kv = integer(f"kv_{g.name}", blocks, 0 if problem.may_spill else blocks)
+        model += blocks - kv <= blocks * spilling
         kept = {k: integer(f"{g.name}_{k}", n) for k in g.modules}
         r = [integer(f"{g.name}_r{c}", m * n) for c, m in enumerate(g.sizes)]
         s = [integer(f"{g.name}_s{c}", m * n) for c, m in enumerate(g.sizes)]
@@ -305,10 +319,10 @@ def by_cbc(problem: Problem) -> float | None:
             *(v * g.modules[k].slot_bytes for k, v in kept.items()),
             *(v * g.expert.slot_bytes for v in r),
         ]
-        there += [(n - kv) * g.kv_slot_bytes, *((n - v) * g.modules[k].slot_bytes for k, v in kept.items())]
+        there += [(blocks - kv) * g.kv_slot_bytes, *((n - v) * g.modules[k].slot_bytes for k, v in kept.items())]
         there += [(m * n - a - b) * g.expert.slot_bytes for m, a, b in zip(g.sizes, r, d, strict=True)]
-        goal += [v * g.modules[k].load_us for k, v in kept.items()]
-        goal += [v * load for v in r] + [v * -g.expert.disk_us for v in d]
+        goal += [] if far else [v * g.modules[k].load_us for k, v in kept.items()] + [v * load for v in r]
+        goal += [v * -g.expert.disk_us for v in d]
         moved = {k: (n - v) * g.modules[k].load_us for k, v in kept.items()}
         modules = pulp.lpSum(moved.values())
         for phase, work in g.work.items():
@@ -329,9 +343,9 @@ def by_cbc(problem: Problem) -> float | None:
             model += ahead <= modules + pulp.lpSum(a for a, _, _ in chain)
             model += ahead <= modules + n * problem.lead * load
             model += t >= before + experts
-            model += t >= modules + streamed + (n - kv) * work.kv_load_us
-            model += t >= (n - kv) * work.kv_store_us
-            model += t >= (n - kv) * work.kv_load_us * (1 - work.kv_ahead) + n * work.router_us + experts
+            model += t >= modules + streamed + (blocks - kv) * work.kv_load_us
+            model += t >= (blocks - kv) * work.kv_store_us
+            model += t >= (blocks - kv) * work.kv_load_us * (1 - work.kv_ahead) + n * work.router_us + experts
             model += t >= pulp.lpSum(d) * g.expert.disk_us
             model += t >= moved.get("attention", 0) - ahead + before + experts
             model += t >= modules - ahead + n * work.router_us + experts

@@ -11,9 +11,9 @@ Parameters   of one layer and pass: A attention, R router or dense MLP, C_c one 
 Variables    resident[g.c], static[g.c], late[g.c]: experts that never move, are streamed by name, are bound after the
              router; cpu[g.c]: experts that the CPU computes in decode (in prefill they are streamed by name);
              disk[g.c]: of the static ones, those that live on disk although the machine has host memory
-             between; resident[g.k], resident[head], resident[embedding]: modules; kv[g]: batches whose KV stays in the
+             between: it is too small, or reading them in every pass hides and loading them once does not; resident[g.k], resident[head], resident[embedding]: modules; kv[g]: batches whose KV stays in the
              compute tier; spilling: whether any does not; attended[g]: batches, of those whose KV does not, that the CPU
-             attends to. All are integer, and totals over the layers of g. If all layers are to be alike: each[g.kv],
+             attends to; helping[g]: whether it computes experts. All are integer, and totals over the layers of g. If all layers are to be alike: each[g.kv],
              each[g.attended] and, where experts are few and large, each[g.c] of the CPU's are the same per layer.
              prefetched_us[g.p]: link time already done when a layer begins; period_us[g.p], period_us[end.p]: T.
 Objective    sum_p passes_p (sum_g N_g T[g.p] + T[end.p]) + time to load what is resident, once.
@@ -108,12 +108,13 @@ class Formulation:
     def __init__(self, problem: Problem, elastic: bool = False) -> None:
         """An empty model; see ``add_all``."""
         self.problem, self.elastic, self.model = problem, elastic, Model()
-        self.homes_on_disk = self._homes_on_disk()
+        self.homes_on_disk = bool(problem.home_tier)
 
     def add_all(self) -> Model:
         """The table of contents."""
         self.variables()
         self.assign()
+        self.helping()
         self.alike()
         self.spill()
         for tier in filter(None, (self.problem.compute_tier, self.problem.home_tier)):
@@ -150,6 +151,7 @@ class Formulation:
             blocks = g.count * problem.batches
             self._count(f"kv[{g.name}]", blocks, at_least=0 if problem.may_spill else blocks)
             self._count(f"attended[{g.name}]", blocks if problem.attends else 0)
+            self._count(f"helping[{g.name}]", 1 if problem.cpu and g.sizes else 0)
             for c, size in enumerate(g.sizes):
                 whole = size * g.count
                 self._count(f"resident[{g.name}.c{c}]", whole)
@@ -220,8 +222,9 @@ class Formulation:
         return plus({"": g.count * whole}, spared if self.helped(phase) else {})
 
     def cpu_us(self, g: Group, work: LayerWork) -> Terms:
-        """sum_c P_c cpu[g.c]."""
-        return {f"cpu[{g.name}.c{c}]": cost.cpu_us for c, cost in enumerate(work.classes)}
+        """sum_c P_c cpu[g.c] and, if there is any, the exchange."""
+        experts = {f"cpu[{g.name}.c{c}]": cost.cpu_us for c, cost in enumerate(work.classes)}
+        return experts | {f"helping[{g.name}]": g.count * work.exchange_us}
 
     def linked_us(self, g: Group, phase: str, work: LayerWork) -> Terms:
         """What the link into the compute tier carries."""
@@ -276,6 +279,14 @@ class Formulation:
                 self._row(f"assign[{where}]", {f"{v}[{where}]": 1.0 for v in kinds}, whole, whole)
                 if self.homes_on_disk:
                     self._row(f"disk_is_static[{where}]", {f"static[{where}]": 1.0, f"disk[{where}]": -1.0}, 0.0)
+
+    def helping(self) -> None:
+        """sum_c cpu[g.c] <= N_g m helping[g]."""
+        for g in self.problem.groups:
+            if self.problem.cpu and g.sizes:
+                cpu = {f"cpu[{g.name}.c{c}]": 1.0 for c in range(len(g.sizes))}
+                most = -float(sum(g.sizes) * g.count)
+                self._row(f"helping[{g.name}]", {**cpu, f"helping[{g.name}]": most}, -float("inf"), 0.0)
 
     def alike(self) -> None:
         """v[g] = N_g each[v[g]] for what one more of would make a layer wait."""
@@ -464,22 +475,6 @@ class Formulation:
         return terms
 
     # ---------------------------------------------------------------------------------------------------- helpers
-
-    def _homes_on_disk(self) -> bool:
-        """Whether the tier that feeds the compute tier may be too small for the weights (else: no such variables)."""
-        problem = self.problem
-        if not problem.home_tier:
-            return False
-        weights = problem.head.slot_bytes + sum(
-            g.count
-            * (
-                sum(m.slot_bytes for m in g.modules.values())
-                + sum(g.sizes) * g.expert.slot_bytes
-                + problem.batches * g.kv_slot_bytes
-            )
-            for g in problem.groups
-        )
-        return weights > problem.capacity[problem.home_tier]
 
     def _prefetched(self, g: Group, phase: str) -> Terms:
         return {f"prefetched_us[{g.name}.{phase}]": float(g.count)}

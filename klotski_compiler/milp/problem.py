@@ -13,7 +13,7 @@ from klotski_compiler.cost import ALWAYS, Cost, Shape
 from klotski_compiler.model import Layer, Module
 from klotski_compiler.pipeline import shapes
 from klotski_compiler.plan import ALL, CPU, PAGE_BYTES, Decision, Workload, align_up
-from klotski_compiler.tensors import MODULES, kv_bytes, query_bytes
+from klotski_compiler.tensors import MODULES, kv_bytes, query_bytes, rows_bytes, sums_bytes
 from klotski_compiler.workspace import spill_bytes
 
 EXACT_EXPERTS = 16  # up to so many experts, a class holds equally popular ones only
@@ -46,7 +46,8 @@ class ClassWork:
 class LayerWork:
     """One layer in one pass: all batches through attention, then through router (or dense MLP); classes; and of one batch whose KV
     lives elsewhere: what it takes the links, what attending to it takes the CPU and spares the GPU, and around_us, what the GPU does
-    before and after all of them: the first one's projections, the last one's output and router."""
+    before and after all of them: the first one's projections, the last one's output and router. exchange_us: what any expert on the
+    CPU takes beside its work: its input's way there, its output's back."""
 
     attention_us: float
     router_us: float
@@ -57,6 +58,7 @@ class LayerWork:
     cpu_attend_us: float = 0.0
     spared_us: float = 0.0
     around_us: float = 0.0
+    exchange_us: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,12 @@ class Problem:
 
 
 def build(
-    cost: Cost, workload: Workload, decision: Decision, capacity: dict[str, int], may_spill: bool = True, uniform: bool = False
+    cost: Cost,
+    workload: Workload,
+    decision: Decision,
+    capacity: dict[str, int],
+    may_spill: bool = True,
+    uniform: bool = False,
 ) -> Problem:
     """Price everything that the formulation needs. ``decision``: see ``solve.residency``."""
     on_gpu = cost.hardware.compute_tier == "gpu"
@@ -264,8 +271,12 @@ def _work(
         around = cost.project_us(layer, shape) + cost.output_us(layer, shape) + router / shape.batches
         small = query_bytes(cost.spec, sequences, cost.dtype)
         around += cost.transfer_us(links[1], small) + cost.transfer_us(links[0], small)
+    exchange = 0.0
+    if helped and layer.expert:
+        exchange = cost.transfer_us(links[1], rows_bytes(cost.spec, tokens, cost.dtype)) + cost.sums_us(tokens)
+        exchange += cost.transfer_us(links[0], sums_bytes(cost.spec, tokens, cost.dtype))
     ahead = min(1.0, SPILL_SLOTS / shape.batches)
-    return LayerWork(attention, router, tuple(work), load, store, ahead, attend, spared, around)
+    return LayerWork(attention, router, tuple(work), load, store, ahead, attend, spared, around, exchange)
 
 
 def _end(cost: Cost, shape: Shape, pages: int) -> EndWork:

@@ -146,7 +146,9 @@ class Solver:
         self.built = mathopt.Model(name="residency")
         self.integers = [v.name for v in model.variables.values() if v.integer]
         # Times run to 1e9 microseconds beside counts of one: solvers want columns, rows and objective near one.
-        self.unit = {v.name: SCALE_US if v.name.endswith("_us") or "_us[" in v.name else 1.0 for v in model.variables.values()}
+        self.unit = {
+            v.name: SCALE_US if v.name.endswith("_us") or "_us[" in v.name else 1.0 for v in model.variables.values()
+        }
         self.variables = {
             v.name: self.built.add_variable(lb=v.lower / self.unit[v.name], ub=v.upper / self.unit[v.name], name=v.name)
             for v in model.variables.values()
@@ -193,7 +195,9 @@ class Solver:
             objective=result.objective_value() * self.goal_unit,
             bound=end.objective_bounds.dual_bound * self.goal_unit,
             values={name: result.variable_values(v) * self.unit[name] for name, v in self.variables.items()},
-            duals={name: result.dual_values(row) * self.goal_unit / self.row_unit[name] for name, row in self.rows.items()}
+            duals={
+                name: result.dual_values(row) * self.goal_unit / self.row_unit[name] for name, row in self.rows.items()
+            }
             if with_duals
             else {},
             truncated=end.limit == mathopt.Limit.TIME,
