@@ -93,7 +93,8 @@ def lower(
 ) -> Lowered:
     """Run all passes. Raises PlanError where the policy's program is not sound.
 
-    quick: time three positions only; leave out the critical path, and the load of residents but for its time. dump_after: the pass after which to keep the program's text.
+    quick: time three positions only; leave out the critical path, and the load of residents but for its time. dump_after: the pass
+    after which to keep the program's text.
     """
     compute_tier = cost.hardware.compute_tier
     table = TensorTable(cost.spec, decision, workload, cost.dtype, compute_tier)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from types import ModuleType
 
-from klotski_compiler.cost import Cost, Shape
-from klotski_compiler.pipeline import shapes
+from klotski_compiler.cost import LOAD_OPS, Cost, Shape
+from klotski_compiler.pipeline import LOAD_BYTES, shapes
 from klotski_compiler.plan import ALL, CPU, Decision, LayerDecision, Workload
 from klotski_compiler.tensors import MODULES
 
@@ -21,14 +21,18 @@ def rough_us(cost: Cost, policy: ModuleType, decision: Decision, workload: Workl
 
 def load_us(cost: Cost, decision: Decision) -> float:
     """Reading what is resident; before a GPU, what host memory keeps as well."""
-    on_gpu, nbytes = cost.hardware.compute_tier == "gpu", 0
+    on_gpu, nbytes, loads = cost.hardware.compute_tier == "gpu", 0, 0.0
     for layer, chosen in zip(cost.spec.layers, decision.layers, strict=True):
         modules = {kind: module.nbytes for kind in MODULES if (module := getattr(layer, kind))}
         nbytes += sum(size for kind, size in modules.items() if on_gpu or kind in chosen.resident)
         if layer.expert:
             near = layer.num_experts - len(chosen.on_disk) if on_gpu else len(chosen.resident_experts)
             nbytes += near * layer.expert.nbytes
-    return 1e6 * nbytes / cost.hardware.links["disk>host"].bandwidth_bytes_per_s
+            loads += near / max(1, LOAD_BYTES // layer.expert.nbytes)
+        loads += len(modules)
+    nbytes += cost.spec.head.nbytes if on_gpu or not decision.head_pages else 0
+    disk = cost.hardware.links["disk>host"]
+    return 1e6 * nbytes / disk.bandwidth_bytes_per_s + loads * (disk.latency_us + LOAD_OPS * cost.processor.op_us)
 
 
 def _pass_us(cost: Cost, policy: ModuleType, decision: Decision, shape: Shape) -> float:

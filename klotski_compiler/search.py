@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import count
 from math import inf
 from types import MappingProxyType, ModuleType
 
@@ -31,7 +32,7 @@ from klotski_compiler.plan import (
     align_up,
 )
 from klotski_compiler.policies import OURS, policy
-from klotski_compiler.rough import rough_us
+from klotski_compiler.rough import load_us, rough_us
 from klotski_compiler.routing import Routing
 from klotski_compiler.tensors import MODULES, kv_bytes, query_bytes, state_bytes
 from klotski_compiler.workspace import decode_attention_bytes, prefill_attention_bytes, spill_bytes, workspace
@@ -40,6 +41,7 @@ SMALL_SHARE = 0.03  # head and embedding stay resident where they take less than
 ATTENTION_SHARE = 0.08  # of the budget for what one attention call allocates
 EXPERT_ROWS = {"host": 512, "gpu": 8192}  # tokens per matmul: where its rate has long stopped growing
 SPILLED_BATCHES = 3  # of one layer's KV in flight where KV does not live in the compute tier
+COARSE = 16  # experts of a layer up to which one more or less of them makes layers differ much
 SAMPLED = 2  # layers of the short model on which candidates are timed; a second one has twice as many
 LEAST_ROWS = 2048  # tokens per matmul that joint may go down to: its rate has stopped growing
 WORTH = 0.002  # what another micro-batch must save
@@ -111,6 +113,11 @@ class Search:
     def is_large(self) -> bool:
         """Whether the model has so many experts that compiling it takes long."""
         return self._experts > MANY_EXPERTS
+
+    @property
+    def _finest(self) -> int:
+        """Experts of a layer."""
+        return max(layer.num_experts for layer in self.request.spec.layers)
 
     # ---------------------------------------------------------------------------------------------------- candidates
 
@@ -294,7 +301,7 @@ class Search:
     def neighbours(self, name: str, d: Decision) -> Iterator[Decision]:
         """The same sizes with twice or half as many slots, with twice or half as many batches, in units of twice or half the size."""
         base = self.bare(name, d, d.num_batches)
-        most = 2 * max(layer.num_experts for layer in self.request.spec.layers)
+        most = 2 * self._finest
         for lead in (2 * d.lead, d.lead // 2):
             if 2 * d.unit <= lead <= most:
                 yield base.model_copy(update={"lead": lead})
@@ -439,8 +446,7 @@ class Search:
     ) -> Decision:
         """What is resident. Raises Infeasible where not even streaming everything fits.
 
-        reserve: bytes per tier to leave free beyond what the slots of a short model showed. may_spill: KV, as far as it is solved. uniform: see
-        ``residency``.
+        reserve: bytes per tier to leave free beyond what the slots of a short model showed. may_spill, uniform: see ``residency``.
         """
         capacity = self.capacity(name, base, reserve)
         if policy(name).EXPERTS == "solved":
@@ -625,16 +631,19 @@ class Search:
     # --------------------------------------------------------------------------------------------------------- timing
 
     def short(self, decision: Decision, count: int) -> tuple[Decision, Cost]:
-        """The model cut to its dense layers' first and ``count`` MoE layers, evenly spaced within each kind of layer (that differs in
-        itself or in where its KV lives), with their decisions."""
+        """The model cut to its dense layers' first and ``count`` MoE layers, evenly spaced once they are sorted by what differs in them
+        and in their decisions."""
         spec = self.request.spec
         moe = [n for n, layer in enumerate(spec.layers) if layer.expert]
         dense = [n for n, layer in enumerate(spec.layers) if not layer.expert][:1]
-        alike = [
-            (layer, d.kv, d.kv_batches, d.cpu_batches) for layer, d in zip(spec.layers, decision.layers, strict=True)
-        ]
-        count, kinds = min(count, len(moe)), list(dict.fromkeys(alike))
-        moe.sort(key=lambda n: (kinds.index(alike[n]), n))
+        count, kinds = min(count, len(moe)), list(dict.fromkeys(spec.layers))
+
+        def kind(number: int) -> tuple[object, ...]:
+            d = decision.layers[number]
+            counts = len(d.cpu), len(d.on_disk), len(d.resident_experts), len(d.resident)
+            return kinds.index(spec.layers[number]), d.kv, d.kv_batches, d.cpu_batches or 0, *counts, number
+
+        moe.sort(key=kind)
         kept = dense + sorted(moe[(2 * i + 1) * len(moe) // (2 * count)] for i in range(count))
         routing = self.request.routing.model_copy(
             update={"popularity": tuple(self.request.routing.popularity[n] for n in kept), "successors": ()}
@@ -648,33 +657,36 @@ class Search:
         moe = self.request.spec.moe_layers
         if (self._experts <= WHOLE_EXPERTS and len(moe) <= WHOLE_LAYERS) or len(moe) <= 2 * SAMPLED:
             return self.rate(lower(self.cost, name, decision, self.request.workload, quick=True))
-        runs = []
-        for count in (SAMPLED, 2 * SAMPLED):
+        runs, sampled = [], SAMPLED if self._finest > COARSE else 2 * SAMPLED
+        for count in (sampled, 2 * sampled):
             cut, cost = self.short(decision, count)
             runs.append(lower(cost, name, cut, self.request.workload, quick=True))
         few, more = runs
         grown = {
             phase: more.phases[phase].times.total_us
-            + (len(moe) - 2 * SAMPLED)
+            + (len(moe) - 2 * sampled)
             * (more.phases[phase].times.total_us - few.phases[phase].times.total_us)
-            / SAMPLED
+            / sampled
             for phase in more.phases
+            if phase != "load"
         }
         decode = more.phases.get("decode")
         if decode and self._late(grown["decode"] / decode.shape.passes):
             return 0.0
-        return self._rate(more.groups * sum(us for phase, us in grown.items() if phase != "load") + grown["load"])
+        return self._rate(load_us(self.cost, decision) + more.groups * sum(grown.values()))
 
     def whole(self, rated: Rated) -> tuple[Lowered, Decision]:
-        """The whole schedule. Where it needs more slots than the short model showed, residents make room."""
+        """The whole schedule. Where it needs more slots than the short model showed, residents make room: each time for some more than
+        is missing, since what they are exchanged for may take as much."""
         name, decision = rated.policy, rated.decision
         reserve, base = Counter[str](), self.bare(name, decision, decision.num_batches)
-        while True:
+        more = max(_slot_bytes(layer.expert) for layer in self.request.spec.layers if layer.expert) // 4
+        for tries in count():
             lowered = lower(self.cost, name, decision, self.request.workload)
             over = self._over(lowered)
             if not over:
                 break
-            reserve.update(over)
+            reserve.update({tier: nbytes + tries * more for tier, nbytes in over.items()})
             decision = self.filled(name, base, rated.kind, reserve) or self.fill(name, base, reserve)
         if (decode := lowered.phases.get("decode")) and self._late(decode.times.pass_us):
             raise self._too_slow()

@@ -152,7 +152,7 @@ def tiny_decision(
         embedding=True,
         layers=tuple(layers),
     )
-    if kv == "host" and max(getattr(module_, "CPU_ATTENTION", (0.0,))) > 0:
+    if kv == "host" and (module_.EXPERTS == "solved" or max(getattr(module_, "CPU_ATTENTION", (0.0,))) > 0):
         decision = decision.model_copy(update={"cpu_batches": min(2, decision.num_batches)})
     if getattr(module_, "CPU_EXPERTS", False):
         chosen = [layer.model_copy(update={"cpu_picks": len(layer.late) // 2}) for layer in decision.layers]

@@ -28,7 +28,7 @@ from klotski_compiler.plan import (
     Workload,
     op_text,
 )
-from klotski_compiler.policies import POLICIES, policy
+from klotski_compiler.policies import OURS, POLICIES, policy
 from klotski_compiler.program import HEAD_SLOTS
 from klotski_compiler.verify import verify
 from plans import tiny_decision, tiny_plan, tiny_spec
@@ -297,7 +297,7 @@ def golden(name: str) -> str:
         kv="host",
     )
     decision = tiny_decision(name, spec, "host", 2, 8, layers=(chosen, chosen), lead=3, hot=late // 3)
-    gpu = any(hasattr(policy(name), what) for what in ("CPU_ATTENTION", "CPU_EXPERTS"))
+    gpu = name == OURS or any(hasattr(policy(name), what) for what in ("CPU_ATTENTION", "CPU_EXPERTS"))
     plan = tiny_plan(name, gpu, spec=spec, decision=decision)
     drawn = report.timeline(plan, "decode", 1).splitlines()[2 : 2 + len({s.op.stream for s in plan.steps["decode"]})]
     ops = [op_text(step.op, plan.names) for step in plan.steps["decode"]]

@@ -252,6 +252,8 @@ def decided(
         decision = decision.model_copy(update={"cpu_batches": 0})
     if gpu and policy_name == "joint":
         layers = tuple(x.model_copy(update={"static": x.static[1:], "cpu": x.static[:1]}) for x in layers)
+    if policy_name == "joint" and gpu and kv == "host":  # some KV in either place
+        layers = tuple(x.model_copy(update={"kv_batches": n % 2}) for n, x in enumerate(layers))
     decision = decision.model_copy(update={"layers": layers})
     return plan_of(spec, policy_name, decision, workload(PROMPTS, gen_len), gpu)
 
@@ -272,6 +274,7 @@ def drawn(spec: ModelSpec, policy_name: str, rng: random.Random) -> tuple[Decisi
                 static=tuple(order[kept:named]),
                 late=tuple(order[named:]),
                 kv=rng.choice(["host", "disk"]),
+                kv_batches=rng.randint(0, 1) if module.EXPERTS == "solved" else 0,
             )
         )
     most, top_k = max(layer.num_experts for layer in spec.layers), max(layer.top_k for layer in spec.layers)

@@ -6,15 +6,16 @@ Parameters   of one layer and pass: A attention, R router or dense MLP, C_c one 
              time, l_c its expected link time after the router, M_k a module's link time, V and W link time of one
              batch's KV in and out; in decode beside a GPU also P_c one expert's compute on the CPU and, of one batch
              that the CPU attends to, H its time there (with what the GPU does around it) and K the time it spares the
-             GPU; n batches of the group; b = lead
-             (expert slots), u = unit (experts per load), s slot bytes.
+             GPU; n = batches of the group, b = lead (expert slots), u = unit (experts per load), s slot bytes.
 Variables    resident[g.c], static[g.c], late[g.c]: experts that never move, are streamed by name, are bound after the
              router; cpu[g.c]: experts that the CPU computes in decode (in prefill they are streamed by name);
-             disk[g.c]: of the static ones, those that live on disk although the machine has host memory
-             between: it is too small, or reading them in every pass hides and loading them once does not; resident[g.k], resident[head], resident[embedding]: modules; kv[g]: batches whose KV stays in the
-             compute tier; spilling: whether any does not; attended[g]: batches, of those whose KV does not, that the CPU
-             attends to; helping[g]: whether it computes experts. All are integer, and totals over the layers of g. If all layers are to be alike: each[g.kv],
-             each[g.attended] and, where experts are few and large, each[g.c] of the CPU's are the same per layer.
+             disk[g.c]: of the static ones, those that live on disk although the machine has host memory between: it is
+             too small, or reading them in every pass hides and loading them once does not; resident[g.k],
+             resident[head], resident[embedding]: modules; kv[g]: batches whose KV stays in the compute tier; spilling:
+             whether any does not; attended[g]: batches, of those whose KV does not, that the CPU attends to;
+             helping[g]: whether it computes experts. All are integer, and totals over the layers of g. If all layers
+             are to be alike: each[v], the same per layer, for v the KV and the CPU's shares (of experts where those are
+             few and large).
              prefetched_us[g.p]: link time already done when a layer begins; period_us[g.p], period_us[end.p]: T.
 Objective    sum_p passes_p (sum_g N_g T[g.p] + T[end.p]) + time to load what is resident, once.
 

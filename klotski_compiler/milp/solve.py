@@ -32,9 +32,9 @@ SCALE_US = 1e6  # of times inside the solver
 class Solved:
     """The best residency found. Times in microseconds.
 
-    objective_us: whole workload without ``load_us``, the time to load what memory keeps. bound_us: the solver's lower bound on objective_us + load_us. binding: microseconds saved per further byte of
-    each tier, from the duals of the linear relaxation. period_us: per layer group and phase. statistics: size of the
-    model.
+    objective_us: whole workload without ``load_us``, the time to load what memory keeps. bound_us: the solver's lower
+    bound on objective_us + load_us. binding: microseconds saved per further byte of each tier, from the duals of the
+    linear relaxation. period_us: per layer group and phase. statistics: size of the model.
     """
 
     status: str
@@ -86,8 +86,9 @@ def residency(
 
     decision: no residents; ``head_pages`` is what the head is streamed in if it is not resident (0: it must be).
     capacity: bytes of the compute tier, and on a machine with a GPU of ``host``, for resident weights and KV: without
-    streaming and staging slots, states and workspace. may_spill: KV may live outside the compute tier. uniform: KV and the CPU's shares are the same in all layers. Raises Infeasible
-    with the bytes that are short even if everything is streamed and KV spilled.
+    streaming and staging slots, states and workspace. may_spill: KV may live outside the compute tier. uniform: KV and
+    the CPU's shares are the same in all layers. Raises Infeasible with the bytes that are short even if everything is
+    streamed and KV spilled.
     """
     began = time.perf_counter()
     problem = build(cost, workload, decision, capacity, may_spill, uniform)
