@@ -658,8 +658,8 @@ class Search:
         if (self._experts <= WHOLE_EXPERTS and len(moe) <= WHOLE_LAYERS) or len(moe) <= 2 * SAMPLED:
             return self.rate(lower(self.cost, name, decision, self.request.workload, quick=True))
         runs, sampled = [], SAMPLED if self._finest > COARSE else 2 * SAMPLED
-        for count in (sampled, 2 * sampled):
-            cut, cost = self.short(decision, count)
+        for size in (sampled, 2 * sampled):
+            cut, cost = self.short(decision, size)
             runs.append(lower(cost, name, cut, self.request.workload, quick=True))
         few, more = runs
         grown = {
