@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from klotski_compiler.errors import Infeasible  # noqa: E402
+from klotski_compiler.errors import Infeasible, KlotskiError  # noqa: E402
 from klotski_compiler.hardware import read_hardware  # noqa: E402
 from klotski_compiler.model import ModelSpec, read_model  # noqa: E402
 from klotski_compiler.output import write_whole  # noqa: E402
@@ -110,8 +110,9 @@ def cell(model: str, machine: str, work: str) -> dict[str, Any]:
     began = time.perf_counter()
     try:
         plan = compile_plan(Request(spec, hardware, skewed(spec, asked.skew), workload, budgets, spec.compute_dtype))
-    except Infeasible as refusal:
-        return {"infeasible": str(refusal).splitlines()[0]}
+    except KlotskiError as fault:  # one cell must not end the table
+        what = "infeasible" if isinstance(fault, Infeasible) else "failed"
+        return {what: str(fault).splitlines()[0]}
     return {
         "tokens_per_s": {c.policy: c.tokens_per_s for c in plan.candidates if c.feasible},
         "bound": plan.forecast.bound_tokens_per_s,
@@ -136,7 +137,11 @@ def summary(arguments: argparse.Namespace, cells: dict[str, dict[str, Any]]) -> 
     """The figures of the grid, then a line per cell."""
     rows = {name: found for name, found in cells.items() if "bound" in found}
     yield f"{date.today()}: python benchmarks/policy_grid.py{_asked(arguments)}"
-    yield f"{platform.machine()}, {os.cpu_count()} cores; {len(rows)} cells, {len(cells) - len(rows)} in which nothing fits"
+    failed = sum("failed" in found for found in cells.values())
+    yield (
+        f"{platform.machine()}, {os.cpu_count()} cores; {len(rows)} cells, "
+        f"{len(cells) - len(rows) - failed} in which nothing fits, {failed} failed"
+    )
     yield ""
     ratios, closed, gaps = [], [], []
     lines = []
@@ -160,7 +165,9 @@ def summary(arguments: argparse.Namespace, cells: dict[str, dict[str, Any]]) -> 
     yield ""
     yield f"{'model | machine | workload':<52}{OURS:>10}{'best other':>16}{'':>10}{'ratio':>7}{'gap':>8}{'s':>7}"
     yield from lines
-    yield from (f"{name:<52}{found['infeasible']}" for name, found in cells.items() if "infeasible" in found)
+    for name, found in cells.items():
+        if "bound" not in found:
+            yield f"{name:<52}{found.get('infeasible') or found['failed']}"
 
 
 def _percentile(values: Sequence[float], share: float) -> float:

@@ -169,8 +169,9 @@ class Solver:
             self.built.objective.set_linear_coefficient(self.variables[name], value / self.goal_unit)
 
     def relaxed(self) -> Answer:
-        """The linear relaxation, with duals."""
-        return self._run(mathopt.SolverType.GLOP, relax=True)
+        """The linear relaxation, with duals; without them where the simplex method loses its precision."""
+        answer = self._run(mathopt.SolverType.GLOP, relax=True)
+        return self._run(mathopt.SolverType.GSCIP, relax=True) if answer.status == "imprecise" else answer
 
     def whole(self) -> Answer:
         """The model itself."""
@@ -189,6 +190,8 @@ class Solver:
         if not result.has_primal_feasible_solution():
             if end.reason in (mathopt.TerminationReason.INFEASIBLE, mathopt.TerminationReason.INFEASIBLE_OR_UNBOUNDED):
                 return Answer("infeasible", math.inf, math.inf, {}, {}, False)
+            if end.reason == mathopt.TerminationReason.IMPRECISE and solver == mathopt.SolverType.GLOP:
+                return Answer("imprecise", math.inf, math.inf, {}, {}, False)
             raise KlotskiError(f"the solver found no residency: {end.reason.value} {end.detail}")
         with_duals = relax and result.has_dual_feasible_solution()
         return Answer(
