@@ -9,6 +9,7 @@ from klotski_compiler.bounds import bound_tokens_per_s
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.pipeline import Lowered, phase_record
 from klotski_compiler.plan import SCHEMA_VERSION, Bind, Candidate, Envelope, Forecast, Plan
+from klotski_compiler.report import size
 from klotski_compiler.search import Best, Search
 
 
@@ -82,24 +83,29 @@ def forecast(search: Search, lowered: Lowered) -> Forecast:
 
 
 def notes(search: Search, best: Best, predicted: Forecast) -> Iterator[str]:
-    """What binds, and what one more GiB or one more batch would buy, by solving again."""
+    """What binds, and what relaxing each budget would buy: finite differences of the score by which the search compares sizes (for
+    ``joint`` the residency problem's optimum), at the sizes of the plan."""
     slowest = max(predicted.busy_us, key=lambda s: predicted.busy_us[s])
     share = predicted.busy_us[slowest] / predicted.makespan_us
     yield f"{slowest} binds: it is busy {share:.0%} of the time"
     yield f"routing: {search.request.routing.source}"
     decision, request = best.decision, search.request
-    roomier = replace(request, budgets={**request.budgets, search.tier: request.budgets[search.tier] + (1 << 30)})
-    for what, tried, num_batches in (
-        (f"one more GiB of {search.tier}", Search(roomier), decision.num_batches),
-        ("one more batch", search, decision.num_batches + 1),
-    ):
-        if what == "one more batch" and decision.sequences >= search.request.workload.num_sequences:
-            yield "one more batch: the workload already fits in one group"
-            continue
-        base = tried.bare(best.policy, decision, num_batches)
+    now = search.score(best.policy, search.bare(best.policy, decision, decision.num_batches))
+    changes: list[tuple[str, Search, int]] = []
+    for tier in (tier for tier in ("gpu", "host") if tier in request.budgets):
+        step = min(1 << 30, request.budgets[tier] // 8)
+        more = replace(request, budgets={**request.budgets, tier: request.budgets[tier] + step})
+        changes.append((f"{size(step)} more of {tier}", Search(more), decision.num_batches))
+    if decision.sequences < request.workload.num_sequences:
+        changes.append(("one more batch", search, decision.num_batches + 1))
+    else:
+        yield "one more batch: the workload already fits in one group"
+    for what, tried, num_batches in changes:
         try:
-            rate = tried.estimate(best.policy, tried.fill(best.policy, base))
+            then = tried.score(best.policy, tried.bare(best.policy, decision, num_batches))
         except Infeasible as refusal:
             yield f"{what}: does not fit ({str(refusal).splitlines()[0]})"
             continue
-        yield f"{what}: {rate / predicted.tokens_per_s - 1:+.1%} tokens/s"
+        yield f"{what}: {now / then - 1:+.1%} tokens/s"
+    if (ceiling := request.max_latency_s) and "decode" in predicted.pass_us:
+        yield f"a pass takes {predicted.pass_us['decode'] / 1e6:.2f} s of the {ceiling:g} s that --max-latency allows"

@@ -264,3 +264,17 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         stop.value.code == 0 and "examples:" in shown and "klotski-inspect plan.json" in shown and "Exit codes" in shown
     )
+
+
+def test_a_sweep_prints_a_table_and_draws_a_picture(model: Path, machine: Path, tmp_path: Path, capsys: Any) -> None:
+    picture = tmp_path / "sweep.svg"
+    asked = [str(model), str(machine), *SHORT, "--policy", "joint", "--sweep", "prompt-len"]
+    assert main([*asked, "-o", str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert "prompt, tokens" in out
+    assert f"drawn to {picture}" in out
+    assert picture.read_text().startswith("<?xml")
+    assert main([*asked, "-o", str(tmp_path / "plan.json")]) == 2
+    assert "is no picture" in capsys.readouterr().err
+    assert main([*asked, "--json"]) == 2
+    assert "--sweep" in capsys.readouterr().err

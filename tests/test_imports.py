@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 COMPILER, RUNTIME = ROOT / "klotski_compiler", ROOT / "runtime" / "klotski_runtime"
 SOLVERS = ("ortools", "networkx", "pulp", "highspy")
 NEEDS_SOLVERS = tuple(
-    f"klotski_compiler.{name}" for name in ("milp", "bounds", "search", "explain", "record", "planner", "cli.compile")
+    f"klotski_compiler.{name}"
+    for name in ("milp", "bounds", "search", "explain", "record", "planner", "sweep", "cli.compile")
 )
 
 HIDE = """

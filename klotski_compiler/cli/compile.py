@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from klotski_compiler import report
 from klotski_compiler.cost import DTYPE_BYTES, Cost
@@ -25,11 +25,15 @@ from klotski_compiler.plan import Plan, Workload
 from klotski_compiler.policies import POLICIES
 from klotski_compiler.routing import Routing, read_routing, uniform
 
+if TYPE_CHECKING:
+    from klotski_compiler.planner import Request
+
 EPILOG = """\
 examples:
   klotski-compile mixtral-8x7b rtx3090                                       what would this machine do? nothing is written
   klotski-compile ./Qwen3-30B-A3B hw.json -o plan.json                       for the machine that klotski-profile measured
   klotski-compile ./Qwen3-30B-A3B hw.json -o plan.json --input batch.jsonl   for these prompts
+  klotski-compile mixtral-8x7b rtx3090 --sweep memory -o memory.svg           what would more or less memory do?
   klotski-compile ./Qwen3-30B-A3B hw.json -o plan.json --memory gpu=16GiB host=64GiB --routing routing.json
 
 Then read it:  klotski-inspect plan.json      and run it:  klotski-run plan.json --input batch.jsonl --output out.jsonl
@@ -38,6 +42,8 @@ Sizes: 24GiB, 375MB, 1.5G or bytes; K, M, G, T and KiB, MiB, GiB, TiB are powers
 Exit codes: 0 done, 2 bad usage or input, 3 nothing fits (which budgets, by how many bytes), 5 internal fault.
 """
 
+SWEPT = ("num-batches", "memory", "prompt-len")
+PICTURES = (".svg", ".png", ".pdf")
 PROMPT_LEN, GEN_LEN, NUM_SEQUENCES = 512, 32, 64
 CHARACTERS_PER_TOKEN = 4  # of English text, roughly; used where there is no tokenizer to ask
 
@@ -103,6 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     choice.add_argument("--routing", metavar="FILE", help="expert popularity, from klotski-profile routing or shipped")
 
     output = parser.add_argument_group("output")
+    output.add_argument(
+        "--sweep",
+        choices=SWEPT,
+        metavar="WHAT",
+        help=f"compile for several values of one of {', '.join(SWEPT)} and print a table; -o names a picture (.svg, .png, .pdf)",
+    )
     output.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     output.add_argument(
         "--dump-after", choices=PASSES, metavar="PASS", help=f"also print the program after {', '.join(PASSES)}"
@@ -173,6 +185,8 @@ def _run(arguments: argparse.Namespace) -> str:
     output: Path | None = arguments.output
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise ConfigError("--output", "", f"{output} cannot be a file: give a file name in a folder that exists")
+    if arguments.sweep and (arguments.json or arguments.dump_after):
+        raise ConfigError("--sweep", "", "prints a table; leave out --json and --dump-after")
     if arguments.json and arguments.dump_after:
         raise ConfigError(
             "--dump-after", "", "prints text, but --json prints nothing else than one object; choose one of them"
@@ -180,7 +194,9 @@ def _run(arguments: argparse.Namespace) -> str:
     spec, hardware = read_model(arguments.model), read_hardware(arguments.hardware)
     routing = read_routing(arguments.routing, spec) if arguments.routing else uniform(spec)
     asked = workload(arguments, spec)
-    plan = _compiled(arguments, spec, hardware, routing, asked)
+    if arguments.sweep:
+        return _swept(arguments, _request(arguments, spec, hardware, routing, asked))
+    plan = _compiled(arguments, _request(arguments, spec, hardware, routing, asked), asked)
     if output is not None:
         try:
             write_whole(output, plan.dumps())
@@ -195,12 +211,12 @@ def _run(arguments: argparse.Namespace) -> str:
     return f"{dump}{report.decided(plan)}\n{kept}\n"
 
 
-def _compiled(
+def _request(
     arguments: argparse.Namespace, spec: ModelSpec, hardware: Hardware, routing: Routing, asked: Asked
-) -> Plan:
-    from klotski_compiler.planner import Request, compile_plan  # the solvers take a second to import; --help needs none
+) -> Request:
+    from klotski_compiler.planner import Request  # the solvers take a second to import; --help needs none
 
-    request = Request(
+    return Request(
         spec=spec,
         hardware=hardware,
         routing=routing,
@@ -214,6 +230,30 @@ def _compiled(
         time_limit_s=arguments.time_limit,
         model_digest=spec.digest,
     )
+
+
+def _swept(arguments: argparse.Namespace, request: Request) -> str:
+    """The table of a sweep; its picture is written to --output."""
+    from klotski_compiler import sweep
+
+    output: Path | None = arguments.output
+    if output is not None and output.suffix.lower() not in PICTURES:
+        raise ConfigError("--output", "", f"{output} is no picture: name a file that ends in {', '.join(PICTURES)}")
+    with _progress() as progress:
+        found = sweep.sweep(request, arguments.sweep, progress)
+    text = "\n".join(sweep.table(request, arguments.sweep, found)) + "\n"
+    if output is None:
+        return f"{text}\nno picture: give -o sweep.svg to draw one\n"
+    try:
+        sweep.draw(request, arguments.sweep, found, output)
+    except OSError as error:
+        raise ConfigError("--output", "", f"{output} cannot be written ({error.strerror}); name another file") from None
+    return f"{text}\ndrawn to {output}\n"
+
+
+def _compiled(arguments: argparse.Namespace, request: Request, asked: Asked) -> Plan:
+    from klotski_compiler.planner import compile_plan
+
     with _progress() as progress:
         plan = compile_plan(request, progress)
     return plan.model_copy(update={"notes": (*plan.notes, *asked.notes)}).sealed() if asked.notes else plan
