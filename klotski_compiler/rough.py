@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from types import ModuleType
 
 from klotski_compiler.cost import LOAD_OPS, Cost, Shape
@@ -17,6 +17,18 @@ def rough_us(cost: Cost, policy: ModuleType, decision: Decision, workload: Workl
     return load_us(cost, decision) + groups * sum(
         shape.passes * _pass_us(cost, policy, decision, shape) for shape in shapes(decision, workload) if shape.passes
     )
+
+
+def busiest_us(cost: Cost, decision: Decision, workload: Workload) -> float:
+    """The whole workload as the work of each phase's busiest stream in all layers together: no schedule takes less."""
+    groups = -(-workload.num_sequences // decision.sequences)
+    total = load_us(cost, decision)
+    for shape in shapes(decision, workload):
+        work = Counter[str]()
+        for number, chosen in enumerate(decision.layers):
+            work.update(layer_work(cost, decision, number, chosen, shape))  # type: ignore[arg-type]
+        total += groups * shape.passes * max(work.values())
+    return total
 
 
 def load_us(cost: Cost, decision: Decision) -> float:

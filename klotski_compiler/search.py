@@ -32,7 +32,7 @@ from klotski_compiler.plan import (
     align_up,
 )
 from klotski_compiler.policies import OURS, policy
-from klotski_compiler.rough import load_us, rough_us
+from klotski_compiler.rough import busiest_us, load_us, rough_us
 from klotski_compiler.routing import Routing
 from klotski_compiler.tensors import MODULES, kv_bytes, query_bytes, state_bytes
 from klotski_compiler.workspace import decode_attention_bytes, prefill_attention_bytes, spill_bytes, workspace
@@ -490,6 +490,8 @@ class Search:
         free = {}
         for tier, budget in self.request.budgets.items():
             slots = self.streaming(name, base.lead, base.unit, base.head_pages).get(tier, 0)
+            if self.tier == "gpu" and tier == "host":
+                slots = max(slots, self._staging_bytes)
             states = 0
             if base.cpu_batches:
                 states += base.cpu_batches * align_up(query_bytes(spec, base.batch_size, self.request.dtype))
@@ -518,14 +520,11 @@ class Search:
         in_flight = SPILLED_BATCHES * max(cache) // base.num_batches
         return min(sum(cache), in_flight + spill_bytes(self.cost, base, self.request.workload))
 
-    def far(self, name: str) -> bool:
-        """Whether some experts must live on disk although there is host memory between."""
-        spec, experts = self.request.spec, 0
-        if self.tier != "gpu" or policy(name).EXPERTS == "picks":
-            return False
-        for layer in spec.layers:
-            experts += layer.num_experts * layer.expert.nbytes if layer.expert else 0
-        return experts > sum(self.request.budgets.get(tier, 0) for tier in ("gpu", "host"))
+    @cached_property
+    def _staging_bytes(self) -> int:
+        """Host memory through which weights pass on their way from disk to a GPU: two of the largest groups, and the head."""
+        largest_bytes = max(_slot_bytes(layer.expert) for layer in self.request.spec.layers if layer.expert)
+        return 2 * max(largest_bytes, LOAD_BYTES) + _slot_bytes(self.request.spec.head)
 
     def _kv_bytes(self, base: Decision) -> list[int]:
         """KV of the whole group in each layer."""
@@ -539,9 +538,6 @@ class Search:
     def streaming(self, name: str, lead: int, unit: int, head_pages: int) -> dict[str, int]:
         """Bytes of every tier's slots when nothing is resident, found by lowering a short model: independent of the group's size."""
         base = self.base(policy(name).EXPERTS, 1 if policy(name).ONE_BATCH else 2, 1, lead, unit, 1)
-        if self.far(name):
-            layers = tuple(layer.model_copy(update={"on_disk": layer.static[:unit]}) for layer in base.layers)
-            base = base.model_copy(update={"layers": layers})
         cut, cost = self.short(base.model_copy(update={"head_pages": head_pages, "embedding": False}), SAMPLED)
         trial = lower(cost, name, cut, Workload(prompt_len=2, gen_len=4, num_sequences=2))
         kept = {slot for _, slot in trial.placed}
@@ -673,7 +669,10 @@ class Search:
         decode = more.phases.get("decode")
         if decode and self._late(grown["decode"] / decode.shape.passes):
             return 0.0
-        return self._rate(load_us(self.cost, decision) + more.groups * sum(grown.values()))
+        extrapolated = load_us(self.cost, decision) + more.groups * sum(grown.values())
+        # What is rare among the layers a sample may miss, but not the work that it is.
+        least = busiest_us(self.cost, decision, self.request.workload)
+        return self._rate(max(extrapolated, least))
 
     def whole(self, rated: Rated) -> tuple[Lowered, Decision]:
         """The whole schedule. Where it needs more slots than the short model showed, residents make room: each time for some more than

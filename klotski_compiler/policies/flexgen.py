@@ -1,7 +1,8 @@
 """flexgen: zig-zag block schedule; the next layer's weights travel while all batches of this layer compute.
 
-FlexGen (arXiv 2303.06865, section 4.2), ``generation_loop_overlap_multi_batch``, with the attention on the compute device. Each
-batch passes attention and MoE of a layer before the next batch does; the whole next layer is fetched, whatever the router says.
+FlexGen (arXiv 2303.06865, section 4.2), ``generation_loop_overlap_multi_batch``. Each batch passes attention and MoE of a layer
+before the next batch does; the whole next layer is fetched, whatever the router says. Attention is the GPU's or, where the cache
+lives in host memory (its ``cpu_cache_compute``), all the CPU's, for which the GPU waits.
 
     link    | weights l+1 ......................... | weights l+2 ......
     compute | b0: attn moe | b1: attn moe | ... | bn | b0: attn moe | ...
@@ -13,6 +14,7 @@ from klotski_compiler.program import Program
 
 ONE_BATCH = False
 EXPERTS = "static"
+CPU_ATTENTION = (0.0, 1.0)
 
 
 def build(p: Program) -> None:
