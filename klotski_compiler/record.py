@@ -90,7 +90,11 @@ def notes(search: Search, best: Best, predicted: Forecast) -> Iterator[str]:
     yield f"{slowest} binds: it is busy {share:.0%} of the time"
     yield f"routing: {search.request.routing.source}"
     decision, request = best.decision, search.request
-    now = search.score(best.policy, search.bare(best.policy, decision, decision.num_batches))
+    try:
+        now = search.score(best.policy, search.bare(best.policy, decision, decision.num_batches))
+    except Infeasible:  # the leanest schedule is not one that the search would score
+        yield "more memory: this is the least that fits; any more helps"
+        return
     changes: list[tuple[str, Search, int]] = []
     for tier in (tier for tier in ("gpu", "host") if tier in request.budgets):
         step = min(1 << 30, request.budgets[tier] // 8)

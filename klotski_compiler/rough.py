@@ -26,7 +26,7 @@ def busiest_us(cost: Cost, decision: Decision, workload: Workload) -> float:
     for shape in shapes(decision, workload):
         work = Counter[str]()
         for number, chosen in enumerate(decision.layers):
-            work.update(layer_work(cost, decision, number, chosen, shape))  # type: ignore[arg-type]
+            work.update(layer_work(cost, decision, number, chosen, shape))
         total += groups * shape.passes * max(work.values())
     return total
 

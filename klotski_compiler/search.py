@@ -490,7 +490,7 @@ class Search:
         free = {}
         for tier, budget in self.request.budgets.items():
             slots = self.streaming(name, base.lead, base.unit, base.head_pages).get(tier, 0)
-            if self.tier == "gpu" and tier == "host":
+            if self.tier == "gpu" and tier == "host" and policy(name).EXPERTS == "solved":
                 slots = max(slots, self._staging_bytes)
             states = 0
             if base.cpu_batches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_more_memory_is_never_slower() -> None:
     found = [point.found for point in sweep.sweep(request(96 << 20), "memory", silent)]
     rates = [plan.forecast.tokens_per_s for plan in found if isinstance(plan, Plan)]
     assert len(rates) > 2
-    assert all(b >= a * 0.99 for a, b in zip(rates, rates[1:], strict=False))
+    assert all(b >= a * 0.99 for a, b in pairwise(rates))
 
 
 def test_a_point_that_does_not_fit_is_part_of_the_answer_and_none_that_fits_a_refusal() -> None:
