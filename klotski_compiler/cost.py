@@ -47,7 +47,7 @@ class Shape:
     @property
     def decoding(self) -> bool:
         """Whether this is decode: the phase in which a CPU may help a GPU."""
-        return self.name == "decode"
+        return self.name.startswith("decode")
 
     @property
     def sequences(self) -> int:

@@ -253,7 +253,7 @@ class Formulation:
 
     def helped(self, phase: str) -> bool:
         """Whether the CPU may compute beside the GPU: in decode."""
-        return self.problem.cpu and phase == "decode"
+        return self.problem.cpu and phase.startswith("decode")
 
     def kv_us(self, g: Group, us: float) -> Terms:
         """us (N_g n - kv[g])."""

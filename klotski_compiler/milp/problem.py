@@ -6,8 +6,8 @@ a class. What is interchangeable is counted, not named: symmetry would keep any 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 
 from klotski_compiler.cost import ALWAYS, Cost, Shape
 from klotski_compiler.model import Layer, Module
@@ -19,6 +19,7 @@ from klotski_compiler.workspace import spill_bytes
 EXACT_EXPERTS = 16  # up to so many experts, a class holds equally popular ones only
 MAX_CLASSES = 8
 SPILL_SLOTS = 3  # KV blocks in flight once any layer spills: read ahead, in use, written back
+SPANS, GROWN = 3, 1.5  # decode whose context grows by more than that factor is priced in so many spans
 HEAD_SLOTS = 2  # pages of a streamed head
 
 
@@ -137,7 +138,7 @@ def build(
     """Price everything that the formulation needs. ``decision``: see ``solve.residency``."""
     on_gpu = cost.hardware.compute_tier == "gpu"
     into, back = cost.links
-    phases = [shape for shape in shapes(decision, workload) if shape.passes]
+    phases = [span for shape in shapes(decision, workload) if shape.passes for span in _spans(shape)]
     whole_groups = -(-workload.num_sequences // decision.sequences)
     pages = decision.head_pages
 
@@ -198,6 +199,26 @@ def build(
         query_bytes=align_up(query_bytes(cost.spec, decision.batch_size, cost.dtype)),
         drag=(cost.drag(CPU, into), cost.drag(into, CPU)) if CPU in cost.hardware.processors else (0.0, 0.0),
     )
+
+
+def _spans(shape: Shape) -> list[Shape]:
+    """A phase as the problem prices it: decode in which attention grows much in spans of equal length, each at its middle. What binds
+    early and what binds late are then both seen, where the middle of all might hide either."""
+    grown = shape.last_context / max(1.0, shape.first_context)
+    if not shape.decoding or grown < GROWN or shape.passes < SPANS:
+        return [shape]
+    first, total = shape.first_context, shape.last_context - shape.first_context
+    cuts = [shape.passes * i // SPANS for i in range(SPANS + 1)]
+    return [
+        replace(
+            shape,
+            name=f"{shape.name}.{i}",
+            passes=end - begin,
+            first_context=first + total * begin // shape.passes,
+            last_context=first + total * end // shape.passes,
+        )
+        for i, (begin, end) in enumerate(pairwise(cuts))
+    ]
 
 
 def _identical(cost: Cost) -> list[tuple[int, ...]]:

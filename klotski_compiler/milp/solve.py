@@ -270,7 +270,7 @@ def _group_layers(
     cost: Cost, problem: Problem, g: Group, decision: Decision, workload: Workload, counts: dict[str, int]
 ) -> list[LayerDecision]:
     one, blocks = [1] * g.count, [problem.batches] * g.count
-    work = g.work.get("decode") or g.work["prefill"]
+    work = list(g.work.values())[len(g.work) // 2]  # of decode, if there is any: its middle
     burden = [0.0] * g.count
     kv = spread(counts[f"kv[{g.name}]"], blocks, burden, work.kv_load_us)
     attended = spread(counts[f"attended[{g.name}]"], [problem.batches - n for n in kv], burden, work.kv_load_us)

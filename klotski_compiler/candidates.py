@@ -1,0 +1,221 @@
+"""What may be decided before residency: group sizes, batches, slots, micro-batches; with nothing resident yet.
+
+All policies see the same grid of sizes, so that none is handicapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+from klotski_compiler.cost import Cost
+from klotski_compiler.hardware import Hardware
+from klotski_compiler.model import ModelSpec
+from klotski_compiler.pipeline import LOAD_BYTES
+from klotski_compiler.plan import Decision, LayerDecision, Workload
+from klotski_compiler.policies import policy
+from klotski_compiler.routing import Routing
+from klotski_compiler.tensors import state_bytes
+from klotski_compiler.workspace import decode_attention_bytes, prefill_attention_bytes
+
+SMALL_SHARE = 0.03  # head and embedding stay resident where they take less than this of the budget
+ATTENTION_SHARE = 0.08  # of the budget for what one attention call allocates
+EXPERT_ROWS = {"host": 512, "gpu": 8192}  # tokens per matmul: where its rate has long stopped growing
+LEAST_ROWS = 2048  # tokens per matmul that joint may go down to: its rate has stopped growing
+MANY_EXPERTS = 8000  # a model of more: loads bring twice as much, for the sake of the plan's length
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compile. ``batch_size``, ``num_batches``: fixed, or None to be solved. ``max_latency_s``: of one decode pass."""
+
+    spec: ModelSpec
+    hardware: Hardware
+    routing: Routing
+    workload: Workload
+    budgets: dict[str, int]
+    dtype: str
+    policy: str = "auto"
+    batch_size: int | None = None
+    num_batches: int | None = None
+    max_latency_s: float | None = None
+    time_limit_s: float = 60.0
+    model_digest: str = ""
+
+
+class Candidates:
+    """The sizes of one request that are worth a try."""
+
+    def __init__(self, request: Request) -> None:
+        """Prices of the request's model on its machine."""
+        self.request = request
+        self.cost = Cost(request.spec, request.hardware, request.routing, request.dtype)
+        self.tier = request.hardware.compute_tier
+        self.num_experts = sum(layer.num_experts for layer in request.spec.layers)
+        self.most_sequences = request.workload.num_sequences
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the model has so many experts that compiling it takes long."""
+        return self.num_experts > MANY_EXPERTS
+
+    @property
+    def finest(self) -> int:
+        """Experts of a layer."""
+        return max(layer.num_experts for layer in self.request.spec.layers)
+
+    def group_sizes(self) -> list[int]:
+        """Sequences per group: the workload in 1, 2, 3, ... equal groups, thinned out geometrically."""
+        request, total = self.request, self.request.workload.num_sequences
+        if request.batch_size and request.num_batches:
+            return [request.batch_size * request.num_batches]
+        sizes, groups = list[int](), 1
+        while groups <= total:
+            size = -(-total // groups)
+            if not sizes or size < sizes[-1]:
+                sizes.append(size)
+            groups = max(groups + 1, int(groups * 1.5))
+        return [size for size in ([*sizes, 1] if sizes[-1] > 1 else sizes) if size <= self.most_sequences]
+
+    def bases(self, name: str) -> Iterator[Decision]:
+        """Sizes and leads to try, largest groups first; nothing resident yet."""
+        return self.bases_of(name, self.group_sizes())
+
+    def bases_of(self, name: str, sizes: Sequence[int]) -> Iterator[Decision]:
+        """The same for given sizes of the group."""
+        module, request = policy(name), self.request
+        for sequences in sizes:
+            for num_batches in (1,) if module.ONE_BATCH else self.batch_counts(sequences):
+                batch_size = request.batch_size or -(-sequences // num_batches)
+                if module.ONE_BATCH and request.batch_size is None and num_batches * batch_size > sequences:
+                    continue
+                for lead, unit in self.leads(module.EXPERTS):
+                    for parts in self.prefill_parts(num_batches, batch_size):
+                        base = self.base(module.EXPERTS, num_batches, batch_size, lead, unit, parts)
+                        for cpu_batches in self.cpu_batches(module, num_batches):
+                            yield base.model_copy(update={"cpu_batches": cpu_batches})
+
+    def batch_counts(self, sequences: int) -> list[int]:
+        """Batches of a group: few large ones cost least, more of them overlap KV and bound workspace."""
+        request = self.request
+        if request.num_batches:
+            return [request.num_batches]
+        if request.batch_size:
+            return [max(1, sequences // request.batch_size)]
+        return [n for n in (1, 2, 4, 8, 16) if n == 1 or sequences // n >= 8]
+
+    def cpu_batches(self, module: ModuleType, num_batches: int) -> list[int]:
+        """Batches whose decode attention the CPU computes: the shares that the policy may choose from."""
+        solved = module.EXPERTS == "solved"  # and so is this share
+        shares = getattr(module, "CPU_ATTENTION", (0.0,)) if self.cost.cpu_attends and not solved else (0.0,)
+        return sorted({round(share * num_batches) for share in shares})
+
+    def leads(self, experts: str) -> list[tuple[int, int]]:
+        """(expert slots, experts per load)."""
+        layer = next(layer for layer in self.request.spec.layers if layer.expert)
+        assert layer.expert is not None
+        aim = LOAD_BYTES * (2 if self.is_large else 1)
+        unit = max(1, min(layer.num_experts, round(aim / layer.expert.nbytes)))
+        if experts == "static":
+            return [(layer.num_experts, unit)]
+        if experts == "picks":
+            return [(layer.num_experts, unit), (max(layer.top_k + unit, layer.num_experts // 4), unit)]
+        return [(ahead * unit, unit) for ahead in (2, 4, 8, 16) if ahead * unit <= 2 * layer.num_experts]
+
+    def prefill_parts(self, num_batches: int, batch_size: int) -> list[int]:
+        """Sub-groups of prefill: whole, and split until the hidden states take a sixth of the budget."""
+        workload, parts = self.request.workload, [1]
+        tokens = num_batches * batch_size * workload.prompt_len
+        budget = self.request.budgets[self.tier]
+        while (
+            parts[-1] < num_batches
+            and state_bytes(self.request.spec, tokens // parts[-1], self.request.dtype) > budget / 6
+        ):
+            parts.append(min(num_batches, parts[-1] * 2))
+        return parts
+
+    def base(self, experts: str, num_batches: int, batch_size: int, lead: int, unit: int, parts: int) -> Decision:
+        """A decision in which nothing is resident and KV lives in the compute tier."""
+        spec, budget = self.request.spec, self.request.budgets[self.tier]
+        small, solved = SMALL_SHARE * budget, experts == "solved"
+        layers = []
+        for number, layer in enumerate(spec.layers):
+            order = tuple(self.cost.popular(number)) if layer.expert else ()
+            static = order if experts != "picks" else ()
+            layers.append(LayerDecision(static=static, late=() if static else order, kv=self.tier))
+        top_k = max(layer.top_k for layer in spec.layers)
+        workload = self.request.workload
+        context = workload.prompt_len + workload.gen_len
+        room = ATTENTION_SHARE * budget
+        rows = EXPERT_ROWS[self.tier]
+        return Decision(
+            num_batches=num_batches,
+            batch_size=batch_size,
+            lead=lead,
+            unit=unit,
+            head_pages=0
+            if spec.head.nbytes <= small and not solved
+            else max(1, -(-spec.head.nbytes // (2 * LOAD_BYTES))),
+            prefill_groups=parts,
+            attention_batch=largest(
+                batch_size, lambda a: prefill_attention_bytes(self.cost, a, workload.prompt_len) <= room
+            ),
+            decode_batch=largest(batch_size, lambda a: decode_attention_bytes(self.cost, a, context) <= room),
+            expert_rows=min(rows, num_batches * batch_size * workload.prompt_len),
+            hot=top_k if experts == "picks" else 0,
+            embedding=self.tier == "host" and spec.embedding.nbytes <= small and not solved,
+            layers=tuple(layers),
+        )
+
+    def bare(self, name: str, d: Decision, num_batches: int) -> Decision:
+        """The sizes of a decision, in so many batches, with nothing resident."""
+        base = self.base(policy(name).EXPERTS, num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups)
+        kept = {size: getattr(d, size) for size in ("attention_batch", "decode_batch", "expert_rows")}
+        shared = 0 if policy(name).EXPERTS == "solved" else min(d.cpu_batches, num_batches)
+        return base.model_copy(update={**kept, "cpu_batches": shared})
+
+    def neighbours(self, name: str, d: Decision) -> Iterator[Decision]:
+        """The same sizes with twice or half as many slots, with twice or half as many batches, in units of twice or half the size."""
+        base = self.bare(name, d, d.num_batches)
+        most = 2 * self.finest
+        for lead in (2 * d.lead, d.lead // 2):
+            if 2 * d.unit <= lead <= most:
+                yield base.model_copy(update={"lead": lead})
+        for num_batches in (2 * d.num_batches, d.num_batches // 2):
+            if num_batches and not self.request.num_batches and not self.request.batch_size:
+                size = -(-d.sequences // num_batches)
+                small = {part: min(getattr(base, part), size) for part in ("attention_batch", "decode_batch")}
+                parts = min(base.prefill_groups, num_batches)
+                shape = {"num_batches": num_batches, "batch_size": size, "prefill_groups": parts, **small}
+                if num_batches * size <= self.most_sequences:
+                    yield base.model_copy(update=shape)
+        for unit in (d.unit // 2, 2 * d.unit):
+            if 1 <= unit <= d.lead // 2:
+                yield base.model_copy(update={"unit": unit})
+
+
+def micro_batches(d: Decision) -> Iterator[Decision]:
+    """A decision with one of its micro-batches, or the number of prefill's parts, half or twice as large."""
+    limits = {
+        "prefill_groups": (1, d.num_batches),
+        "attention_batch": (1, d.batch_size),
+        "decode_batch": (1, d.batch_size),
+        "expert_rows": (min(LEAST_ROWS, d.expert_rows), d.expert_rows),
+    }
+    for size, (least, most) in limits.items():
+        now = getattr(d, size)
+        for other in {max(least, -(-now // 2)), min(most, 2 * now)} - {now}:
+            yield d.model_copy(update={size: other})
+
+
+def shape_of(d: Decision) -> tuple[int, ...]:
+    """What two decisions must share to be the same candidate."""
+    return d.num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups
+
+
+def largest(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest of limit, limit/2, limit/4, ... that fits, at least 1."""
+    while limit > 1 and not fits(limit):
+        limit = -(-limit // 2)
+    return limit

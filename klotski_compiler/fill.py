@@ -1,0 +1,279 @@
+"""What is resident once sizes are chosen: solved for (``milp``) for ``joint``, filled greedily for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from functools import cached_property, lru_cache
+from types import MappingProxyType
+
+from klotski_compiler.candidates import Candidates, Request
+from klotski_compiler.cost import Cost
+from klotski_compiler.errors import Infeasible
+from klotski_compiler.milp.solve import residency
+from klotski_compiler.model import Module
+from klotski_compiler.pipeline import LOAD_BYTES, lower, shapes
+from klotski_compiler.plan import PAGE_BYTES, Decision, LayerDecision, Workload, align_up
+from klotski_compiler.policies import OURS, policy
+from klotski_compiler.tensors import MODULES, kv_bytes, query_bytes, state_bytes
+from klotski_compiler.workspace import spill_bytes, workspace
+
+SPILLED_BATCHES = 3  # of one layer's KV in flight where KV does not live in the compute tier
+SAMPLED = 2  # layers of the short model on which candidates are timed; a second one has twice as many
+FILLS = ("any", "no spill", "alike", "resident")
+NOTHING: Mapping[str, int] = MappingProxyType({})
+
+
+class Fills(Candidates):
+    """Candidates with what is resident. truncated: whether a solver's time limit struck."""
+
+    def __init__(self, request: Request) -> None:
+        """Nothing solved yet."""
+        super().__init__(request)
+        self.truncated = False
+
+    def fills(self, name: str, base: Decision) -> Iterator[tuple[str, Decision]]:
+        """What ``fill`` finds; of the residency problem, which averages over layers and takes a spill for a matter of link time, also
+        what it finds with all layers alike and without a spill; and everything resident, where that fits. Nothing where only shares
+        of experts fit. With the kind of fill that it is."""
+        found: list[Decision] = []
+        for kind in FILLS if policy(name).EXPERTS == "solved" else FILLS[:1]:
+            with suppress(Infeasible):
+                decision = self.filled(name, base, kind)
+                if decision and decision not in found:
+                    found.append(decision)
+                    yield kind, decision
+
+    def filled(self, name: str, base: Decision, kind: str, reserve: Mapping[str, int] = NOTHING) -> Decision | None:
+        """One kind of fill; None where everything resident does not fit. Raises Infeasible."""
+        if kind == "resident":
+            return self.all_kept(base)
+        return self.fill(name, base, reserve, may_spill=kind != "no spill", uniform=kind == "alike")
+
+    def fill(
+        self,
+        name: str,
+        base: Decision,
+        reserve: Mapping[str, int] = NOTHING,
+        may_spill: bool = True,
+        uniform: bool = False,
+    ) -> Decision:
+        """What is resident. Raises Infeasible where not even streaming everything fits.
+
+        reserve: bytes per tier to leave free beyond what the slots of a short model showed. may_spill, uniform: see ``residency``.
+        """
+        capacity = self.capacity(name, base, reserve)
+        if policy(name).EXPERTS == "solved":
+            solved = residency(self.cost, self.request.workload, base, capacity, may_spill, uniform)
+            self.truncated |= solved.truncated
+            return solved.decide(base)
+        filled = self.greedy(name, base, capacity)
+        if decide := getattr(policy(name), "decide", None):
+            filled = decide(self.cost, filled)
+        return filled
+
+    def all_kept(self, base: Decision) -> Decision | None:
+        """Everything resident, where a GPU has room for all of it: the residency problem, to which a transfer that hides is free, sees
+        no reason to prefer that."""
+        spec, room = self.request.spec, self.capacity(OURS, base, {})[self.tier]
+        modules = [getattr(layer, kind) for layer in spec.layers for kind in MODULES]
+        experts = sum(layer.num_experts * slot_bytes(layer.expert) for layer in spec.layers if layer.expert)
+        need = experts + sum(map(slot_bytes, filter(None, modules))) + sum(self._kv_bytes(base))
+        need += slot_bytes(spec.head) + slot_bytes(spec.norm)
+        if self.tier != "gpu" or need > room:
+            return None
+        layers = tuple(
+            LayerDecision(
+                resident=tuple(kind for kind in MODULES if getattr(layer, kind)),
+                resident_experts=tuple(range(layer.num_experts)),
+                kv="gpu",
+            )
+            for layer in spec.layers
+        )
+        return base.model_copy(update={"layers": layers, "head_pages": 0, "cpu_batches": 0})
+
+    def _stream_all(self, name: str, base: Decision) -> Decision:
+        """Nothing resident, KV where it takes the least of the compute tier, experts on disk where that is possible."""
+        spilled = self.least_kv_bytes(base) < sum(self._kv_bytes(base))
+        kv = {"gpu": "host", "host": "disk"}[self.tier] if spilled else self.tier
+        far = self.tier == "gpu" and policy(name).EXPERTS != "picks"
+        layers = (
+            layer.model_copy(update={"kv": kv, "on_disk": tuple(sorted(layer.static)) if far else ()})
+            for layer in base.layers
+        )
+        return base.model_copy(update={"layers": tuple(layers)})
+
+    # --------------------------------------------------------------------------------------------------------- memory
+
+    def capacity(self, name: str, base: Decision, reserve: Mapping[str, int]) -> dict[str, int]:
+        """Bytes of each tier for residents and KV: the budget without slots, hidden states, workspace and fixed residents."""
+        spec, workload = self.request.spec, self.request.workload
+        fixed = 0
+        if policy(name).EXPERTS != "solved":  # the residency problem counts these itself
+            fixed += spec.norm.nbytes + 4 * PAGE_BYTES
+            fixed += 0 if base.head_pages else spec.head.nbytes + 2 * PAGE_BYTES
+            fixed += spec.embedding.nbytes + 2 * PAGE_BYTES if base.embedding else 0
+            fixed += self.least_kv_bytes(base)
+        free = {}
+        for tier, budget in self.request.budgets.items():
+            slots = self.streaming(name, base.lead, base.unit, base.head_pages).get(tier, 0)
+            if self.tier == "gpu" and tier == "host" and policy(name).EXPERTS == "solved":
+                slots = max(slots, self._staging_bytes)
+            states = 0
+            if base.cpu_batches:
+                states += base.cpu_batches * align_up(query_bytes(spec, base.batch_size, self.request.dtype))
+            if tier == self.tier:
+                states += max(
+                    align_up(state_bytes(spec, s.sequences * s.tokens, self.request.dtype))
+                    for s in shapes(base, workload)
+                )
+            free[tier] = (
+                budget
+                - reserve.get(tier, 0)
+                - slots
+                - states
+                - sum(workspace(self.cost, base, workload).get(tier, {}).values())
+            )
+        free[self.tier] -= fixed
+        if short := {tier: -nbytes for tier, nbytes in free.items() if nbytes < 0}:
+            raise self._shortfall(short)
+        if policy(name).EXPERTS != "solved":
+            free[self.tier] += self.least_kv_bytes(base)
+        return free
+
+    def least_kv_bytes(self, base: Decision) -> int:
+        """KV of one layer's batches in flight and what packs it, or all of it where that is less."""
+        cache = self._kv_bytes(base)
+        in_flight = SPILLED_BATCHES * max(cache) // base.num_batches
+        return min(sum(cache), in_flight + spill_bytes(self.cost, base, self.request.workload))
+
+    @cached_property
+    def _staging_bytes(self) -> int:
+        """Host memory through which weights pass on their way from disk to a GPU: two of the largest groups, and the head."""
+        largest_bytes = max(slot_bytes(layer.expert) for layer in self.request.spec.layers if layer.expert)
+        return 2 * max(largest_bytes, LOAD_BYTES) + slot_bytes(self.request.spec.head)
+
+    def _kv_bytes(self, base: Decision) -> list[int]:
+        """KV of the whole group in each layer."""
+        workload, dtype = self.request.workload, self.request.dtype
+        positions, spec = workload.prompt_len + workload.gen_len, self.request.spec
+        return [
+            base.num_batches * kv_bytes(spec, n, base.batch_size, positions, dtype) for n in range(len(spec.layers))
+        ]
+
+    @lru_cache  # noqa: B019 - a Search lives as long as its compilation
+    def streaming(self, name: str, lead: int, unit: int, head_pages: int) -> dict[str, int]:
+        """Bytes of every tier's slots when nothing is resident, found by lowering a short model: independent of the group's size."""
+        base = self.base(policy(name).EXPERTS, 1 if policy(name).ONE_BATCH else 2, 1, lead, unit, 1)
+        cut, cost = self.short(base.model_copy(update={"head_pages": head_pages, "embedding": False}), SAMPLED)
+        trial = lower(cost, name, cut, Workload(prompt_len=2, gen_len=4, num_sequences=2))
+        kept = {slot for _, slot in trial.placed}
+        states = {slot for phase in trial.phases.values() for _, slot in phase.placed}
+        ends: dict[str, list[int]] = {}  # per tier, where what is permanent ends, and where streaming slots do
+        for slot in trial.slots:
+            if slot.id not in states:
+                end = ends.setdefault(slot.tier, [0, 0])
+                end[slot.id not in kept] = max(end[slot.id not in kept], slot.offset + slot.nbytes)
+        return {tier: max(0, streamed - permanent) for tier, (permanent, streamed) in ends.items()}
+
+    def short(self, decision: Decision, count: int) -> tuple[Decision, Cost]:
+        """The model cut to its dense layers' first and ``count`` MoE layers, evenly spaced once they are sorted by what differs in them
+        and in their decisions."""
+        spec = self.request.spec
+        moe = [n for n, layer in enumerate(spec.layers) if layer.expert]
+        dense = [n for n, layer in enumerate(spec.layers) if not layer.expert][:1]
+        count, kinds = min(count, len(moe)), list(dict.fromkeys(spec.layers))
+
+        def kind(number: int) -> tuple[object, ...]:
+            d = decision.layers[number]
+            counts = len(d.cpu), len(d.on_disk), len(d.resident_experts), len(d.resident)
+            return kinds.index(spec.layers[number]), d.kv, d.kv_batches, d.cpu_batches or 0, *counts, number
+
+        moe.sort(key=kind)
+        kept = dense + sorted(moe[(2 * i + 1) * len(moe) // (2 * count)] for i in range(count))
+        routing = self.request.routing.model_copy(
+            update={"popularity": tuple(self.request.routing.popularity[n] for n in kept), "successors": ()}
+        )
+        cut = replace(spec, layers=tuple(spec.layers[n] for n in kept))
+        cost = Cost(cut, self.request.hardware, routing, self.request.dtype)
+        return decision.model_copy(update={"layers": tuple(decision.layers[n] for n in kept)}), cost
+
+    # --------------------------------------------------------------------------------------------------------- greedy
+
+    def greedy(self, name: str, base: Decision, capacity: dict[str, int]) -> Decision:
+        """Ours for policies whose paper states no fill: KV, then routers, attention, shared experts, then popular experts."""
+        spec, free = self.request.spec, capacity[self.tier]
+        cache, kv_tier = self._kv_bytes(base), self.tier
+        if sum(cache) > free or (
+            self.tier == "gpu" and (base.cpu_batches or getattr(policy(name), "KV", "") == "host")
+        ):
+            kv_tier = "host" if self.tier == "gpu" else "disk"
+            free -= self.least_kv_bytes(base)
+        else:
+            free -= sum(cache)
+        resident: list[list[str]] = [[] for _ in spec.layers]
+        for kind in ("router", "attention", "shared", "dense"):
+            for number, layer in enumerate(spec.layers):
+                module = getattr(layer, kind)
+                if module and module.nbytes + 8192 * module.segments <= free:
+                    resident[number].append(kind)
+                    free -= module.nbytes + 8192 * module.segments
+        moe = [n for n, layer in enumerate(spec.layers) if layer.expert]
+        expert = spec.layers[moe[0]].expert
+        assert expert is not None
+        total = max(0, free) // (expert.nbytes + 8192 * expert.segments)
+        share = {
+            n: min(spec.layers[n].num_experts, total // len(moe) + (i < total % len(moe))) for i, n in enumerate(moe)
+        }
+        if getattr(policy(name), "RESIDENT_EXPERTS", "") == "first layers":
+            for n in moe:
+                share[n] = min(spec.layers[n].num_experts, total)
+                total -= share[n]
+        kept = [frozenset(self.cost.popular(n)[: share.get(n, 0)]) for n in range(len(spec.layers))]
+        layers = tuple(
+            LayerDecision(
+                resident=tuple(sorted(kinds, key=MODULES.index)),
+                resident_experts=tuple(sorted(here)),
+                static=tuple(e for e in old.static if e not in here),
+                late=tuple(e for e in old.late if e not in here),
+                kv=kv_tier,
+            )
+            for kinds, old, here in zip(resident, base.layers, kept, strict=True)
+        )
+        if self.tier == "gpu":
+            layers = self._homes(name, layers, capacity["host"] - (sum(cache) if kv_tier == "host" else 0))
+        return base.model_copy(update={"layers": layers})
+
+    def _homes(self, name: str, layers: tuple[LayerDecision, ...], free: int) -> tuple[LayerDecision, ...]:
+        """What host memory cannot hold lives on disk: the least popular streamed experts of every layer alike.
+
+        Raises Infeasible where even that is not enough, or where experts are bound at run time: those must be in host memory.
+        """
+        spec = self.request.spec
+        for layer, chosen in zip(spec.layers, layers, strict=True):
+            modules = {kind: getattr(layer, kind) for kind in MODULES if kind not in chosen.resident}
+            free -= sum(slot_bytes(module) for module in modules.values() if module)
+        streamed = [(n, layer.expert) for n, layer in enumerate(spec.layers) if layer.expert]
+        moving = {n: [*layers[n].static, *layers[n].late] for n, _ in streamed}
+        each = max(slot_bytes(expert) for _, expert in streamed)
+        kept = max(0, free) // each
+        total = sum(map(len, moving.values()))
+        if free < 0 or (kept < total and policy(name).EXPERTS == "picks"):
+            raise self._shortfall({"host": total * each - free if policy(name).EXPERTS == "picks" else -free})
+        if kept >= total:
+            return layers
+        share = {n: kept * len(moving[n]) // total for n in moving}
+        return tuple(
+            layer.model_copy(update={"on_disk": tuple(sorted(moving[n][share[n] :]))}) if n in moving else layer
+            for n, layer in enumerate(layers)
+        )
+
+    def _shortfall(self, short: dict[str, int]) -> Infeasible:
+        where = " ".join(f"{tier}=..." for tier in short)
+        return Infeasible(short, f"give --memory {where} that much more, or fewer or shorter sequences")
+
+
+def slot_bytes(module: Module) -> int:
+    """Room that a module takes in an arena."""
+    return align_up(module.nbytes + 2 * PAGE_BYTES * module.segments)
