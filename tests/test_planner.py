@@ -30,7 +30,8 @@ MACHINES = pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
 def small_loads() -> Iterator[None]:
     """So that experts of 0.8 MB travel one by one, as large ones do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("klotski_compiler.search.LOAD_BYTES", 1 << 20)
+        for module in ("candidates", "fill"):
+            patch.setattr(f"klotski_compiler.{module}.LOAD_BYTES", 1 << 20)
         yield
 
 
