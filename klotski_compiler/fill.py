@@ -21,7 +21,7 @@ from klotski_compiler.workspace import spill_bytes, workspace
 
 SPILLED_BATCHES = 3  # of one layer's KV in flight where KV does not live in the compute tier
 SAMPLED = 2  # layers of the short model on which candidates are timed; a second one has twice as many
-FILLS = ("any", "no spill", "alike", "resident")
+FILLS = ("resident", "alike", "any", "no spill")  # of those that look the same, the simplest
 NOTHING: Mapping[str, int] = MappingProxyType({})
 
 
@@ -38,7 +38,7 @@ class Fills(Candidates):
         what it finds with all layers alike and without a spill; and everything resident, where that fits. Nothing where only shares
         of experts fit. With the kind of fill that it is."""
         found: list[Decision] = []
-        for kind in FILLS if policy(name).EXPERTS == "solved" else FILLS[:1]:
+        for kind in FILLS if policy(name).EXPERTS == "solved" else ("any",):
             with suppress(Infeasible):
                 decision = self.filled(name, base, kind)
                 if decision and decision not in found:

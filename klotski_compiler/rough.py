@@ -20,7 +20,7 @@ def rough_us(cost: Cost, policy: ModuleType, decision: Decision, workload: Workl
 
 
 def busiest_us(cost: Cost, decision: Decision, workload: Workload) -> float:
-    """The whole workload as the work of each phase's busiest stream in all layers together: no schedule takes less."""
+    """The whole workload as the work of each phase's busiest stream in all layers together: about what no schedule takes less than."""
     groups = -(-workload.num_sequences // decision.sequences)
     total = load_us(cost, decision)
     for shape in shapes(decision, workload):

@@ -37,7 +37,7 @@ KEPT_SOLVED = 5  # and of the policy whose residency is solved
 KEPT_WHOLE = 3  # and of those, that may be lowered whole
 ESTIMATE_ERROR = 0.05  # how far a short model's time may be off
 MOST_WHOLE = {2000: 2, MANY_EXPERTS: 1}  # schedules that are lowered whole of a model of more than so many experts
-WHOLE_EXPERTS, WHOLE_LAYERS = 2000, 28  # a model of so few experts and layers is timed whole at once
+WHOLE_STEPS = 1500  # a pass of so few ops, about, is timed whole at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Search(Fills):
                 {}, f"{name} computes one batch at a time; leave out --num-batches, or choose another --policy"
             )
         scored: list[tuple[float, Decision]] = []
-        module, refusal = policy(name), None
+        module, refusal, plain = policy(name), None, list[tuple[float, Decision]]()
         for bound_us, size in self.sizes():
             # In order of their bounds: what follows cannot be faster than the best so far.
             if scored and bound_us > min(us for us, _ in scored) * (1 + ESTIMATE_ERROR):
@@ -93,6 +93,7 @@ class Search(Fills):
                         refusal = fault
             fitting.sort(key=lambda entry: entry[0])
             scored += self.fitted(name, fitting[:KEPT_FITTED]) if module.EXPERTS == "solved" else fitting
+            plain += fitting[:1]
         scored.sort(key=lambda entry: entry[0])
         if module.EXPERTS == "solved":  # one of each shape: what a score cannot tell is how finely work is divided
             scored = list({(base.num_batches, base.batch_size): (us, base) for us, base in reversed(scored)}.values())
@@ -103,6 +104,12 @@ class Search(Fills):
             for _, base in scored[:tried]
             for kind, decision in self.fills(name, base)
         ]
+        if module.EXPERTS == "solved":  # with buffers as they come, everything may fit
+            rated += [
+                Rated(self.estimate(name, decision), name, decision, "resident")
+                for _, base in sorted(plain, key=lambda entry: entry[0])[:1]
+                if (decision := self.all_kept(base))
+            ]
         if module.EXPERTS == "solved" and rated:
             best = max(rated, key=lambda r: r.tokens_per_s)
             if (better := self.improved(best)) is not best:
@@ -231,7 +238,8 @@ class Search(Fills):
     def estimate(self, name: str, decision: Decision) -> float:
         """Tokens per second, timed on distinct layer periods: what L layers take from what 2 and 4 of them take."""
         moe = self.request.spec.moe_layers
-        if (self.num_experts <= WHOLE_EXPERTS and len(moe) <= WHOLE_LAYERS) or len(moe) <= 2 * SAMPLED:
+        steps = self.num_experts / decision.unit + 4 * decision.num_batches * len(self.request.spec.layers)
+        if steps <= WHOLE_STEPS or len(moe) <= 2 * SAMPLED:
             return self.rate(lower(self.cost, name, decision, self.request.workload, quick=True))
         runs, sampled = [], SAMPLED if self.finest > COARSE else 2 * SAMPLED
         for size in (sampled, 2 * sampled):
@@ -250,8 +258,8 @@ class Search(Fills):
         if decode and self._late(grown["decode"] / decode.shape.passes):
             return 0.0
         extrapolated = load_us(self.cost, decision) + more.groups * sum(grown.values())
-        # What is rare among the layers a sample may miss, but not the work that it is.
-        least = busiest_us(self.cost, decision, self.request.workload)
+        # What is rare among the layers a sample may miss, but not the work that it is; that is rounded here and there, too.
+        least = busiest_us(self.cost, decision, self.request.workload) * (1 - ESTIMATE_ERROR)
         return self._rate(max(extrapolated, least))
 
     def whole(self, rated: Rated) -> tuple[Lowered, Decision]:

@@ -257,12 +257,12 @@ def small(problem: Problem) -> bool:
 def test_equals_brute_force(seed: int) -> None:
     """Over all counts, by an evaluation of the same inequalities that shares no code with them."""
     cost, workload, decision, capacity = random_case(seed)
-    problem = build(cost, workload, decision, capacity)
+    problem = build(cost, workload, decision, capacity, spans=True)
     if not small(problem):
         problem_spec = replace(cost.spec, layers=cost.spec.layers[:2])
         cost = Cost(problem_spec, cost.hardware, uniform(problem_spec), cost.dtype)
         decision = decision.model_copy(update={"layers": decision.layers[:2]})
-        problem = build(cost, workload, decision, capacity)
+        problem = build(cost, workload, decision, capacity, spans=True)
     assert small(problem)
     expected = brute_force(problem)
     solved = solve((cost, workload, decision, capacity))
@@ -390,7 +390,7 @@ def clock(
 def test_equals_cbc_on_another_formulation(seed: int) -> None:
     """Clocks instead of paths, CBC instead of SCIP."""
     case = random_case(seed)
-    expected, solved = by_cbc(build(*case)), solve(case)
+    expected, solved = by_cbc(build(*case, spans=True)), solve(case)
     assert (expected is None) == (solved is None)
     if solved:
         assert solved.objective_us + solved.load_us == pytest.approx(expected, rel=2 * RELATIVE_GAP)
@@ -450,7 +450,7 @@ def test_simulation_agrees_with_the_objective() -> None:
     assert solved.status == "optimal" and not solved.truncated
     assert solved.binding["gpu"] > 0 and solved.binding["host"] == 0
     assert residency(*case).layers == solved.layers, "equal inputs, equal decisions"
-    assert by_cbc(build(*case)) == pytest.approx(solved.objective_us + solved.load_us, rel=2 * RELATIVE_GAP)
+    assert by_cbc(build(*case, spans=True)) == pytest.approx(solved.objective_us + solved.load_us, rel=2 * RELATIVE_GAP)
 
 
 def test_shadow_price_is_the_finite_difference() -> None:

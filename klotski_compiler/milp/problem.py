@@ -134,11 +134,13 @@ def build(
     capacity: dict[str, int],
     may_spill: bool = True,
     uniform: bool = False,
+    spans: bool = False,
 ) -> Problem:
-    """Price everything that the formulation needs. ``decision``: see ``solve.residency``."""
+    """Price everything that the formulation needs. ``decision``: see ``solve.residency``. spans: decode in several, see ``_spans``."""
     on_gpu = cost.hardware.compute_tier == "gpu"
     into, back = cost.links
-    phases = [span for shape in shapes(decision, workload) if shape.passes for span in _spans(shape)]
+    whole = [shape for shape in shapes(decision, workload) if shape.passes]
+    phases = [span for shape in whole for span in _spans(shape)] if spans else whole
     whole_groups = -(-workload.num_sequences // decision.sequences)
     pages = decision.head_pages
 

@@ -91,7 +91,7 @@ def residency(
     streamed and KV spilled.
     """
     began = time.perf_counter()
-    problem = build(cost, workload, decision, capacity, may_spill, uniform)
+    problem = build(cost, workload, decision, capacity, may_spill, uniform, spans=True)
     formulation = Formulation(problem)
     model = formulation.add_all()
     solver = Solver(model)

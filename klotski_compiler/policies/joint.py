@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from klotski_compiler.plan import CPU, Bind, Compute, Load, Store
+from klotski_compiler.plan import ALL, CPU, Bind, Compute, Load, Store
 from klotski_compiler.program import HEAD_SLOTS, URGENT, Evict, Program
 
 ONE_BATCH = False
@@ -49,15 +49,16 @@ def build(p: Program) -> None:
 
 def experts(p: Program, queue: Queue, layer: int) -> None:
     """List scheduling: a streamed unit as soon as it has arrived, which frees its slots for the link; residents while it has not."""
-    here = units(p.resident_experts(layer), p.decision.unit)
     coming = units(p.static_experts(layer), p.decision.unit) + units(p.picks(layer), p.decision.unit)
+    residents = p.resident_experts(layer)
+    here = units(residents, max(p.decision.unit, -(-len(residents) // (len(coming) + 1))))  # as many as there are gaps
     while here or coming:
         if coming and (not here or queue.clock.has(coming[0])):
             unit = coming.popleft()
             p.experts(layer, unit)
             queue.release(*unit, slots=len(unit))
         else:
-            p.experts(layer, here.popleft())
+            p.compute("experts", layer, ALL, *here.popleft())
 
 
 def units(experts: Sequence[int], size: int) -> deque[list[int]]:
