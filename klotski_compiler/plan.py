@@ -254,7 +254,8 @@ class LayerDecision(_Record):
     dense; ``late`` the experts that the layer's picks range over, most popular first (as many picks as there are); ``on_disk``
     the experts whose home is the disk although the machine has host memory between disk and compute tier. Every expert
     is in exactly one of ``resident_experts``, ``static``, ``late`` and ``cpu``. ``kv``: where keys and values live, but for those of
-    the first ``kv_batches`` batches, which live in the compute tier. ``cpu_batches``: as in the decision, where this layer differs.
+    the first ``kv_batches`` batches of each of prefill's sub-groups (which all run the same ops), which live in the compute tier.
+    ``cpu_batches``: as in the decision, where this layer differs.
     """
 
     resident: tuple[str, ...] = ()
@@ -293,11 +294,22 @@ class Decision(_Record):
     embedding: bool
     layers: tuple[LayerDecision, ...]
 
-    def attended(self, layer: int) -> int:
-        """Batches, the last ones, whose decode attention the CPU computes in a layer."""
+    @property
+    def part_batches(self) -> int:
+        """Batches of one of prefill's sub-groups, the last of which may have fewer."""
+        return -(-self.num_batches // self.prefill_groups)
+
+    def away(self, layer: int) -> list[int]:
+        """Batches whose keys and values live where ``kv`` says."""
+        kept = self.layers[layer].kv_batches
+        return [batch for batch in range(self.num_batches) if batch % self.part_batches >= kept]
+
+    def attended(self, layer: int) -> list[int]:
+        """Batches whose decode attention the CPU computes in a layer: the last ones of those in host memory."""
         chosen = self.layers[layer]
         share = self.cpu_batches if chosen.cpu_batches is None else chosen.cpu_batches
-        return min(share, self.num_batches - chosen.kv_batches) if chosen.kv == "host" else 0
+        away = self.away(layer) if chosen.kv == "host" and share else []
+        return away[max(0, len(away) - share) :]
 
     @property
     def sequences(self) -> int:

@@ -41,6 +41,7 @@ class Program:
         self.late = {number: list(chosen.late) for number, chosen in enumerate(self.decision.layers)}
         self._resident = frozenset(table.resident)
         self.returning = "host>gpu"  # the stream on which what the CPU computed comes back
+        self._attended = [frozenset(self.decision.attended(layer)) for layer in self.layers] if self._helped else []
         self._staged: deque[tuple[int, ...]] = deque()
         self._given_up: set[int] = set()
         self._sent: set[tuple[int, int]] = set()
@@ -105,7 +106,7 @@ class Program:
 
     def on_cpu(self, layer: int, batch: int) -> bool:
         """Whether the CPU attends to this batch: in decode, where its KV lives in host memory."""
-        return self._helped and batch >= self.decision.num_batches - self.decision.attended(layer)
+        return self._helped and batch in self._attended[layer]
 
     @lru_cache  # noqa: B019 - a Program lives as long as its phase is built
     def sent_batches(self, layer: int) -> list[int]:

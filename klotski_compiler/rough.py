@@ -75,8 +75,8 @@ def layer_work(cost: Cost, decision: Decision, number: int, chosen: LayerDecisio
     for kind in MODULES:
         if kind not in chosen.resident and (module := getattr(layer, kind)):
             work[link] += cost.transfer_us(link, module.nbytes)
-    away = max(0, shape.batches - chosen.kv_batches)
-    elsewhere = decision.attended(number) if helped else 0
+    away = len(decision.away(number)) * shape.batches / decision.num_batches
+    elsewhere = len(decision.attended(number)) if helped else 0
     work[cost.processor_name] += shape.batches * cost.attention_us(layer, shape, context)
     if elsewhere:
         cpu = hardware.processors[CPU]

@@ -85,6 +85,16 @@ def ids(plan: Plan) -> None:
                 raise Fault(why, phase.name, number)
 
 
+def parts(plan: Plan) -> None:
+    """What prefill's sub-groups all run, with batches of their own, is the same for all of them: where a batch's KV lives."""
+    homes: dict[tuple[int, int], str] = {}
+    for tensor in plan.tensors:
+        if tensor.kind == "kv":
+            place = tensor.layer, tensor.index % plan.decision.part_batches
+            if homes.setdefault(place, tensor.home) != tensor.home:
+                raise Fault(f"{plan.names[tensor.id]} lives in {tensor.home}, a batch in its place in {homes[place]}")
+
+
 def _out_of_range(plan: Plan, phase: Phase, step: Step) -> str:
     op = step.op
     if op.stream not in plan.streams:
@@ -606,6 +616,7 @@ def _by_layer(plan: Plan) -> dict[tuple[str, int], list[Tensor]]:
 
 CHECKS: tuple[tuple[str, Callable[[Plan], None]], ...] = (
     ("ids", ids),
+    ("parts", parts),
     ("streams", streams),
     ("arena", arena),
     ("budget", budget),

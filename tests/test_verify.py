@@ -143,6 +143,14 @@ def twice_bound() -> Plan:
     return with_step(PLAN, "decode", later, STEPS[later]._replace(op=STEPS[number].op, slots=()))
 
 
+def unlike_parts() -> Plan:
+    """Prefill in two parts of one batch each, one of whose KV is said to live elsewhere."""
+    plan = tiny_plan("joint", gpu=True, kv="host", num_batches=2, prefill_groups=2)
+    number = next(t.id for t in plan.tensors if t.kind == "kv")
+    tensors = [t._replace(home="gpu") if t.id == number else t for t in plan.tensors]
+    return edited(plan, tensors=tuple(tensors))
+
+
 HIGHEST = max(PLAN.forecast.peak_bytes.values())
 SPOILED: dict[str, tuple[str, Callable[[], Plan]]] = {
     "a line is no step": ("text", lambda: garbled(" >x")),
@@ -150,6 +158,7 @@ SPOILED: dict[str, tuple[str, Callable[[], Plan]]] = {
     "a tensor has no slot": ("ids", lambda: changed(loads("expert"), lambda s: s._replace(slots=()))),
     "a batch does not exist": ("ids", lambda: op_changed(computes("attention"), batch=3)),
     "a stream is unknown": ("ids", lambda: op_changed(loads("expert"), stream="wire")),
+    "a part of prefill keeps KV elsewhere": ("parts", unlike_parts),
     "a wait points forward": ("streams", lambda: changed(loads("expert"), lambda s: s._replace(waits=(Wait(len(STEPS) - 1, 0),)))),
     "an op waits for itself": ("streams", lambda: changed(loads("pick"), lambda s: s._replace(waits=(Wait(STEPS.index(s), 0),)))),
     "a wait points nowhere": ("streams", lambda: changed(loads("expert"), lambda s: s._replace(waits=(Wait(999, 1),)))),

@@ -45,10 +45,13 @@ class ClassWork:
 
 @dataclass(frozen=True, slots=True)
 class LayerWork:
-    """One layer in one pass: all batches through attention, then through router (or dense MLP); classes; and of one batch whose KV
-    lives elsewhere: what it takes the links, what attending to it takes the CPU and spares the GPU, and around_us, what the GPU does
-    before and after all of them: the first one's projections, the last one's output and router. exchange_us: what any expert on the
-    CPU takes beside its work: its input's way there, its output's back."""
+    """One layer in one pass: all batches through attention, then through router (or dense MLP); classes; and of one row of
+    batches (see Problem) whose KV lives elsewhere: what it takes the links, what attending to it takes the CPU and spares
+    the GPU.
+
+    around_us: what the GPU does before and after all that the CPU attends to: the first batch's projections, the last
+    one's output and router. exchange_us: what any expert on the CPU takes beside its work: its input's way there, its
+    output's back."""
 
     attention_us: float
     router_us: float
@@ -65,7 +68,7 @@ class LayerWork:
 @dataclass(frozen=True, slots=True)
 class Group:
     """Identical layers. sizes: experts per class and layer. late: whether a class may be bound after the router.
-    kv_slot_bytes: the KV of one layer and batch."""
+    kv_slot_bytes: the KV of one layer and row of batches."""
 
     name: str
     layers: tuple[int, ...]
@@ -96,7 +99,8 @@ class EndWork:
 class Problem:
     """All numbers of one residency problem. passes: how often each phase's pass runs in the whole workload.
 
-    batches: of a group, n. attends: whether the CPU may compute attention; query_bytes: what that takes in either tier, per batch.
+    batches: rows of batches of a group, n: the batches at one place in each of prefill's sub-groups, whose KV lives in one tier.
+    attends: whether the CPU may compute attention; query_bytes: what that takes in either tier, per row.
     head: all its pages, head_pages of them (0: it must be resident). may_spill: the machine can write KV back.
     home_tier: where the rest of the weights lives, if that is a memory with a capacity (host, on a machine with a GPU).
     cpu: whether a CPU may compute beside a GPU. uniform: whether KV and the CPU's shares are the same in all
@@ -160,7 +164,7 @@ def build(
         align_up(kv_bytes(cost.spec, n, decision.batch_size, positions, cost.dtype))
         for n in range(len(cost.spec.layers))
     ]
-    groups = []
+    groups, rows = [], -(-decision.num_batches // decision.part_batches)
     for number, members in enumerate(_identical(cost)):
         layer = cost.spec.layers[members[0]]
         classes = _classes(cost, members[0])
@@ -174,13 +178,13 @@ def build(
                 late=tuple(min(touched[e][1] for e in c) <= ALWAYS for c in classes),
                 modules={kind: item(m) for kind in MODULES if (m := getattr(layer, kind))},
                 expert=item(layer.expert, loads=1 / decision.unit) if layer.expert else Item(0, 0.0, 0.0),
-                kv_slot_bytes=kv[members[0]],
+                kv_slot_bytes=rows * kv[members[0]],
                 work={s.name: _work(cost, members[0], classes, s, decision, (into, back)) for s in phases},
             )
         )
     return Problem(
         groups=tuple(groups),
-        batches=decision.num_batches,
+        batches=decision.part_batches,
         passes={shape.name: whole_groups * shape.passes for shape in phases},
         end={shape.name: _end(cost, shape, max(1, pages)) for shape in phases},
         head=item(cost.spec.head, share=max(1, pages), loads=max(1, pages)),
@@ -198,7 +202,7 @@ def build(
         cpu=cost.cpu_helps,
         uniform=uniform,
         attends=cost.cpu_attends and any(shape.decoding for shape in phases),
-        query_bytes=align_up(query_bytes(cost.spec, decision.batch_size, cost.dtype)),
+        query_bytes=rows * align_up(query_bytes(cost.spec, decision.batch_size, cost.dtype)),
         drag=(cost.drag(CPU, into), cost.drag(into, CPU)) if CPU in cost.hardware.processors else (0.0, 0.0),
     )
 
@@ -281,16 +285,17 @@ def _work(
         work.append(ClassWork(compute, late, elsewhere))
     position = shape.batch_size * layer.kv_elements * cost.compute_bytes
     load = store = 0.0
+    row = decision.num_batches / decision.part_batches  # batches, on average
     if links[1] in cost.hardware.links:
         # Prefill has nothing to read back: it makes the cache.
-        load = cost.kv_us(links[0], position * middle(shape)) if shape.decoding else 0.0
-        store = cost.kv_us(links[1], position * shape.tokens) * shape.batches / decision.num_batches
+        load = row * cost.kv_us(links[0], position * middle(shape)) if shape.decoding else 0.0
+        store = shape.batches / decision.part_batches * cost.kv_us(links[1], position * shape.tokens)
     attention = shape.batches * cost.attention_us(layer, shape, middle(shape))
     attend = spared = around = 0.0
     if helped and cost.cpu_attends:
         cpu, sequences = cost.hardware.processors[CPU], shape.batch_size
-        attend = cpu.op_us + cost.attend_us(layer, sequences, middle(shape), cpu)
-        spared = cost.attend_us(layer, sequences, middle(shape), processor)
+        attend = row * (cpu.op_us + cost.attend_us(layer, sequences, middle(shape), cpu))
+        spared = row * cost.attend_us(layer, sequences, middle(shape), processor)
         around = cost.project_us(layer, shape) + cost.output_us(layer, shape) + router / shape.batches
         small = query_bytes(cost.spec, sequences, cost.dtype)
         around += cost.transfer_us(links[1], small) + cost.transfer_us(links[0], small)

@@ -316,7 +316,7 @@ def _group_layers(
                 on_disk=tuple(sorted(far)),
                 kv=problem.compute_tier if kv[j] == problem.batches else home,
                 kv_batches=kv[j] if kv[j] < problem.batches else 0,
-                cpu_batches=attended[j],
+                cpu_batches=round(attended[j] * decision.num_batches / decision.part_batches),
             )
         )
     return layers
