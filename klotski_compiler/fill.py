@@ -186,9 +186,11 @@ class Fills(Candidates):
         count, kinds = min(count, len(moe)), list(dict.fromkeys(spec.layers))
 
         def kind(number: int) -> tuple[object, ...]:
-            d = decision.layers[number]
+            d, same = decision.layers[number], kinds.index(spec.layers[number])
+            if d.cpu_batches is None:  # filled alike but for rounding
+                return same, number
             counts = len(d.cpu), len(d.on_disk), len(d.resident_experts), len(d.resident)
-            return kinds.index(spec.layers[number]), d.kv, d.kv_batches, d.cpu_batches or 0, *counts, number
+            return same, d.kv, d.kv_batches, d.cpu_batches, *counts, number
 
         moe.sort(key=kind)
         kept = dense + sorted(moe[(2 * i + 1) * len(moe) // (2 * count)] for i in range(count))

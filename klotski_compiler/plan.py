@@ -23,7 +23,7 @@ from klotski_compiler.errors import PlanError
 if TYPE_CHECKING:
     import networkx
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 PAGE_BYTES = 4096
 ALL = -1  # the batch of an op that covers the whole group
 CPU = "cpu"  # the processor of host memory, and its stream
