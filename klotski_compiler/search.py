@@ -30,10 +30,10 @@ __all__ = ["Best", "Rated", "Request", "Search"]
 
 COARSE = 16  # experts of a layer up to which one more or less of them makes layers differ much
 WORTH = 0.002  # what another micro-batch must save
-KEPT_FITTED = 3  # decisions per size whose micro-batches are fitted to the memory that they leave
+KEPT_FITTED = 4  # decisions per size whose micro-batches are fitted to the memory that they leave
 IMPROVEMENTS = 8  # decisions near the best one that are tried
 KEPT_SCORED = 2  # sizes per policy that are timed on short models
-KEPT_SOLVED = 5  # and of the policy whose residency is solved
+KEPT_SOLVED = 6  # and of the policy whose residency is solved
 KEPT_WHOLE = 3  # and of those, that may be lowered whole
 ESTIMATE_ERROR = 0.05  # how far a short model's time may be off
 MOST_WHOLE = {2000: 2, MANY_EXPERTS: 1}  # schedules that are lowered whole of a model of more than so many experts
@@ -92,12 +92,11 @@ class Search(Fills):
                     if refusal is None or sum(fault.shortfalls.values()) < sum(refusal.shortfalls.values()):
                         refusal = fault
             fitting.sort(key=lambda entry: entry[0])
-            scored += self.fitted(name, fitting[:KEPT_FITTED]) if module.EXPERTS == "solved" else fitting
+            scored += self.fitted(name, one_each(fitting)[:KEPT_FITTED]) if module.EXPERTS == "solved" else fitting
             plain += fitting[:1]
         scored.sort(key=lambda entry: entry[0])
-        if module.EXPERTS == "solved":  # one of each shape: what a score cannot tell is how finely work is divided
-            scored = list({(base.num_batches, base.batch_size): (us, base) for us, base in reversed(scored)}.values())
-            scored.sort(key=lambda entry: entry[0])
+        if module.EXPERTS == "solved":
+            scored = one_each(scored)
         tried = KEPT_SOLVED if module.EXPERTS == "solved" else KEPT_SCORED
         rated = [
             Rated(self.estimate(name, decision), name, decision, kind)
@@ -295,3 +294,10 @@ class Search(Fills):
 
     def _too_slow(self) -> Infeasible:
         return Infeasible({}, f"no schedule has a decode pass within --max-latency {self.request.max_latency_s} s")
+
+
+def one_each(scored: Sequence[tuple[float, Decision]]) -> list[tuple[float, Decision]]:
+    """Of scored decisions, best first, the best of each number and size of batches: what a score cannot tell is how finely work is
+    divided."""
+    found = {(base.num_batches, base.batch_size): (us, base) for us, base in reversed(scored)}
+    return sorted(found.values(), key=lambda entry: entry[0])
