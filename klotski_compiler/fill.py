@@ -48,7 +48,7 @@ class Fills(Candidates):
     def filled(self, name: str, base: Decision, kind: str, reserve: Mapping[str, int] = NOTHING) -> Decision | None:
         """One kind of fill; None where everything resident does not fit. Raises Infeasible."""
         if kind == "resident":
-            return self.all_kept(base)
+            return self.all_kept(base, reserve)
         return self.fill(name, base, reserve, may_spill=kind != "no spill", uniform=kind == "alike")
 
     def fill(
@@ -73,10 +73,10 @@ class Fills(Candidates):
             filled = decide(self.cost, filled)
         return filled
 
-    def all_kept(self, base: Decision) -> Decision | None:
+    def all_kept(self, base: Decision, reserve: Mapping[str, int] = NOTHING) -> Decision | None:
         """Everything resident, where a GPU has room for all of it: the residency problem, to which a transfer that hides is free, sees
         no reason to prefer that."""
-        spec, room = self.request.spec, self.capacity(OURS, base, {})[self.tier]
+        spec, room = self.request.spec, self.capacity(OURS, base, reserve)[self.tier]
         modules = [getattr(layer, kind) for layer in spec.layers for kind in MODULES]
         experts = sum(layer.num_experts * slot_bytes(layer.expert) for layer in spec.layers if layer.expert)
         need = experts + sum(map(slot_bytes, filter(None, modules))) + sum(self._kv_bytes(base))

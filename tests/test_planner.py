@@ -303,6 +303,17 @@ def test_joint_is_also_tried_without_spilling_kv() -> None:
     assert True in kinds
 
 
+def test_everything_resident_makes_room_as_well() -> None:
+    """What a schedule turns out to lack is left free by every kind of fill: else it would be lowered again and again."""
+    hardware = tiny_hardware(True)
+    budgets = dict.fromkeys(hardware.tiers, RICH)
+    search = Search(Request(SPEC, hardware, uniform(SPEC), WORKLOAD, budgets, "bf16", "joint"))
+    base = next(search.bases("joint"))
+    assert search.filled("joint", base, "resident") is not None
+    room = search.capacity("joint", base, {})["gpu"]
+    assert search.filled("joint", base, "resident", {"gpu": room}) is None
+
+
 @MACHINES
 @pytest.mark.parametrize("asked", [{"batch_size": 2, "gen_len": 1000}, {"batch_size": 24, "gen_len": 8}])
 def test_a_refusal_names_sizes_that_fit(gpu: bool, asked: dict[str, int]) -> None:
