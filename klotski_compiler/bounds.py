@@ -11,7 +11,7 @@ from math import floor, inf, isinf, log
 
 from klotski_compiler.cost import Cost
 from klotski_compiler.hardware import Processor, matmul_us
-from klotski_compiler.milp.formulation import Model, Row, Terms, Variable, plus, times
+from klotski_compiler.milp.formulation import SCALE_US, Model, Row, Terms, Variable, plus, times
 from klotski_compiler.milp.solve import Solver
 from klotski_compiler.model import Layer
 from klotski_compiler.plan import CPU, Decision, Workload
@@ -20,8 +20,7 @@ from klotski_compiler.workspace import workspace
 
 EXACT_SHARES = 256  # so many different experts are bounded one by one
 ROUNDING = 1.01
-SCALE_US = 1e6  # of times in the linear program
-GIB = 1 << 30  # and of memory
+GIB = 1 << 30  # of memory in the linear program
 TOLERANCE = 1e-6  # of its solver
 
 

@@ -57,6 +57,7 @@ def _side_by_side(search: Search, names: Sequence[str]) -> Iterator[tuple[str, l
     if workers < 2 or not search.is_large:
         yield from ((name, _timed(search, name)) for name in names)
         return
+    search.sizes()  # their bounds, once for all processes
     with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
         for name, (found, truncated) in zip(names, pool.map(partial(_apart, search), names), strict=True):
             search.truncated |= truncated

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby, pairwise
 
 from klotski_compiler.cost import ALWAYS, Cost, Shape
@@ -45,6 +44,7 @@ class Program:
         self._staged: deque[tuple[int, ...]] = deque()
         self._given_up: set[int] = set()
         self._sent: set[tuple[int, int]] = set()
+        self._sent_batches: dict[int, list[int]] = {}
         self._postponed: list[tuple[int, ...]] = []
 
     # ------------------------------------------------------------------------------------------- what a policy asks
@@ -108,12 +108,12 @@ class Program:
         """Whether the CPU attends to this batch: in decode, where its KV lives in host memory."""
         return self._helped and batch in self._attended[layer]
 
-    @lru_cache  # noqa: B019 - a Program lives as long as its phase is built
     def sent_batches(self, layer: int) -> list[int]:
         """Batches whose keys and values the link brings in decode: they live elsewhere, and the CPU does not attend to them."""
-        if not self.shape.decoding:
-            return []
-        return [batch for batch in self.batches if self._kv(layer, batch) and not self.on_cpu(layer, batch)]
+        if layer not in self._sent_batches:
+            moving = [batch for batch in self.batches if self._kv(layer, batch) and not self.on_cpu(layer, batch)]
+            self._sent_batches[layer] = moving if self.shape.decoding else []
+        return self._sent_batches[layer]
 
     def is_moe(self, layer: int) -> bool:
         """Whether the layer routes."""

@@ -93,10 +93,10 @@ def notes(search: Search, best: Best, predicted: Forecast) -> Iterator[str]:
     try:
         now = search.score(best.policy, search.bare(best.policy, decision, decision.num_batches))
     except Infeasible:  # the leanest schedule is not one that the search would score
-        yield "more memory: this is the least that fits; any more helps"
+        yield "what more memory would buy is not known: this is about the least that fits"
         return
     changes: list[tuple[str, Search, int]] = []
-    for tier in (tier for tier in ("gpu", "host") if tier in request.budgets):
+    for tier in sorted({"gpu", "host"} & request.budgets.keys()):
         step = min(1 << 30, request.budgets[tier] // 8)
         more = replace(request, budgets={**request.budgets, tier: request.budgets[tier] + step})
         changes.append((f"{size(step)} more of {tier}", Search(more), decision.num_batches))

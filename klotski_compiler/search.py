@@ -20,6 +20,7 @@ from klotski_compiler.bounds import Relaxation
 from klotski_compiler.candidates import MANY_EXPERTS, Request, micro_batches, shape_of
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.fill import SAMPLED, Fills, slot_bytes
+from klotski_compiler.milp.problem import EXACT_EXPERTS
 from klotski_compiler.milp.solve import relaxed_us
 from klotski_compiler.pipeline import Lowered, lower
 from klotski_compiler.plan import Decision
@@ -28,7 +29,6 @@ from klotski_compiler.rough import busiest_us, load_us, rough_us
 
 __all__ = ["Best", "Rated", "Request", "Search"]
 
-COARSE = 16  # experts of a layer up to which one more or less of them makes layers differ much
 WORTH = 0.002  # what another micro-batch must save
 KEPT_FITTED = 4  # decisions per size whose micro-batches are fitted to the memory that they leave
 IMPROVEMENTS = 8  # decisions near the best one that are tried
@@ -235,12 +235,13 @@ class Search(Fills):
     # --------------------------------------------------------------------------------------------------------- timing
 
     def estimate(self, name: str, decision: Decision) -> float:
-        """Tokens per second, timed on distinct layer periods: what L layers take from what 2 and 4 of them take."""
+        """Tokens per second, timed on distinct layer periods: what L layers take from what 2 and 4 of them take, or 4 and 8 where one
+        expert more or less makes layers differ."""
         moe = self.request.spec.moe_layers
         steps = self.num_experts / decision.unit + 4 * decision.num_batches * len(self.request.spec.layers)
         if steps <= WHOLE_STEPS or len(moe) <= 2 * SAMPLED:
             return self.rate(lower(self.cost, name, decision, self.request.workload, quick=True))
-        runs, sampled = [], SAMPLED if self.finest > COARSE else 2 * SAMPLED
+        runs, sampled = [], SAMPLED if self.finest > EXACT_EXPERTS else 2 * SAMPLED
         for size in (sampled, 2 * sampled):
             cut, cost = self.short(decision, size)
             runs.append(lower(cost, name, cut, self.request.workload, quick=True))

@@ -74,11 +74,10 @@ def axis(request: Request, swept: str) -> str:
     return {"num-batches": "batches", "memory": f"{tier}, GiB", "prompt-len": "prompt, tokens"}[swept]
 
 
-def rates(plan: Plan) -> tuple[float, tuple[str, float] | None]:
-    """Tokens per second of the plan, and of the best other policy where several were timed."""
+def best_other(plan: Plan) -> str:
+    """The fastest other policy, where several were timed."""
     others = [(c.tokens_per_s, c.policy) for c in plan.candidates if c.feasible and c.policy != plan.policy]
-    best = max(others, default=None)
-    return plan.forecast.tokens_per_s, (best[1], best[0]) if best else None
+    return "{1} {0:.2f}".format(*max(others)) if others else ""
 
 
 def table(request: Request, swept: str, found: Sequence[Point]) -> Iterator[str]:
@@ -93,11 +92,9 @@ def table(request: Request, swept: str, found: Sequence[Point]) -> Iterator[str]
             continue
         plan, d, forecast = point.found, point.found.decision, point.found.forecast
         busiest = max(forecast.busy_us, key=lambda stream: forecast.busy_us[stream])
-        rate, other = rates(plan)
-        behind = f"{other[0]} {other[1]:.2f}" if other else ""
         yield (
-            f"{point.value:>14g}  {plan.policy:<16}{f'{d.num_batches} x {d.batch_size}':>10}{rate:>11.2f}"
-            f"{forecast.bound_tokens_per_s:>11.2f}{forecast.gap:>8.1%}  {busiest:<12}{behind}"
+            f"{point.value:>14g}  {plan.policy:<16}{f'{d.num_batches} x {d.batch_size}':>10}{forecast.tokens_per_s:>11.2f}"
+            f"{forecast.bound_tokens_per_s:>11.2f}{forecast.gap:>8.1%}  {busiest:<12}{best_other(plan)}"
         )
 
 

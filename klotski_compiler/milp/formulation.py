@@ -32,17 +32,19 @@ from dataclasses import dataclass, field
 from klotski_compiler.milp.problem import EXACT_EXPERTS, HEAD_SLOTS, Group, LayerWork, Problem
 
 MIB = 1 << 20
+SCALE_US = 1e6  # times run to 1e9 microseconds beside counts of one: solvers want both near one
 Terms = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """lower <= name <= upper."""
+    """lower <= name <= upper. unit: what a solver should count it in, so that its values are near one."""
 
     name: str
     lower: float
     upper: float
     integer: bool
+    unit: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +331,7 @@ class Formulation:
         else:
             used[""] += fixed + problem.head.slot_bytes
         if self.elastic:
-            self._time(f"excess[{tier}]")
+            self.model.variables[f"excess[{tier}]"] = Variable(f"excess[{tier}]", 0.0, float("inf"), False)
             self.model.objective[f"excess[{tier}]"] = 1.0
             used[f"excess[{tier}]"] = -float(MIB)
         scaled = times(1.0 / MIB, used)
@@ -484,7 +486,7 @@ class Formulation:
         self.model.variables[name] = Variable(name, at_least, most, True)
 
     def _time(self, name: str) -> None:
-        self.model.variables[name] = Variable(name, 0.0, float("inf"), False)
+        self.model.variables[name] = Variable(name, 0.0, float("inf"), False, SCALE_US)
 
     def _period(self, family: str, g: Group, phase: str, least: Terms) -> None:
         """N_g T >= least."""

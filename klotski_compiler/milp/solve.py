@@ -25,7 +25,6 @@ RELATIVE_GAP = 1e-4
 NODE_LIMIT = 2000
 SAFETY_SECONDS = 20.0
 SEED = 1
-SCALE_US = 1e6  # of times inside the solver
 
 
 @dataclass(frozen=True)
@@ -146,10 +145,7 @@ class Solver:
         """Copies variables, rows and objective."""
         self.built = mathopt.Model(name="residency")
         self.integers = [v.name for v in model.variables.values() if v.integer]
-        # Times run to 1e9 microseconds beside counts of one: solvers want columns, rows and objective near one.
-        self.unit = {
-            v.name: SCALE_US if v.name.endswith("_us") or "_us[" in v.name else 1.0 for v in model.variables.values()
-        }
+        self.unit = {v.name: v.unit for v in model.variables.values()}
         self.variables = {
             v.name: self.built.add_variable(lb=v.lower / self.unit[v.name], ub=v.upper / self.unit[v.name], name=v.name)
             for v in model.variables.values()
