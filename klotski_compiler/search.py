@@ -75,8 +75,27 @@ class Search(Fills):
             raise Infeasible(
                 {}, f"{name} computes one batch at a time; leave out --num-batches, or choose another --policy"
             )
-        scored: list[tuple[float, Decision]] = []
-        module, refusal, plain = policy(name), None, list[tuple[float, Decision]]()
+        solved = policy(name).EXPERTS == "solved"
+        scored, plain = self._scored(name)
+        tried = one_each(scored)[:KEPT_SOLVED] if solved else scored[:KEPT_SCORED]
+        fills = [(kind, decision) for _, base in tried for kind, decision in self.fills(name, base)]
+        if solved and (kept := self.all_kept(plain)):  # with buffers as they come, everything may fit
+            fills.append(("resident", kept))
+        rated = [Rated(self.estimate(name, decision), name, decision, kind) for kind, decision in fills]
+        if solved and rated:
+            best = max(rated, key=lambda r: r.tokens_per_s)
+            if (better := self.improved(best)) is not best:
+                rated.append(better)
+        kept_whole = sorted((r for r in rated if r.tokens_per_s > 0), key=lambda r: -r.tokens_per_s)[:KEPT_WHOLE]
+        if not kept_whole:
+            raise self._too_slow()
+        return kept_whole
+
+    def _scored(self, name: str) -> tuple[list[tuple[float, Decision]], Decision]:
+        """Scores of a policy's candidates, best first, and the best of them before its micro-batches were fitted. Raises Infeasible
+        where none fits."""
+        scored, plain = list[tuple[float, Decision]](), list[tuple[float, Decision]]()
+        refusals: list[Infeasible] = []
         for bound_us, size in self.sizes():
             # In order of their bounds: what follows cannot be faster than the best so far.
             if scored and bound_us > min(us for us, _ in scored) * (1 + ESTIMATE_ERROR):
@@ -89,34 +108,16 @@ class Search(Fills):
                 try:
                     fitting.append((self.score(name, base), base))
                 except Infeasible as fault:
-                    if refusal is None or sum(fault.shortfalls.values()) < sum(refusal.shortfalls.values()):
-                        refusal = fault
+                    refusals.append(fault)
             fitting.sort(key=lambda entry: entry[0])
-            scored += self.fitted(name, one_each(fitting)[:KEPT_FITTED]) if module.EXPERTS == "solved" else fitting
             plain += fitting[:1]
-        scored.sort(key=lambda entry: entry[0])
-        if module.EXPERTS == "solved":
-            scored = one_each(scored)
-        tried = KEPT_SOLVED if module.EXPERTS == "solved" else KEPT_SCORED
-        rated = [
-            Rated(self.estimate(name, decision), name, decision, kind)
-            for _, base in scored[:tried]
-            for kind, decision in self.fills(name, base)
-        ]
-        if module.EXPERTS == "solved":  # with buffers as they come, everything may fit
-            rated += [
-                Rated(self.estimate(name, decision), name, decision, "resident")
-                for _, base in sorted(plain, key=lambda entry: entry[0])[:1]
-                if (decision := self.all_kept(base))
-            ]
-        if module.EXPERTS == "solved" and rated:
-            best = max(rated, key=lambda r: r.tokens_per_s)
-            if (better := self.improved(best)) is not best:
-                rated.append(better)
-        kept = sorted((r for r in rated if r.tokens_per_s > 0), key=lambda r: -r.tokens_per_s)[:KEPT_WHOLE]
-        if not kept:
-            raise self._too_slow() if scored or refusal is None else refusal
-        return kept
+            scored += (
+                self.fitted(name, one_each(fitting)[:KEPT_FITTED]) if policy(name).EXPERTS == "solved" else fitting
+            )
+        if not scored:
+            least = min(refusals, key=lambda fault: sum(fault.shortfalls.values()), default=None)
+            raise least or self._too_slow()
+        return sorted(scored, key=lambda entry: entry[0]), min(plain, key=lambda entry: entry[0])[1]
 
     def whole_best(self, timed: list[Rated], refusals: dict[str, Infeasible]) -> list[Best]:
         """Candidates lowered whole, fastest first: all that may win given how far an estimate can be off. Raises Infeasible."""
