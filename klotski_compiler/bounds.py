@@ -24,14 +24,14 @@ GIB = 1 << 30  # of memory in the linear program
 TOLERANCE = 1e-6  # of its solver
 
 
-def bound_tokens_per_s(cost: Cost, workload: Workload, budgets: dict[str, int]) -> float:
-    """No schedule of this kind (phases apart) generates tokens faster.
+def bound_tokens_per_s(cost: Cost, workload: Workload, budgets: dict[str, int], rolling: bool = False) -> float:
+    """No schedule of its class generates tokens faster: phases apart, or mixed in rolling order.
 
     A schedule in k groups has at least ceil(N / k) sequences in each, so all that matters is k. Intervals of k are
     bounded (``Relaxation.least_us``), best first, and the most promising one is split until it is a single k. 0 if
     nothing fits.
     """
-    relaxation = Relaxation(cost, workload, budgets)
+    relaxation = Relaxation(cost, workload, budgets, rolling)
     total = workload.num_sequences
     queue = [(relaxation.least_us(1, total), 1, total)]
     while True:
@@ -71,11 +71,16 @@ class Relaxation:
     touched, which is least likely at low; KV as written and read back. Latencies are left out.
     *Memory* at S = low: states, least workspace, one expert slot, KV. Keeping is relaxed to fractions.
     *Load.* What memory keeps is read from disk once, before all else.
+
+    In *rolling* order S sequences, A >= 2 cohorts of S / A, are there at once. One cohort joins every s = ceil(gen_len / A) passes, and
+    the last one takes gen_len: at least N / S gen_len - s + gen_len passes in all, s <= (gen_len + 1) / 2. All passes together take as
+    long as the one busiest resource; an op works on at most S prompts. With x <= S sequences in a pass, an expert is touched with at
+    least x / S of the probability for S.
     """
 
-    def __init__(self, cost: Cost, workload: Workload, budgets: dict[str, int]) -> None:
+    def __init__(self, cost: Cost, workload: Workload, budgets: dict[str, int], rolling: bool = False) -> None:
         """budgets: bytes of each tier; a tier that is not named has what the machine has."""
-        self.cost, self.workload, spec = cost, workload, cost.spec
+        self.cost, self.workload, self.rolling, spec = cost, workload, rolling, cost.spec
         self.tier = cost.hardware.compute_tier
         self.budget = {t: budgets.get(t, tier.capacity_bytes) for t, tier in cost.hardware.tiers.items()}
         self.passes = workload.gen_len - 1  # of decode, per group
@@ -137,7 +142,7 @@ class Relaxation:
             constant = terms.pop("", 0.0)
             model.rows.append(Row(name, terms, lower - constant, upper - constant))
 
-        for name in ("load", "prefill", "decode"):
+        for name in ("load", "mixed") if self.rolling else ("load", "prefill", "decode"):
             share(name, inf)
             model.objective[name] = 1.0
         kept_kv = share("kept[kv]")
@@ -186,6 +191,8 @@ class Relaxation:
                         row(f"near[{i}]", {near: 1.0, by_cpu: -1.0}, lower=0.0)
                     far[away] = weight.moved_bytes[number] * disk_us
             work[phase] = [*self._shared(enter, compute, cpu), leave, far]
+        if self.rolling:
+            work = {"mixed": [plus(*resource) for resource in zip(*work.values(), strict=True)]}
         for i, weight in enumerate(weights):
             here[f"kept[{i}]"] = weight.nbytes / GIB
             if on_gpu:
@@ -249,12 +256,18 @@ class Relaxation:
     def weights(self, first: int, low: int, high: int) -> list[Weight]:
         """Every weight, by kind: modules and head cross in every pass; an expert if it is touched."""
         modules, prompt = float(self.module_bytes), low * self.workload.prompt_len
+        gen_len, total = self.workload.gen_len, self.workload.num_sequences
         out = [Weight(modules, (first * modules, first * self.passes * modules))]
+        if self.rolling:
+            out = [Weight(modules, (0.0, (total * gen_len / high + (gen_len - 1) / 2) * modules))]
         helped = self.cost.cpu_helps
         for layer, q, count in self.experts:
             assert layer.expert is not None
             nbytes = float(count * layer.expert.nbytes)
             touched = 1 - (1 - q) ** prompt, self.passes * (1 - (1 - q) ** low)
+            moved = first * touched[0] * nbytes, first * touched[1] * nbytes
+            if self.rolling:
+                moved = 0.0, total * gen_len / high * (1 - (1 - q) ** high) * nbytes
 
             def least(tokens: int, processor: str, layer: Layer = layer, q: float = q, count: int = count) -> float:
                 return self._least(lambda m: count * self._expert_us(layer, q, m, processor), tokens, first, low, high)
@@ -262,7 +275,7 @@ class Relaxation:
             out.append(
                 Weight(
                     nbytes,
-                    (first * touched[0] * nbytes, first * touched[1] * nbytes),
+                    moved,
                     (least(self.workload.prompt_len, ""), self.passes * least(1, "")),
                     self.passes * least(1, CPU) if helped else inf,
                 )
@@ -272,7 +285,10 @@ class Relaxation:
     # ------------------------------------------------------------------------------------------------------- compute
 
     def _least(self, per_pass: Callable[[int], float], tokens: int, first: int, low: int, high: int) -> float:
-        """Of what every group does on all its sequences, ``tokens`` of each."""
+        """Of what every group does on all its sequences, ``tokens`` of each; in rolling order an op may work on prompts as well."""
+        if self.rolling:
+            most = high * self.workload.prompt_len
+            return self.workload.num_sequences * tokens * per_pass(most) / most
         return max(first * per_pass(low * tokens), self.workload.num_sequences * per_pass(high * tokens) / high)
 
     def compute_us(self, first: int, low: int, high: int) -> tuple[tuple[float, float], float, float]:

@@ -23,6 +23,7 @@ SMALL_SHARE = 0.03  # head and embedding stay resident where they take less than
 ATTENTION_SHARE = 0.08  # of the budget for what one attention call allocates
 EXPERT_ROWS = {"host": 512, "gpu": 8192}  # tokens per matmul: where its rate has long stopped growing
 LEAST_ROWS = 2048  # tokens per matmul that joint may go down to: its rate has stopped growing
+UNEVEN = 1.1  # passes from a sequence's first to the last that its cohort is given, over those that it needs, at most
 MANY_EXPERTS = 8000  # a model of more: loads bring twice as much, for the sake of the plan's length
 
 
@@ -80,30 +81,45 @@ class Candidates:
 
     def bases(self, name: str) -> Iterator[Decision]:
         """Sizes and leads to try, largest groups first; nothing resident yet."""
-        return self.bases_of(name, self.group_sizes())
+        return (base for rolling in self.orders(name) for base in self.bases_of(name, self.group_sizes(), rolling))
 
-    def bases_of(self, name: str, sizes: Sequence[int]) -> Iterator[Decision]:
+    def orders(self, name: str) -> tuple[bool, ...]:
+        """Whether a policy's sub-groups join in rolling order: as it has them, where sequences live for more than one pass."""
+        chosen: tuple[bool, ...] = getattr(policy(name), "ROLLING", (False,))
+        return chosen if self.request.workload.gen_len > 1 else (False,)
+
+    def bases_of(self, name: str, sizes: Sequence[int], rolling: bool = False) -> Iterator[Decision]:
         """The same for given sizes of the group."""
         module, request = policy(name), self.request
         for sequences in sizes:
-            for num_batches in (1,) if module.ONE_BATCH else self.batch_counts(sequences):
+            for num_batches in (1,) if module.ONE_BATCH else self.batch_counts(sequences, rolling):
                 batch_size = request.batch_size or -(-sequences // num_batches)
                 if module.ONE_BATCH and request.batch_size is None and num_batches * batch_size > sequences:
                     continue
                 for lead, unit in self.leads(module.EXPERTS):
-                    for parts in self.prefill_parts(num_batches, batch_size):
+                    for parts in self.ages(num_batches) if rolling else self.prefill_parts(num_batches, batch_size):
                         base = self.base(module.EXPERTS, num_batches, batch_size, lead, unit, parts)
+                        base = base.model_copy(update={"rolling": rolling})
                         for cpu_batches in self.cpu_batches(module, num_batches):
                             yield base.model_copy(update={"cpu_batches": cpu_batches})
 
-    def batch_counts(self, sequences: int) -> list[int]:
-        """Batches of a group: few large ones cost least, more of them overlap KV and bound workspace."""
+    def batch_counts(self, sequences: int, rolling: bool = False) -> list[int]:
+        """Batches of a group: few large ones cost least, more of them overlap KV and bound workspace; in rolling order one of each age
+        at least."""
         request = self.request
         if request.num_batches:
             return [request.num_batches]
         if request.batch_size:
             return [max(1, sequences // request.batch_size)]
+        if rolling:
+            return [n for n in (2, 4, 8, 16, 32) if sequences // n >= (1 if n == 2 else 8)]
         return [n for n in (1, 2, 4, 8, 16) if n == 1 or sequences // n >= 8]
+
+    def ages(self, num_batches: int) -> list[int]:
+        """Sub-groups of different age, as many as there are batches or half as many, that divide the life of a sequence about evenly."""
+        gen_len = self.request.workload.gen_len
+        fitting = [a for a in range(2, min(num_batches, gen_len) + 1) if num_batches % a == 0]
+        return [a for a in fitting[-2:] if a * -(-gen_len // a) <= UNEVEN * gen_len]
 
     def cpu_batches(self, module: ModuleType, num_batches: int) -> list[int]:
         """Batches whose decode attention the CPU computes: the shares that the policy may choose from."""
@@ -171,7 +187,7 @@ class Candidates:
     def bare(self, name: str, d: Decision, num_batches: int) -> Decision:
         """The sizes of a decision, in so many batches, with nothing resident."""
         base = self.base(policy(name).EXPERTS, num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups)
-        kept = {size: getattr(d, size) for size in ("attention_batch", "decode_batch", "expert_rows")}
+        kept = {size: getattr(d, size) for size in ("attention_batch", "decode_batch", "expert_rows", "rolling")}
         shared = 0 if policy(name).EXPERTS == "solved" else min(d.cpu_batches, num_batches)
         return base.model_copy(update={**kept, "cpu_batches": shared})
 
@@ -187,6 +203,8 @@ class Candidates:
                 size = -(-d.sequences // num_batches)
                 small = {part: min(getattr(base, part), size) for part in ("attention_batch", "decode_batch")}
                 parts = min(base.prefill_groups, num_batches)
+                if base.rolling and (parts < 2 or num_batches % parts):
+                    continue
                 shape = {"num_batches": num_batches, "batch_size": size, "prefill_groups": parts, **small}
                 if num_batches * size <= self.most_sequences:
                     yield base.model_copy(update=shape)
@@ -203,6 +221,8 @@ def micro_batches(d: Decision) -> Iterator[Decision]:
         "decode_batch": (1, d.batch_size),
         "expert_rows": (min(LEAST_ROWS, d.expert_rows), d.expert_rows),
     }
+    if d.rolling:  # its sub-groups are a matter of order, not of memory
+        del limits["prefill_groups"]
     for size, (least, most) in limits.items():
         now = getattr(d, size)
         for other in {max(least, -(-now // 2)), min(most, 2 * now)} - {now}:
@@ -211,7 +231,7 @@ def micro_batches(d: Decision) -> Iterator[Decision]:
 
 def shape_of(d: Decision) -> tuple[int, ...]:
     """What two decisions must share to be the same candidate."""
-    return d.num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups
+    return d.num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups, d.rolling
 
 
 def largest(limit: int, fits: Callable[[int], bool]) -> int:

@@ -7,7 +7,7 @@ bytes, one that is bound after it the bytes of the experts that are expected to 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from klotski_compiler.hardware import Hardware, Processor, matmul_us
@@ -33,6 +33,10 @@ class Shape:
 
     tokens: new tokens per sequence and pass. first_context, last_context: positions that attention sees in the first and the
     last pass. attention_batch: sequences of one attention call.
+
+    In rolling order batches differ in age: ``cohort`` of them are equally old (0: all), the next ones ``stride`` passes older.
+    While the first cohort brings its prompts the others bring one token each, ``decode_batch`` sequences per attention call. At
+    the beginning of a workload the oldest batches are missing, at its end the youngest: ``not_yet`` and ``no_more`` so many.
     """
 
     name: str
@@ -43,20 +47,57 @@ class Shape:
     first_context: int
     last_context: int
     attention_batch: int
+    cohort: int = 0
+    stride: int = 0
+    decode_batch: int = 0
+    not_yet: int = 0
+    no_more: int = 0
 
     @property
     def decoding(self) -> bool:
-        """Whether this is decode: the phase in which a CPU may help a GPU."""
+        """Whether all batches decode: then a CPU may help a GPU with experts, too."""
         return self.name.startswith("decode")
+
+    @property
+    def fresh(self) -> int:
+        """Batches, the first ones, that bring ``tokens`` tokens per sequence; the others bring one."""
+        return self.cohort if self.cohort and not self.decoding else self.batches
+
+    @property
+    def ages(self) -> range:
+        """One batch of each age, youngest first; there are ``batches / len(ages)`` of each."""
+        return range(0, self.batches, self.cohort or self.batches or 1)
+
+    def decodes(self, batch: int) -> bool:
+        """Whether a batch decodes: reads what is cached of its sequences for one new token of each."""
+        return self.decoding or batch >= self.fresh
+
+    def tokens_of(self, batch: int) -> int:
+        """New tokens of each sequence of a batch."""
+        return self.tokens if batch < self.fresh else 1
+
+    def context_of(self, batch: int, context: float) -> float:
+        """Positions that attention to a batch sees when the youngest sees ``context``."""
+        return context + (batch // self.cohort * self.stride if self.cohort else 0)
+
+    def with_ages(self, ages: range) -> Shape:
+        """The phase when only some ages are there."""
+        return replace(self, no_more=self.cohort * ages.start, not_yet=self.batches - self.cohort * ages.stop)
+
+    def has(self, batch: int) -> bool:
+        """Whether a batch is there."""
+        return self.no_more <= batch < self.batches - self.not_yet
 
     @property
     def sequences(self) -> int:
         """Sequences of one pass."""
-        return self.batches * self.batch_size
+        return (self.batches - self.not_yet - self.no_more) * self.batch_size
 
     def scope_tokens(self, batch: int) -> int:
-        """Tokens that one op works on: of one batch, or of ALL batches."""
-        return (self.batches if batch == ALL else 1) * self.batch_size * self.tokens
+        """Tokens that one op works on: of one batch, or of ALL batches that are there."""
+        if batch != ALL:
+            return self.batch_size * self.tokens_of(batch)
+        return self.sequences + self.batch_size * (self.tokens - 1) * max(0, self.fresh - self.no_more)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,15 +218,21 @@ class Cost:
             tokens * (self.spec.hidden_size + heads_width)
         )
 
-    def attention_us(self, layer: Layer, shape: Shape, context: float) -> float:
+    def attention_us(self, layer: Layer, shape: Shape, context: float, batch: int = 0) -> float:
         """One batch through attention: projections, then keys and values of ``context`` positions (decode) or all pairs."""
-        calls = -(-shape.batch_size // shape.attention_batch)
-        tokens = shape.batch_size / calls * shape.tokens
+        tokens_each, context = shape.tokens_of(batch), shape.context_of(batch, context)
+        calls = -(-shape.batch_size // (shape.attention_batch if batch < shape.fresh else shape.decode_batch))
+        tokens = shape.batch_size / calls * tokens_each
         fixed = self.processor.attention_op_us + self.projections_us(layer, tokens)
-        if shape.tokens == 1:
+        if tokens_each == 1:
             return calls * (fixed + self.attend_us(layer, shape.batch_size / calls, context, self.processor))
         flops = tokens * context * layer.attention_flops
         return calls * (fixed + 1e6 * flops / self.processor.prefill_attention_flops_per_s)
+
+    def attentions_us(self, layer: Layer, shape: Shape, context: float) -> float:
+        """All batches through attention."""
+        each = [self.attention_us(layer, shape, context, batch) for batch in shape.ages]
+        return shape.batches / len(each) * sum(each)
 
     def project_us(self, layer: Layer, shape: Shape) -> float:
         """The first part of a block whose keys and values the CPU reads: norm, queries, keys and values of the new tokens."""
@@ -244,18 +291,22 @@ class Cost:
 
     def op_us(self, op: Op, tensors: list[Tensor], shape: Shape, context: float, late: dict[int, list[int]]) -> float:
         """Expected time of an op at ``context`` cached positions. ``late[layer]``: the experts that picks range over,
-        most popular first, so that pick r is priced as the r-th of them."""
+        most popular first, so that pick r is priced as the r-th of them. What is for a batch that is not there takes no time."""
         match op:
             case Load() | Store():
+                first = tensors[op.tensors[0]]
+                if first.kind in ("kv", "query") and not shape.has(first.index):
+                    return 0.0
                 nbytes = self.moved_bytes(op, tensors, shape, context, late)
-                if tensors[op.tensors[0]].kind == "kv":
+                if first.kind == "kv":
                     return self.kv_us(op.link, nbytes)
                 binding = LOAD_OPS * self.processor.op_us if op.link == "disk>host" and nbytes > 0 else 0.0
                 return self.transfer_us(op.link, nbytes) + binding
             case Bind():
                 return BIND_OPS * self.processor.op_us
             case Compute():
-                return self._compute_us(op, tensors, shape, context, late)
+                there = op.batch == ALL or shape.has(op.batch)
+                return self._compute_us(op, tensors, shape, context, late) if there else 0.0
 
     def moved_bytes(
         self, op: Load | Store, tensors: list[Tensor], shape: Shape, context: float, late: dict[int, list[int]]
@@ -263,10 +314,11 @@ class Cost:
         """Bytes that a load or store is expected to move: KV up to the current position, late experts if touched."""
         total = 0.0
         for tensor in (tensors[t] for t in op.tensors):
+            if tensor.kind in ("kv", "query") and not shape.has(tensor.index):
+                continue
             if tensor.kind == "kv":
-                positions = (
-                    context - shape.tokens if isinstance(op, Load) else shape.tokens
-                )  # what is cached, what is new
+                new = shape.tokens_of(tensor.index)
+                positions = shape.context_of(tensor.index, context) - new if isinstance(op, Load) else new
                 total += shape.batch_size * positions * self.spec.layers[tensor.layer].kv_elements * self.compute_bytes
             elif tensor.kind == "query" and isinstance(op, Load):
                 total += shape.batch_size * max(x.attention_flops for x in self.spec.layers) // 4 * self.compute_bytes
@@ -284,11 +336,12 @@ class Cost:
         fixed = processor.op_us
         match op.fn:
             case "attention":
-                return self.attention_us(self.spec.layers[op.layer], shape, context)
+                return self.attention_us(self.spec.layers[op.layer], shape, context, op.batch)
             case "project":
                 return self.project_us(self.spec.layers[op.layer], shape)
             case "attend":
-                return fixed + self.attend_us(self.spec.layers[op.layer], shape.batch_size, context, processor)
+                seen = shape.context_of(op.batch, context)
+                return fixed + self.attend_us(self.spec.layers[op.layer], shape.batch_size, seen, processor)
             case "output":
                 return self.output_us(self.spec.layers[op.layer], shape)
             case "add":
@@ -310,6 +363,12 @@ class Cost:
             case "embed":
                 return fixed + self.embed_us(tokens, bool(op.tensors))
         return fixed
+
+    def routers_us(self, layer: Layer, shape: Shape) -> float:
+        """All batches through router and shared expert, or through the dense MLP."""
+        one = self.router_us if layer.expert else self.dense_us
+        fresh, aged = one(layer, shape.scope_tokens(0)), one(layer, shape.batch_size)
+        return shape.fresh * fresh + (shape.batches - shape.fresh) * aged
 
     def router_us(self, layer: Layer, tokens: int) -> float:
         """Gate, then the shared expert (part of the same op)."""

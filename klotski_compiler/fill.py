@@ -14,7 +14,7 @@ from klotski_compiler.errors import Infeasible
 from klotski_compiler.milp.solve import residency
 from klotski_compiler.model import Module
 from klotski_compiler.pipeline import LOAD_BYTES, lower, shapes
-from klotski_compiler.plan import PAGE_BYTES, Decision, LayerDecision, Workload, align_up
+from klotski_compiler.plan import ALL, PAGE_BYTES, Decision, LayerDecision, Workload, align_up
 from klotski_compiler.policies import OURS, policy
 from klotski_compiler.tensors import MODULES, kv_bytes, query_bytes, state_bytes
 from klotski_compiler.workspace import spill_bytes, workspace
@@ -125,7 +125,7 @@ class Fills(Candidates):
                 states += base.cpu_batches * align_up(query_bytes(spec, base.batch_size, self.request.dtype))
             if tier == self.tier:
                 states += max(
-                    align_up(state_bytes(spec, s.sequences * s.tokens, self.request.dtype))
+                    align_up(state_bytes(spec, s.scope_tokens(ALL), self.request.dtype))
                     for s in shapes(base, workload)
                 )
             free[tier] = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from klotski_compiler.cost import Cost, Shape
@@ -13,6 +13,7 @@ from klotski_compiler.passes.depend import cells_of, depend
 from klotski_compiler.passes.slots import Placed, Pool, slots
 from klotski_compiler.passes.waits import waits
 from klotski_compiler.plan import (
+    ALL,
     Bind,
     Compute,
     Decision,
@@ -30,7 +31,7 @@ from klotski_compiler.plan import (
 )
 from klotski_compiler.policies import policy
 from klotski_compiler.program import Evict, Program
-from klotski_compiler.simulate import PhaseTimes, simulate
+from klotski_compiler.simulate import PhaseTimes, Rounds, rolled, simulate
 from klotski_compiler.tensors import TensorTable
 from klotski_compiler.workspace import workspace
 
@@ -69,16 +70,34 @@ class Lowered:
         return sum(phase.times.total_us for name, phase in self.phases.items() if name != "load")
 
     @property
+    def slowest_us(self) -> float:
+        """The longest pass in which sequences decode."""
+        phases = [p for p in self.phases.values() if p.shape.batches and p.shape.decodes(p.shape.batches - 1)]
+        return max((p.times.pass_us for p in phases), default=0.0)
+
+    @property
     def load_us(self) -> float:
         """Loading what is resident."""
         return self.phases["load"].times.total_us
 
 
 def shapes(decision: Decision, workload: Workload) -> tuple[Shape, Shape]:
-    """Prefill (one pass per sub-group) and decode (one pass per further token; prefill yields the first)."""
+    """Prefill (one pass per sub-group) and decode (one pass per further token; prefill yields the first); in rolling order one pass
+    in which a sub-group joins, and those until the next one does."""
     prompt, batch = workload.prompt_len, decision.batch_size
     last = prompt + workload.gen_len - 1
     parts = decision.prefill_groups
+    if decision.rolling:
+        stride = decision.stride(workload.gen_len)
+        whole = Shape(
+            "prefill", 1, decision.num_batches, batch, prompt, prompt, prompt, decision.attention_batch,
+            decision.part_batches, stride, decision.decode_batch,
+        )  # fmt: skip
+        between = replace(
+            whole, name="decode", passes=stride - 1, tokens=1, first_context=prompt + 1, last_context=prompt + stride - 1,
+            attention_batch=decision.decode_batch,
+        )  # fmt: skip
+        return whole, between
     prefill = Shape(
         "prefill", parts, -(-decision.num_batches // parts), batch, prompt, prompt, prompt, decision.attention_batch
     )
@@ -109,16 +128,17 @@ def lower(
         out.phases["load"] = _rough_load(cost, table, load_shape, loads)
     else:
         out.phases["load"] = _phase(cost, table, load_shape, loads, fixed, arena, out)
+    rounds = Rounds(decision.cohorts(workload.num_sequences), decision.prefill_groups) if decision.rolling else None
     for shape in shapes(decision, workload):
         if shape.passes == 0:
             continue
         program = Program(cost, table, shape)
         policy(policy_name).build(program)
         out.phases[shape.name] = _phase(
-            cost, table, shape, program.finish(), fixed, arena, out, program.late, dump_after, quick
+            cost, table, shape, program.finish(), fixed, arena, out, program.late, dump_after, quick, rounds
         )
     out.slots = arena.slots
-    out.groups = -(-workload.num_sequences // decision.sequences)
+    out.groups = 1 if decision.rolling else decision.rounds(workload.num_sequences)
     for tier in sorted({slot.tier for slot in arena.slots} | set(out.workspace)):
         end = max((s.offset + s.nbytes for s in arena.slots if s.tier == tier), default=0)
         out.peak_bytes[tier] = end + sum(out.workspace.get(tier, {}).values())
@@ -228,58 +248,120 @@ def _phase(
     late: dict[int, list[int]] | None = None,
     dump_after: str = "",
     quick: bool = False,
+    rounds: Rounds | None = None,
 ) -> LoweredPhase:
-    states = [table.state(shape.name, shape.sequences * shape.tokens)] if shape.tokens else []
+    states = [table.state(shape.name, shape.scope_tokens(ALL))] if shape.tokens else []
     exchanged = _exchanged(table, shape)
-    place = len(arena.slots)
-    kept = fixed | {(tier, tensor.id): place + i for i, (tier, tensor) in enumerate(exchanged)}
+    first = len(arena.slots)
+    kept = fixed | {(tier, tensor.id): first + i for i, (tier, tensor) in enumerate(exchanged)}
     processors = {name: processor.tier for name, processor in cost.hardware.processors.items()}
-    ops, pools = slots(entries, table.all, kept, processors, place + len(exchanged))
-    renumbered = _renumber(ops, pools, place + len(exchanged))
+    ops, pools = slots(entries, table.all, kept, processors, first + len(exchanged))
+    renumbered = _renumber(ops, pools, first + len(exchanged))
     placed = arena.phase(exchanged, pools, states, cost.hardware.compute_tier)
-    cells = [cells_of(p, table.all, shape.batches) for p in renumbered]
-    after = waits(renumbered, depend(renumbered, cells, shape.passes))
+    # With no pass between the rounds these follow one another as passes of one phase, in which KV changes hands.
+    place = table.decision.place if rounds and shape.stride == 1 else None
+    replays = rounds.count if rounds and place else shape.passes
+    homes = {slot: table.all[tensor] for (_, tensor), slot in fixed.items() if table.all[tensor].kind == "kv"}
+    cells = [cells_of(p, table.all, shape.batches, homes) for p in renumbered]
+    after = waits(renumbered, depend(renumbered, cells, replays, place))
     steps = [Step(p.op, p.slots, p.sources, w, 0, 0) for p, w in zip(renumbered, after, strict=True)]
-    first = [cost.op_us(s.op, table.all, shape, shape.first_context, late or {}) for s in steps]
-    growth = {
-        n: cost.op_us(s.op, table.all, shape, shape.last_context, late or {}) - first[n]
-        for n, s in enumerate(steps)
-        if shape.last_context > shape.first_context and _grows(s.op, table.all)
-    }
-
-    def durations(at: float) -> list[float]:
-        now = list(first)
-        for n, more in growth.items():
-            now[n] += at * more
-        return now
-
-    times = simulate(steps, shape.passes, cost.processor_name, durations, quick)
+    prices = _Prices(cost, table.all, shape, steps, late or {}, rounds)
+    times = prices.timed(quick)
     if slower := cost.sharing(
         {stream: busy / times.total_us for stream, busy in times.busy_us.items() if times.total_us}
     ):
-        scale = [slower.get(s.op.stream, 1.0) for s in steps]
-        first = [us * by for us, by in zip(first, scale, strict=True)]
-        growth = {n: more * scale[n] for n, more in growth.items()}
-        times = simulate(steps, shape.passes, cost.processor_name, durations, quick)
+        prices.slower = slower
+        times = prices.timed(quick)
     steps = [s._replace(start_us=round(a), end_us=round(b)) for s, (a, b) in zip(steps, times.steps, strict=True)]
-    moved = Counter[str]()
-    middle = (shape.first_context + shape.last_context) / 2
-    for step in steps:
-        if isinstance(step.op, Load | Store):
-            nbytes = cost.moved_bytes(step.op, table.all, shape, middle, late or {})
-            moved[step.op.link] += round(nbytes * shape.passes)
     if dump_after:
         out.dumps[shape.name] = _dump(dump_after, entries, steps, [t.name for t in table.all])
-    chain = 0.0 if quick else critical_us(cells, durations(0.5))
+    chain = 0.0 if quick else critical_us(cells, prices.middle())
     repeats = shape.passes if shape.name == "decode" else 1  # sub-groups of prefill do not depend on one another
-    return LoweredPhase(shape, steps, times, placed, chain * repeats, moved)
+    return LoweredPhase(replace(shape, passes=replays), steps, times, placed, chain * repeats, prices.moved_bytes())
+
+
+class _Prices:
+    """Times of a phase's ops, by the position or, in rolling order, by the round of the workload. slower: how many times as long
+    ops take on each stream."""
+
+    def __init__(
+        self,
+        cost: Cost,
+        tensors: list[Tensor],
+        shape: Shape,
+        steps: Sequence[Step],
+        late: dict[int, list[int]],
+        rounds: Rounds | None,
+    ) -> None:
+        self.cost, self.tensors, self.shape, self.steps, self.late = cost, tensors, shape, steps, late
+        self.rounds = rounds
+        self.slower: dict[str, float] = {}
+        self._rounds: dict[int, list[float]] = {}
+        self._context = (shape.first_context + shape.last_context) / 2
+        if rounds:
+            return
+        self._first = self._priced(shape, shape.first_context)
+        grows = shape.last_context > shape.first_context
+        growing = [n for n, s in enumerate(steps) if grows and _grows(s.op, tensors)]
+        self._growth = {n: self._op_us(steps[n].op, shape, shape.last_context) - self._first[n] for n in growing}
+
+    def timed(self, quick: bool) -> PhaseTimes:
+        """All passes of the phase: of one group or, in rolling order, of the workload."""
+        processor = self.cost.processor_name
+        if self.rounds:
+            passes = 0 if self.shape.stride == 1 else self.shape.passes
+            return rolled(self.steps, self.rounds, passes, processor, self.in_round, quick)
+        return simulate(self.steps, self.shape.passes, processor, self.at, quick)
+
+    def at(self, position: float) -> list[float]:
+        """Op times that far on the way from the first to the last pass."""
+        now = list(self._first)
+        for n, more in self._growth.items():
+            now[n] += position * more
+        return self._slowed(now)
+
+    def in_round(self, k: int) -> list[float]:
+        """Op times in the middle of round k."""
+        assert self.rounds
+        if k not in self._rounds:
+            self._rounds[k] = self._priced(self.shape.with_ages(self.rounds.there(k)), self._context)
+        return self._slowed(self._rounds[k])
+
+    def middle(self) -> list[float]:
+        """Op times that stand for all."""
+        return self.in_round(self.rounds.full) if self.rounds else self.at(0.5)
+
+    def moved_bytes(self) -> Counter[str]:
+        """What crosses each link in all passes."""
+        shapes = {self.shape: float(self.shape.passes)}
+        if self.rounds:
+            weights = self.rounds.weights(self.rounds.samples(True))
+            shapes = {self.shape.with_ages(self.rounds.there(k)): n * self.shape.passes for k, n in weights.items()}
+        moved = Counter[str]()
+        for step in self.steps:
+            if isinstance(op := step.op, Load | Store):
+                each = (n * self.cost.moved_bytes(op, self.tensors, s, self._context, self.late) for s, n in shapes.items())
+                moved[op.link] += round(sum(each))
+        return moved
+
+    def _slowed(self, times: list[float]) -> list[float]:
+        if not self.slower:
+            return times
+        return [us * self.slower.get(step.op.stream, 1.0) for us, step in zip(times, self.steps, strict=True)]
+
+    def _priced(self, shape: Shape, context: float) -> list[float]:
+        return [self._op_us(step.op, shape, context) for step in self.steps]
+
+    def _op_us(self, op: Op, shape: Shape, context: float) -> float:
+        return self.cost.op_us(op, self.tensors, shape, context, self.late)
 
 
 def _exchanged(table: TensorTable, shape: Shape) -> list[tuple[str, Tensor]]:
     """What GPU and CPU exchange in this phase, by tier: the hidden states themselves are what is sent as rows."""
-    if not shape.decoding:
+    if not shape.decodes(shape.batches - 1):
         return []
-    chosen = [table.all[number] for number in table.exchanged]
+    kinds = ("query", "rows", "sums") if shape.decoding else ("query",)
+    chosen = [t for t in (table.all[number] for number in table.exchanged) if t.kind in kinds]
     return [(tier, t) for tier in ("gpu", "host") for t in chosen if tier == "host" or t.kind != "rows"]
 
 

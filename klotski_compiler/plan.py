@@ -23,7 +23,7 @@ from klotski_compiler.errors import PlanError
 if TYPE_CHECKING:
     import networkx
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 PAGE_BYTES = 4096
 ALL = -1  # the batch of an op that covers the whole group
 CPU = "cpu"  # the processor of host memory, and its stream
@@ -274,10 +274,12 @@ class Decision(_Record):
     """The numbers that a policy needs.
 
     lead: experts that may be in flight or waiting (slots) at once. unit: experts per load. head_pages: loads of the head (0:
-    resident). prefill_groups: sub-groups that prefill runs in, each re-reading the weights. attention_batch, decode_batch:
-    sequences whose attention runs at once in prefill and in decode. expert_rows: tokens per matmul of an expert, router or
-    dense MLP at most. cpu_batches: batches, the last ones, whose decode attention the CPU computes where the KV lives. hot:
-    experts per layer that are prefetched before the router speaks. embedding: whether its rows are resident.
+    resident). prefill_groups: sub-groups that prefill runs in, each re-reading the weights. rolling: whether they join one after
+    another, at equal distances over the life of a sequence, each in a pass in which the others decode, rather than all before the
+    first decode pass. attention_batch, decode_batch: sequences whose attention runs at once in prefill and in decode. expert_rows:
+    tokens per matmul of an expert, router or dense MLP at most. cpu_batches: batches, the last ones, whose decode attention the
+    CPU computes where the KV lives. hot: experts per layer that are prefetched before the router speaks. embedding: whether its
+    rows are resident.
     """
 
     num_batches: int
@@ -292,7 +294,32 @@ class Decision(_Record):
     cpu_batches: int = 0
     hot: int
     embedding: bool
+    rolling: bool = False
     layers: tuple[LayerDecision, ...]
+
+    def stride(self, gen_len: int) -> int:
+        """Passes from one sub-group's joining to the next one's, in rolling order; a sequence lives for ``gen_len`` of them."""
+        return -(-gen_len // self.prefill_groups)
+
+    def rounds(self, num_sequences: int) -> int:
+        """How often prefill and decode follow one another in a workload: once per group or, in rolling order, once per sub-group
+        that joins, and then until the last one is done."""
+        if not self.rolling:
+            return -(-num_sequences // self.sequences)
+        return self.cohorts(num_sequences) + self.prefill_groups - 1
+
+    def cohorts(self, num_sequences: int) -> int:
+        """Sub-groups of prefill that a workload takes."""
+        return -(-num_sequences // (self.part_batches * self.batch_size))
+
+    def place(self, batch: int, round_: int) -> int:
+        """The batch in whose place, in memory or on disk, the KV of a batch is in a round. In rolling order what is a sub-group's in
+        one round is the next older one's in the next, and the oldest one's place the newcomer's (as in a file of rotating
+        registers)."""
+        if not self.rolling:
+            return batch
+        age, number = divmod(batch, self.part_batches)
+        return (round_ - age) % self.prefill_groups * self.part_batches + number
 
     @property
     def part_batches(self) -> int:

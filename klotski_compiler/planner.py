@@ -12,7 +12,7 @@ from klotski_compiler.errors import Infeasible
 from klotski_compiler.explain import explained
 from klotski_compiler.garbage import uncollected
 from klotski_compiler.plan import Candidate, Plan
-from klotski_compiler.policies import POLICIES
+from klotski_compiler.policies import OURS, POLICIES
 from klotski_compiler.record import record
 from klotski_compiler.search import Best, Rated, Request, Search
 from klotski_compiler.verify import verify
@@ -57,7 +57,7 @@ def _side_by_side(search: Search, names: Sequence[str]) -> Iterator[tuple[str, l
     if workers < 2 or not search.is_large:
         yield from ((name, _timed(search, name)) for name in names)
         return
-    search.sizes()  # their bounds, once for all processes
+    search.sizes(OURS)  # their bounds, once for all processes
     with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
         for name, (found, truncated) in zip(names, pool.map(partial(_apart, search), names), strict=True):
             search.truncated |= truncated

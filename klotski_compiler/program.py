@@ -36,11 +36,12 @@ class Program:
         self.compute_tier, self.processor = cost.hardware.compute_tier, cost.processor_name
         # Prefill is the GPU's alone: prompts keep it busy, and the CPU has nothing to read yet.
         self._helped = shape.decoding and cost.cpu_helps
+        self._cpu_attends = cost.cpu_helps and shape.decodes(shape.batches - 1)
         self.entries: list[Op | Evict] = []
         self.late = {number: list(chosen.late) for number, chosen in enumerate(self.decision.layers)}
         self._resident = frozenset(table.resident)
         self.returning = "host>gpu"  # the stream on which what the CPU computed comes back
-        self._attended = [frozenset(self.decision.attended(layer)) for layer in self.layers] if self._helped else []
+        self._attended = [frozenset(self.decision.attended(layer)) for layer in self.layers] if self._cpu_attends else []
         self._staged: deque[tuple[int, ...]] = deque()
         self._given_up: set[int] = set()
         self._sent: set[tuple[int, int]] = set()
@@ -105,14 +106,15 @@ class Program:
         return len(chosen.late) - (chosen.cpu_picks if self._helped else 0)
 
     def on_cpu(self, layer: int, batch: int) -> bool:
-        """Whether the CPU attends to this batch: in decode, where its KV lives in host memory."""
-        return self._helped and batch in self._attended[layer]
+        """Whether the CPU attends to this batch: when it decodes, where its KV lives in host memory."""
+        return self._cpu_attends and self.shape.decodes(batch) and batch in self._attended[layer]
 
     def sent_batches(self, layer: int) -> list[int]:
-        """Batches whose keys and values the link brings in decode: they live elsewhere, and the CPU does not attend to them."""
+        """Batches that decode, and whose keys and values the link brings: they live elsewhere, and the CPU does not attend to them."""
         if layer not in self._sent_batches:
-            moving = [batch for batch in self.batches if self._kv(layer, batch) and not self.on_cpu(layer, batch)]
-            self._sent_batches[layer] = moving if self.shape.decoding else []
+            decode = filter(self.shape.decodes, self.batches)
+            moving = [batch for batch in decode if self._kv(layer, batch) and not self.on_cpu(layer, batch)]
+            self._sent_batches[layer] = moving
         return self._sent_batches[layer]
 
     def is_moe(self, layer: int) -> bool:
@@ -121,7 +123,7 @@ class Program:
 
     def expected_arrivals(self, layer: int, batches: int) -> int:
         """How many late experts the first ``batches`` batches touch, nearly surely (paper: each request is sent at once)."""
-        tokens = batches * self.shape.batch_size * self.shape.tokens
+        tokens = sum(self.shape.scope_tokens(batch) for batch in range(batches))
         touched = self.cost.experts(layer, tokens)
         return sum(touched[e][1] > ALWAYS for e in self.late[layer])
 

@@ -13,15 +13,15 @@ from klotski_compiler.tensors import MODULES
 
 def rough_us(cost: Cost, policy: ModuleType, decision: Decision, workload: Workload) -> float:
     """The whole workload, from the first weight byte on."""
-    groups = -(-workload.num_sequences // decision.sequences)
-    return load_us(cost, decision) + groups * sum(
+    rounds = decision.rounds(workload.num_sequences)
+    return load_us(cost, decision) + rounds * sum(
         shape.passes * _pass_us(cost, policy, decision, shape) for shape in shapes(decision, workload) if shape.passes
     )
 
 
 def busiest_us(cost: Cost, decision: Decision, workload: Workload) -> float:
     """The whole workload as the work of each phase's busiest stream in all layers together: about what no schedule takes less than."""
-    groups = -(-workload.num_sequences // decision.sequences)
+    groups = decision.cohorts(workload.num_sequences) if decision.rolling else decision.rounds(workload.num_sequences)
     total = load_us(cost, decision)
     for shape in shapes(decision, workload):
         work = Counter[str]()
@@ -68,28 +68,27 @@ def layer_work(cost: Cost, decision: Decision, number: int, chosen: LayerDecisio
     hardware, layer = cost.hardware, cost.spec.layers[number]
     on_gpu, (link, back) = hardware.compute_tier == "gpu", cost.links
     helped = cost.cpu_helps and shape.decoding
-    tokens, batch_tokens = shape.scope_tokens(ALL), shape.scope_tokens(0)
+    tokens, tier = shape.scope_tokens(ALL), hardware.compute_tier
     position = shape.batch_size * layer.kv_elements * cost.compute_bytes
     context = (shape.first_context + shape.last_context) / 2
     work = defaultdict[str, float](float)
     for kind in MODULES:
         if kind not in chosen.resident and (module := getattr(layer, kind)):
             work[link] += cost.transfer_us(link, module.nbytes)
-    away = len(decision.away(number)) * shape.batches / decision.num_batches
-    elsewhere = len(decision.attended(number)) if helped else 0
-    work[cost.processor_name] += shape.batches * cost.attention_us(layer, shape, context)
-    if elsewhere:
-        cpu = hardware.processors[CPU]
-        work[CPU] += elsewhere * cost.attend_us(layer, shape.batch_size, context, cpu)
-        work[cost.processor_name] -= elsewhere * cost.attend_us(layer, shape.batch_size, context, cost.processor)
-    if chosen.kv != hardware.compute_tier:
-        read = (away - elsewhere) * cost.kv_us(link, position * context) if shape.tokens == 1 else 0.0
-        work[link] += read
-        work[back] += away * cost.kv_us(back, position * shape.tokens)
+    work[cost.processor_name] += cost.attentions_us(layer, shape, context) + cost.routers_us(layer, shape)
+    attended = frozenset(decision.attended(number)) if cost.cpu_helps else frozenset[int]()
+    for batch in decision.away(number) if chosen.kv != tier else ():
+        if batch not in range(shape.batches):
+            continue
+        seen = shape.context_of(batch, context)
+        work[back] += cost.kv_us(back, position * shape.tokens_of(batch))
+        if shape.decodes(batch) and batch in attended:
+            work[CPU] += cost.attend_us(layer, shape.batch_size, seen, hardware.processors[CPU])
+            work[cost.processor_name] -= cost.attend_us(layer, shape.batch_size, seen, cost.processor)
+        elif shape.decodes(batch):
+            work[link] += cost.kv_us(link, position * seen)
     if layer.expert is None:
-        work[cost.processor_name] += shape.batches * cost.dense_us(layer, batch_tokens)
         return work
-    work[cost.processor_name] += shape.batches * cost.router_us(layer, batch_tokens)
     touched = cost.experts(number, tokens)
     whole = cost.transfer_us(link, layer.expert.nbytes * decision.unit) / decision.unit
     loaded = len(chosen.late) - (chosen.cpu_picks if helped else 0)

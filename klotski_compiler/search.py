@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import count
+from itertools import count, product
 from math import inf
 
 from klotski_compiler.bounds import Relaxation
@@ -67,7 +67,7 @@ class Search(Fills):
         """The clock of --time-limit starts."""
         super().__init__(request)
         self.deadline = time.monotonic() + request.time_limit_s
-        self._least: dict[int, float] = {}
+        self._least: dict[tuple[int, bool], float] = {}
 
     def timed(self, name: str) -> list[Rated]:
         """A policy's best candidates by estimated speed. Raises Infeasible."""
@@ -96,7 +96,7 @@ class Search(Fills):
         where none fits."""
         scored, plain = list[tuple[float, Decision]](), list[tuple[float, Decision]]()
         refusals: list[Infeasible] = []
-        for bound_us, size in self.sizes():
+        for bound_us, size, rolling in self.sizes(name):
             # In order of their bounds: what follows cannot be faster than the best so far.
             if scored and bound_us > min(us for us, _ in scored) * (1 + ESTIMATE_ERROR):
                 break
@@ -104,7 +104,7 @@ class Search(Fills):
                 self.truncated = True
                 break
             fitting: list[tuple[float, Decision]] = []
-            for base in self.bases_of(name, [size]):
+            for base in self.bases_of(name, [size], rolling):
                 try:
                     fitting.append((self.score(name, base), base))
                 except Infeasible as fault:
@@ -171,18 +171,19 @@ class Search(Fills):
     # ---------------------------------------------------------------------------------------------------------- sizes
 
     @cached_property
-    def _bounds(self) -> Relaxation:
-        return Relaxation(self.cost, self.request.workload, self.request.budgets)
+    def _bounds(self) -> dict[bool, Relaxation]:
+        request = self.request
+        return {order: Relaxation(self.cost, request.workload, request.budgets, order) for order in (False, True)}
 
-    def sizes(self) -> list[tuple[float, int]]:
-        """Sequences per group with the least time that any schedule in such groups takes, most promising first."""
+    def sizes(self, name: str) -> list[tuple[float, int, bool]]:
+        """Sequences per group and whether in rolling order, with the least time that any such schedule takes, most promising first."""
         total, found = self.request.workload.num_sequences, []
-        for size in self.group_sizes():
+        for size, rolling in product(self.group_sizes(), self.orders(name)):
             groups = -(-total // size)
-            if size not in self._least:
-                self._least[size] = self._bounds.least_us(groups, groups)
-            found.append((self._least[size], size))
-        return sorted(found, key=lambda entry: (entry[0], -entry[1]))
+            if (size, rolling) not in self._least:
+                self._least[size, rolling] = self._bounds[rolling].least_us(groups, groups)
+            found.append((self._least[size, rolling], size, rolling))
+        return sorted(found, key=lambda entry: (entry[0], -entry[1], entry[2]))
 
     def score(self, name: str, base: Decision) -> float:
         """About how many microseconds the workload takes with the best residency, by which the sizes of one policy compare. Raises
@@ -255,8 +256,7 @@ class Search(Fills):
             for phase in more.phases
             if phase != "load"
         }
-        decode = more.phases.get("decode")
-        if decode and self._late(grown["decode"] / decode.shape.passes):
+        if self._late(few.slowest_us + (len(moe) / sampled - 1) * (more.slowest_us - few.slowest_us)):
             return 0.0
         extrapolated = load_us(self.cost, decision) + more.groups * sum(grown.values())
         # What is rare among the layers a sample may miss, but not the work that it is; that is rounded here and there, too.
@@ -276,13 +276,13 @@ class Search(Fills):
                 break
             reserve.update({tier: nbytes + tries * more for tier, nbytes in over.items()})
             decision = self.filled(name, base, rated.kind, reserve) or self.fill(name, base, reserve)
-        if (decode := lowered.phases.get("decode")) and self._late(decode.times.pass_us):
+        if self._late(lowered.slowest_us):
             raise self._too_slow()
         return lowered, decision
 
     def rate(self, lowered: Lowered) -> float:
         """Generated tokens per second of a whole schedule, from the first weight byte on; 0 beyond the latency ceiling."""
-        if (decode := lowered.phases.get("decode")) and self._late(decode.times.pass_us):
+        if self._late(lowered.slowest_us):
             return 0.0
         return self._rate(lowered.load_us + lowered.groups * lowered.group_us)
 

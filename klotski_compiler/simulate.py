@@ -6,8 +6,9 @@ Without shared bandwidth, FIFO streams and backward waits make the clock recurre
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from klotski_compiler.execute import execute
 from klotski_compiler.plan import Bind, Compute, Step
@@ -102,6 +103,70 @@ def simulate(
         for name, value in run.bubble_us.items():
             bubble[name] += value * weight  # type: ignore[assignment]
     return PhaseTimes(sum(weight * run.total_us for weight, run in runs), middle.pass_us, middle.steps, busy, bubble)
+
+
+def rolled(
+    steps: Sequence[Step], rounds: Rounds, passes: int, compute: str, durations: Callable[[int], Sequence[float]], quick: bool
+) -> PhaseTimes:
+    """Time a phase that comes once in every round of a workload, with as many batches as are there (rolling order). ``durations(k)``:
+    op times in round k. Between the rounds that are simulated, times are interpolated. ``passes`` 0: the phase is all that a round has,
+    so that one pass per round follows the other without a drain."""
+    runs = {k: _settled(steps, passes or rounds.count, compute, durations(k), quick) for k in rounds.samples(quick)}
+    total, busy, bubble = 0.0, Counter[str](), Counter[str]()
+    steady = runs[rounds.full]
+    for k, weight in rounds.weights(runs).items():
+        share = weight if passes else weight / rounds.count
+        total += weight * (runs[k].total_us if passes else runs[k].pass_us)
+        for name, value in runs[k].busy_us.items():
+            busy[name] += value * share  # type: ignore[assignment]
+        for name, value in runs[k].bubble_us.items():
+            bubble[name] += value * share  # type: ignore[assignment]
+    if not passes:  # what comes before the first pass and after the last
+        total += max(0.0, steady.total_us - rounds.count * steady.pass_us)
+    return PhaseTimes(total, steady.pass_us, steady.steps, busy, bubble)
+
+
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """The rounds of a workload in rolling order: in round k the k-th cohort joins; ``ages`` of them are there at most.
+
+    cohorts: of the whole workload.
+    """
+
+    cohorts: int
+    ages: int
+
+    @property
+    def count(self) -> int:
+        """Until the last cohort is done."""
+        return self.cohorts + self.ages - 1
+
+    @property
+    def full(self) -> int:
+        """A round in which a cohort joins and as many are there as ever do while one joins."""
+        return self.cohorts - 1
+
+    def there(self, k: int) -> range:
+        """Ages, youngest first, that are there in round k."""
+        return range(max(0, k - self.cohorts + 1), min(self.ages, k + 1))
+
+    def samples(self, quick: bool = False) -> list[int]:
+        """Rounds between which times are about linear: cohorts come one by one, then go one by one; the first without a newcomer
+        is a step."""
+        rising, last = min(self.cohorts, self.ages) - 1, self.count - 1
+        marks = {0, rising, self.full, min(self.cohorts, last), last}
+        middles = set() if quick else {rising // 2, (self.cohorts + last) // 2}
+        return sorted(marks | middles)
+
+    def weights(self, sampled: Collection[int]) -> dict[int, float]:
+        """How many rounds each sampled one stands for: every round is interpolated between the two beside it."""
+        marks = sorted(sampled)
+        found = dict.fromkeys(marks, 0.0)
+        for low, high in pairwise(marks):
+            inner = high - low - 1
+            found[low] += inner / 2
+            found[high] += inner / 2
+        return {k: weight + 1 for k, weight in found.items()}
 
 
 def _settled(

@@ -323,7 +323,7 @@ def race(plan: Plan) -> None:
     found = _by_layer(plan)
     for phase, steps in _phases(plan):
         touched = [_touched(plan, found, step) for step in steps]
-        execute(steps, min(phase.passes, UNROLLED), _Clocks(plan, phase, touched))
+        execute(steps, min(phase.passes, UNROLLED), _Clocks(plan, phase, touched, _turning(plan, found, phase)))
 
 
 def _touched(
@@ -349,11 +349,35 @@ def _touched(
     return reads, (*cells, inputs) if op.fn in OVERWRITE else cells
 
 
+def _turning(plan: Plan, found: dict[tuple[str, int], list[Tensor]], phase: Phase) -> list[dict[int, int]]:
+    """For each of the unrolled passes, the cells that are others than the ops name: in rolling order KV changes hands."""
+    if not plan.decision.rolling or phase.passes == 1 or plan.decision.stride(plan.envelope.gen_len) > 1:
+        return []
+    slots, beyond, turns = dict(plan.placed), len(plan.slots), []
+    for at in range(UNROLLED):
+        cells: dict[int, int] = {}
+        for layer in range(len(plan.decision.layers)):
+            caches = {t.index: t.id for t in found["kv", layer]}
+            for batch, tensor in caches.items():
+                there = caches[plan.decision.place(batch, at)]
+                cells[beyond + tensor] = beyond + there
+                if tensor in slots:
+                    cells[slots[tensor]] = slots[there]
+        turns.append(cells)
+    return turns
+
+
 class _Clocks:
     """A backend whose streams know, of every stream, how many ops have surely ended."""
 
-    def __init__(self, plan: Plan, phase: Phase, touched: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
-        self.plan, self.phase, self.touched = plan, phase, touched
+    def __init__(
+        self,
+        plan: Plan,
+        phase: Phase,
+        touched: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        turning: Sequence[dict[int, int]],
+    ) -> None:
+        self.plan, self.phase, self.touched, self.turning = plan, phase, touched, turning
         self.lanes = {name: _Lane(self, place, len(plan.streams)) for place, name in enumerate(plan.streams)}
         self.writer: dict[int, tuple[int, int, int]] = {}  # cell -> stream, how many ops it had issued then, op
         self.readers: dict[int, dict[int, tuple[int, int]]] = {}  # cell -> stream -> the same, since the last write
@@ -381,6 +405,9 @@ class _Lane:
         known, writer, readers = self.known, self.clocks.writer, self.clocks.readers
         issued = known[self.place] + 1
         reads, writes = self.clocks.touched[number]
+        if self.clocks.turning:
+            cells = self.clocks.turning[at]
+            reads, writes = (tuple([cells.get(cell, cell) for cell in side]) for side in (reads, writes))
         for cell in reads:
             if cell in writer and known[writer[cell][0]] < writer[cell][1]:
                 self._fault(number, cell, writer[cell][2], "reads", "written")

@@ -23,6 +23,8 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
     """Bytes by tier and purpose."""
     spec, width, rows = cost.spec, cost.compute_bytes, decision.expert_rows
     tokens = decision.sequences * workload.prompt_len // decision.prefill_groups
+    if decision.rolling:  # the others decode in the same pass
+        tokens += decision.sequences - decision.sequences // decision.prefill_groups
     hidden = spec.hidden_size
     top_k = max(layer.top_k for layer in spec.layers)
     inner = max(_inner(layer, spec) for layer in spec.layers)

@@ -157,6 +157,9 @@ def tiny_decision(
     if getattr(module_, "CPU_EXPERTS", False):
         chosen = [layer.model_copy(update={"cpu_picks": len(layer.late) // 2}) for layer in decision.layers]
         decision = decision.model_copy(update={"layers": tuple(chosen)})
+    if getattr(module_, "ROLLING", (False,)) == (True,):
+        decision = decision.model_copy(update={"rolling": True, "prefill_groups": decision.num_batches})
+        changes.pop("prefill_groups", None)
     return decision.model_copy(update=changes)
 
 

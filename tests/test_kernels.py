@@ -45,7 +45,7 @@ class Sequential:
         self.kv = {
             (layer, i): self._block(layer, batch.size, batch.queries + steps)
             for layer in range(self.skeleton.layers)
-            for i, batch in enumerate(self.group.batches)
+            for i, batch in self.group.batches.items()
         }
 
     def _block(self, layer: int, size: int, capacity: int) -> KvBlock:

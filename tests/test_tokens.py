@@ -47,6 +47,8 @@ EXPERTS = {"expert", "pick"}
 MOVED = {"static": {"expert"}, "solved": EXPERTS, "picks": {"pick"}}
 """What a policy that streams everything loads: experts by name, late-bound picks, or some of each."""
 
+ALWAYS_ROLLING = [name for name in POLICIES if getattr(policy(name), "ROLLING", (False,)) == (True,)]
+
 each_policy = pytest.mark.parametrize("policy_name", POLICIES)
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -279,7 +281,7 @@ def drawn(spec: ModelSpec, policy_name: str, rng: random.Random) -> tuple[Decisi
         )
     most, top_k = max(layer.num_experts for layer in spec.layers), max(layer.top_k for layer in spec.layers)
     num_batches = 1 if module.ONE_BATCH else rng.randint(1, 4)
-    batch_size, unit = rng.randint(1, 3), rng.randint(1, 3)
+    batch_size, unit, parts = rng.randint(1, 3), rng.randint(1, 3), rng.randint(1, num_batches)
     decision = Decision(
         num_batches=num_batches,
         batch_size=batch_size,
@@ -288,7 +290,8 @@ def drawn(spec: ModelSpec, policy_name: str, rng: random.Random) -> tuple[Decisi
         ],
         unit=unit,
         head_pages=rng.choice([0, 1, 2, 5]),
-        prefill_groups=rng.randint(1, num_batches),
+        prefill_groups=parts,
+        rolling=num_batches % parts == 0 and parts > 1 and rng.random() < 0.7,
         attention_batch=rng.randint(1, batch_size),
         decode_batch=rng.randint(1, batch_size),
         expert_rows=rng.choice([1, 7, 64]),
@@ -297,7 +300,7 @@ def drawn(spec: ModelSpec, policy_name: str, rng: random.Random) -> tuple[Decisi
         layers=tuple(layers),
     )
     prompts = PROMPTS[: decision.sequences + rng.randint(0, decision.sequences)]
-    return decision, workload(prompts, rng.choice([1, 2, 3, 9]))
+    return decision, workload(prompts, rng.choice([2, 3, 9] if decision.rolling else [1, 2, 3, 9]))
 
 
 def plan_of(spec: ModelSpec, policy_name: str, decision: Decision, work: Workload, gpu: bool = False) -> Plan:
@@ -332,9 +335,10 @@ def run(
     engine = Engine(plan, model.folder, import_model(model.folder), scratch, threads=1, emulate=True)
     try:
         engine.load()
-        for first in range(0, len(rows), plan.envelope.sequences):
+        size = len(rows) if plan.decision.rolling else plan.envelope.sequences
+        for first in range(0, len(rows), size):
             before = len(engine.measured.passes_us.get("decode", []))
-            engine.run(rows[first : first + plan.envelope.sequences], end)
+            engine.run(rows[first : first + size], end)
             passes.append(len(engine.measured.passes_us.get("decode", [])) - before)
     finally:
         engine.close()
@@ -354,7 +358,8 @@ def test_a_compiled_plan_that_streams_experts(
     plan = compile_plan(asked(model, policy_name, PROMPTS))
     assert loaded(plan) & EXPERTS
     assert any(layer.resident_experts for layer in plan.decision.layers)
-    assert (plan.envelope.sequences, plan.phase("decode").passes) == (6, STEPS - 1)
+    rolling = plan.decision.rolling
+    assert (plan.envelope.sequences, plan.phase("decode").passes) == (6, STEPS // 3 - 1 if rolling else STEPS - 1)
     same(model, run(plan, model, tmp_path).rows)
 
 
@@ -449,13 +454,34 @@ def test_one_new_token(policy_name: str, models: Models, same: Same, tmp_path: P
     same(model, run(plan, model, tmp_path).rows)
 
 
-@pytest.mark.parametrize("policy_name", [name for name in POLICIES if not policy(name).ONE_BATCH])
+@pytest.mark.parametrize("policy_name", [n for n in POLICIES if not policy(n).ONE_BATCH and n not in ALWAYS_ROLLING])
 def test_prefill_batch_by_batch(policy_name: str, models: Models, same: Same, tmp_path: Path) -> None:
     """As many sub-groups as batches; the last group has none for the last of them."""
     model = models("gpt_oss")
     plan = decided(model, policy_name, prefill_groups=3)
     assert (plan.phase("prefill").passes, plan.phase("prefill").batches) == (3, 1)
     same(model, run(plan, model, tmp_path, PROMPTS[:8]).rows)
+
+
+@pytest.mark.parametrize(("kv", "gpu"), [("host", False), ("disk", False), ("gpu", True), ("host", True)])
+@pytest.mark.parametrize(("num_batches", "ages", "gen_len"), [(2, 2, 2), (4, 4, 4), (4, 2, 9), (6, 3, 7)])
+def test_rolling_order(
+    num_batches: int, ages: int, gen_len: int, kv: str, gpu: bool, models: Models, same: Same, tmp_path: Path
+) -> None:
+    """Batches of several ages in one pass, with and without passes between two that join; the last cohort is not full."""
+    model = models("qwen2_moe")
+    sizes = {"num_batches": num_batches, "prefill_groups": ages, "rolling": True}
+    plan = decided(model, "joint", kv, gen_len, gpu, **sizes)
+    assert {p.name: p.batches for p in plan.phases if p.name != "load"} == dict.fromkeys(
+        ["prefill", "decode"][: 1 + (gen_len > ages)], num_batches
+    )
+    same(model, run(plan, model, tmp_path).rows)
+
+
+def test_prefill_in_parts_beside_a_gpu(models: Models, same: Same, tmp_path: Path) -> None:
+    """Every sub-group's KV goes to host memory, to a place of its own."""
+    model = models("mixtral")
+    same(model, run(decided(model, "flexgen", "host", gpu=True, prefill_groups=3, cpu_batches=1), model, tmp_path).rows)
 
 
 def test_a_head_tied_to_the_embedding_in_a_narrower_type(models: Models, same: Same, tmp_path: Path) -> None:
@@ -476,7 +502,7 @@ def test_rows_stop_at_their_end_tokens(policy_name: str, models: Models, same: S
     same(model, ran.rows, end)
 
 
-@each_policy
+@pytest.mark.parametrize("policy_name", [name for name in POLICIES if name not in ALWAYS_ROLLING])
 def test_a_group_stops_with_its_last_row(policy_name: str, models: Models, same: Same, tmp_path: Path) -> None:
     """Whatever the streams had in flight then, the next group starts clean."""
     model = models("qwen3_moe")

@@ -242,7 +242,7 @@ class Formulation:
         """What the experts wait for: A + R on the GPU and, where KV is spilled and the CPU attends, H and what the GPU does around
         it."""
         yield "", plus(self.attention_us(g, work), {"": g.count * work.router_us})
-        if self.helped(phase) and work.cpu_attend_us:
+        if work.cpu_attend_us:
             yield ".cpu", self.attend_us(g, work.cpu_attend_us + work.around_us / self.problem.batches)
 
     def uniform(self, g: Group) -> list[str]:
@@ -356,9 +356,9 @@ class Formulation:
     def cpu_processor(self, g: Group, phase: str, work: LayerWork) -> None:
         """T >= A + R + sum_c P_c cpu[g.c]: the router speaks first;  with H in the place of A + R, and then also  T >= H + experts: the
         router waits for what the CPU attends to;  and T >= H + sum_c P_c cpu[g.c] + what the link slows that down."""
-        if not self.helped(phase):
+        if not self.helped(phase) and not work.cpu_attend_us:
             return
-        computes = self.cpu_us(g, work)
+        computes = self.cpu_us(g, work) if self.helped(phase) else {}
         for part, attention in self.attentions(g, phase, work):
             self._period(f"cpu.experts{part}", g, phase, plus(attention, computes))
             if part:
@@ -370,9 +370,10 @@ class Formulation:
         """T >= streamed modules + static loads + late loads + spilled KV, slowed by the CPU: a layer prefetches for the next what it
         was spared."""
         slowed: Terms = {}
-        if self.helped(phase):
-            slowed = times(self.problem.drag[1], plus(self.attend_us(g, work.cpu_attend_us), self.cpu_us(g, work)))
-        elif not self.problem.cpu:
+        if self.problem.cpu:
+            experts = self.cpu_us(g, work) if self.helped(phase) else {}
+            slowed = times(self.problem.drag[1], plus(self.attend_us(g, work.cpu_attend_us), experts))
+        else:
             rest = plus(self.attention_us(g, work), {"": g.count * work.router_us}, self.experts_us(g, phase, work))
             slowed = times(self.problem.drag[1], rest)
         self._period("link", g, phase, plus(self.linked_us(g, phase, work), slowed))

@@ -145,7 +145,7 @@ def build(
     into, back = cost.links
     whole = [shape for shape in shapes(decision, workload) if shape.passes]
     phases = [span for shape in whole for span in _spans(shape)] if spans else whole
-    whole_groups = -(-workload.num_sequences // decision.sequences)
+    rounds = decision.rounds(workload.num_sequences)
     pages = decision.head_pages
 
     def item(module: Module, share: int = 1, loads: float = 1.0) -> Item:
@@ -185,7 +185,7 @@ def build(
     return Problem(
         groups=tuple(groups),
         batches=decision.part_batches,
-        passes={shape.name: whole_groups * shape.passes for shape in phases},
+        passes={shape.name: rounds * shape.passes for shape in phases},
         end={shape.name: _end(cost, shape, max(1, pages)) for shape in phases},
         head=item(cost.spec.head, share=max(1, pages), loads=max(1, pages)),
         head_pages=pages,
@@ -201,7 +201,7 @@ def build(
         unit=decision.unit,
         cpu=cost.cpu_helps,
         uniform=uniform,
-        attends=cost.cpu_attends and any(shape.decoding for shape in phases),
+        attends=cost.cpu_attends and any(shape.decodes(shape.batches - 1) for shape in phases),
         query_bytes=rows * align_up(query_bytes(cost.spec, decision.batch_size, cost.dtype)),
         drag=(cost.drag(CPU, into), cost.drag(into, CPU)) if CPU in cost.hardware.processors else (0.0, 0.0),
     )
@@ -269,11 +269,8 @@ def _work(
 ) -> LayerWork:
     layer, processor, unit = cost.spec.layers[number], cost.processor, decision.unit
     helped = cost.cpu_helps and shape.decoding
-    tokens, batch_tokens = shape.scope_tokens(ALL), shape.scope_tokens(0)
-    if layer.expert:
-        router = shape.batches * cost.router_us(layer, batch_tokens) + processor.op_us  # and one bind
-    else:
-        router = shape.batches * cost.dense_us(layer, batch_tokens)
+    tokens = shape.scope_tokens(ALL)
+    router = cost.routers_us(layer, shape) + (processor.op_us if layer.expert else 0.0)  # and one bind
     work = []
     for members in classes:
         compute = sum(cost.expert_us(number, e, tokens) for e in members) / len(members) + processor.op_us / unit
@@ -285,17 +282,18 @@ def _work(
         work.append(ClassWork(compute, late, elsewhere))
     position = shape.batch_size * layer.kv_elements * cost.compute_bytes
     load = store = 0.0
-    row = decision.num_batches / decision.part_batches  # batches, on average
+    # A row of batches: how many, on average, of each age; those that decode, with the positions that attention to them sees.
+    row = shape.batches / decision.part_batches / len(shape.ages)
+    seen = [shape.context_of(batch, middle(shape)) for batch in shape.ages if shape.decodes(batch)]
     if links[1] in cost.hardware.links:
-        # Prefill has nothing to read back: it makes the cache.
-        load = row * cost.kv_us(links[0], position * middle(shape)) if shape.decoding else 0.0
-        store = shape.batches / decision.part_batches * cost.kv_us(links[1], position * shape.tokens)
-    attention = shape.batches * cost.attention_us(layer, shape, middle(shape))
+        load = row * sum(cost.kv_us(links[0], position * positions) for positions in seen)
+        store = row * sum(cost.kv_us(links[1], position * shape.tokens_of(batch)) for batch in shape.ages)
+    attention = cost.attentions_us(layer, shape, middle(shape))
     attend = spared = around = 0.0
-    if helped and cost.cpu_attends:
+    if seen and cost.cpu_attends:
         cpu, sequences = cost.hardware.processors[CPU], shape.batch_size
-        attend = row * (cpu.op_us + cost.attend_us(layer, sequences, middle(shape), cpu))
-        spared = row * cost.attend_us(layer, sequences, middle(shape), processor)
+        attend = row * sum(cpu.op_us + cost.attend_us(layer, sequences, positions, cpu) for positions in seen)
+        spared = row * sum(cost.attend_us(layer, sequences, positions, processor) for positions in seen)
         around = cost.project_us(layer, shape) + cost.output_us(layer, shape) + router / shape.batches
         small = query_bytes(cost.spec, sequences, cost.dtype)
         around += cost.transfer_us(links[1], small) + cost.transfer_us(links[0], small)

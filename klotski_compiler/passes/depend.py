@@ -7,7 +7,9 @@ before the first), then two whole passes.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 from klotski_compiler.passes.slots import Placed
 from klotski_compiler.plan import ALL, NOWHERE, OVERWRITE, Bind, Compute, Load, Store, Tensor, writes
@@ -27,13 +29,26 @@ def unrolled(ops: Sequence[Placed], passes: int) -> Iterator[Instance]:
             yield copy, number
 
 
-def depend(ops: Sequence[Placed], cells: Sequence[Cells], passes: int) -> dict[Instance, list[Instance]]:
-    """For every op of the unrolled sequence, the earlier ones that it must follow (on whatever stream), in order."""
+class KvCell(NamedTuple):
+    """The KV of a layer and batch where it lives: in memory, or on disk."""
+
+    kind: str
+    layer: int
+    batch: int
+
+
+def depend(
+    ops: Sequence[Placed], cells: Sequence[Cells], passes: int, place: Callable[[int, int], int] | None = None
+) -> dict[Instance, list[Instance]]:
+    """For every op of the unrolled sequence, the earlier ones that it must follow (on whatever stream), in order. place: where KV
+    changes hands from pass to pass, the batch in whose place that of a batch is then."""
     writer: dict[Cell, Instance] = {}
     readers: dict[Cell, list[Instance]] = {}
     edges: dict[Instance, list[Instance]] = {}
     for instance in unrolled(ops, passes):
         reads, writes = cells[instance[1]]
+        if place:
+            reads, writes = ([_in_place(cell, place, instance[0]) for cell in side] for side in (reads, writes))
         before: set[Instance] = set()
         for cell in reads:
             if cell in writer:
@@ -50,8 +65,24 @@ def depend(ops: Sequence[Placed], cells: Sequence[Cells], passes: int) -> dict[I
     return edges
 
 
-def cells_of(placed: Placed, tensors: Sequence[Tensor], batches: int) -> Cells:
-    """What an op reads and what it writes."""
+def _in_place(cell: Cell, place: Callable[[int, int], int], copy: int) -> Cell:
+    return cell._replace(batch=place(cell.batch, copy)) if isinstance(cell, KvCell) else cell
+
+
+def cells_of(
+    placed: Placed, tensors: Sequence[Tensor], batches: int, homes: Mapping[int, Tensor] = MappingProxyType({})
+) -> Cells:
+    """What an op reads and what it writes. homes: the KV that lives in a slot."""
+    reads, written = _cells_of(placed, tensors, batches)
+
+    def named(cell: Cell) -> Cell:
+        kv = homes.get(cell) if isinstance(cell, int) else None
+        return KvCell("kv", kv.layer, kv.index) if kv else cell
+
+    return [named(cell) for cell in reads], [named(cell) for cell in written]
+
+
+def _cells_of(placed: Placed, tensors: Sequence[Tensor], batches: int) -> Cells:
     op, reads, written = placed.op, list[Cell](), list[Cell]()
     match op:
         case Load():
@@ -61,7 +92,7 @@ def cells_of(placed: Placed, tensors: Sequence[Tensor], batches: int) -> Cells:
                 if tensor.kind == "pick":
                     reads.append(("bound", tensor.layer, tensor.index))
                 elif tensor.kind == "kv" and not placed.sources:
-                    reads.append(("spilled", tensor.layer, tensor.index))
+                    reads.append(KvCell("spilled", tensor.layer, tensor.index))
         case Store():
             reads += placed.sources
             written += placed.slots
@@ -69,7 +100,7 @@ def cells_of(placed: Placed, tensors: Sequence[Tensor], batches: int) -> Cells:
                 if tensor.kind == "rows":
                     reads.append("input")
                 elif not placed.slots:
-                    written.append(("spilled", tensor.layer, tensor.index))
+                    written.append(KvCell("spilled", tensor.layer, tensor.index))
         case Bind():
             scope = range(batches) if op.batch == ALL else range(op.batch + 1)
             if op.rule != "predicted":

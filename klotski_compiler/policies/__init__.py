@@ -18,6 +18,7 @@ def policy(name: str) -> ModuleType:
     EXPERTS: how those that are not resident travel: ``static`` (by name), ``picks`` (late-bound) or ``solved`` (both, by the
     residency problem).
     OVERLAPS (optional): False where copies block the processor.
+    ROLLING (optional): the orders in which prefill's sub-groups may join: all before decode (False), or one after another (True).
     KV (optional): the tier where it always keeps the cache on a machine with a GPU.
     CPU_ATTENTION (optional): shares of the batches whose decode attention the CPU may compute.
     CPU_EXPERTS (optional): whether the CPU may compute late experts where they live.

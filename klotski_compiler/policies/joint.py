@@ -22,6 +22,7 @@ from klotski_compiler.program import HEAD_SLOTS, URGENT, Evict, Program
 
 ONE_BATCH = False
 EXPERTS = "solved"
+ROLLING = (False, True)
 KV_AHEAD = 2  # batches whose KV is on its way or waits for attention
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from klotski_runtime.kv import KvBlock
 from klotski_runtime.measured import Measured, Watch
 from klotski_runtime.places import Places, module_key
 from klotski_runtime.reader import DiskReader, RowGather
+from klotski_runtime.roster import Roster, Seat
 from klotski_runtime.skeleton import Skeleton
 from klotski_runtime.spill import SpillFile
 from klotski_runtime.streams import ThreadBackend
@@ -101,7 +102,8 @@ class Engine:
         number: int = 0,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Generate for one batch group, in batches in the given order; fills in ``tokens``.
+        """Generate for one batch group or, in rolling order, for any number of sequences, in batches in the given order; fills in
+        ``tokens``.
 
         end_tokens: ids that end a sequence. number: of the group, for the trace. progress: called after every pass with the
         tokens generated in it. Raises ExecError.
@@ -111,14 +113,19 @@ class Engine:
         decision = self.plan.decision
         chunks = Chunks(decision.attention_batch, decision.decode_batch, decision.expert_rows, decision.expert_rows)
         group = Group(self.skeleton, [[s.prompt for s in batch] for batch in batches], chunks, self._rows)
-        active = ActiveGroup(group, list(sequences), end_tokens, progress)
-        began = time.perf_counter()
-        self._run_phase(self.plan.phase("prefill"), active, number)
-        between = time.perf_counter()
-        self.measured.prefill_s += between - began
-        if not all(s.done for s in sequences):
-            self._run_phase(self.plan.phase("decode"), active, number)
-        self.measured.decode_s += time.perf_counter() - between
+        active = ActiveGroup(group, list(sequences), Roster(self.plan, len(batches)), end_tokens, progress)
+        once = active.roster.back_to_back
+        for round_ in range(1 if once else active.roster.rounds):
+            if all(s.done for s in sequences):
+                break
+            began = time.perf_counter()
+            prefill = self.plan.phase("prefill")
+            self._run_phase(prefill, active, number, round_, active.roster.rounds if once else prefill.passes)
+            between = time.perf_counter()
+            self.measured.prefill_s += between - began
+            if not once and not all(s.done for s in sequences):
+                self._run_phase(self.plan.phase("decode"), active, number, round_)
+            self.measured.decode_s += time.perf_counter() - between
 
     def close(self) -> None:
         """Close files; memory goes with the last view."""
@@ -136,11 +143,13 @@ class Engine:
             moved["host>disk"] = self._spill.bytes_written
         return moved
 
-    def _run_phase(self, phase: Phase, active: ActiveGroup | None, number: int) -> None:
+    def _run_phase(
+        self, phase: Phase, active: ActiveGroup | None, number: int, round_: int = 0, passes: int | None = None
+    ) -> None:
         steps = self.plan.steps[phase.name]
         if not steps:
             return
-        runner = PhaseRunner(self, phase, steps, active)
+        runner = PhaseRunner(self, phase, steps, active, round_)
         compute = next((s.op.stream for s in steps if isinstance(s.op, Compute)), "disk>host")
         watch = Watch(steps, compute, self._keep_log)
         with ThreadBackend(
@@ -149,7 +158,7 @@ class Engine:
             lambda name: kernel_threads(self.threads if name == compute else 1),
             watch.note,
         ) as backend:
-            execute(steps, phase.passes, backend)
+            execute(steps, phase.passes if passes is None else passes, backend)
             # In here, so that an interrupt stops the streams before they are joined.
             backend.stream(compute).record().wait()
         if backend.failure:
@@ -243,15 +252,22 @@ class ActiveGroup:
     """A batch group while its phases run."""
 
     def __init__(
-        self, group: Group, sequences: list[Row], end_tokens: frozenset[int], progress: Callable[[int], None] | None
+        self,
+        group: Group,
+        sequences: list[Row],
+        roster: Roster,
+        end_tokens: frozenset[int],
+        progress: Callable[[int], None] | None,
     ) -> None:
-        self.group, self.sequences, self.end_tokens, self.progress = group, sequences, end_tokens, progress
-        self.widths = [batch.queries for batch in group.batches]
+        self.group, self.sequences, self.roster = group, sequences, roster
+        self.end_tokens, self.progress = end_tokens, progress
+        self.widths = [batch.queries for batch in group.batches.values()]
 
-    def take(self, first: int, tokens: list[int]) -> bool:
-        """Append the new tokens of sequences ``first`` onwards; True once every sequence of the group has ended."""
+    def take(self, numbers: Iterable[int], tokens: list[int]) -> bool:
+        """Append the new tokens of some sequences; True once every sequence of the run has ended."""
         fresh = 0
-        for sequence, token in zip(self.sequences[first:], tokens, strict=False):
+        for number, token in zip(numbers, tokens, strict=True):
+            sequence = self.sequences[number]
             if sequence.done:
                 continue
             sequence.tokens.append(token)
@@ -268,10 +284,13 @@ class ActiveGroup:
 class PhaseRunner:
     """Does the work of the ops of one phase. Streams call ``perform`` concurrently; the plan's waits keep them apart."""
 
-    def __init__(self, engine: Engine, phase: Phase, steps: Sequence[Step], active: ActiveGroup | None) -> None:
-        self.engine, self.phase, self.steps, self.active = engine, phase, steps, active
+    def __init__(
+        self, engine: Engine, phase: Phase, steps: Sequence[Step], active: ActiveGroup | None, round_: int = 0
+    ) -> None:
+        self.engine, self.phase, self.steps, self.active, self.round = engine, phase, steps, active, round_
         self.tensors = engine.plan.tensors
         self.part: Group | None = None
+        self.seats: dict[int, Seat] = {}
         self.bound: dict[int, dict[int, tuple[int, bool]]] = {}
         self._before: list[int] = []
 
@@ -336,15 +355,14 @@ class PhaseRunner:
 
     def _move_kv(self, tensor: Tensor, source: int | None, target: int | None, at: int, store: bool) -> None:
         """New positions on their way home, or all old ones on their way to attention. No slot: on disk."""
-        batch = self._batch(tensor.index, at)
-        if batch is None or self.active is None:
+        if self.active is None or (seat := self._seat(tensor.index, at)) is None:
             return
         # A transfer may run before or after the pass's own ``sample``, so the positions follow from the pass, not the batch.
-        width = self.active.widths[batch]
-        past, end = (0, width) if self.phase.name == "prefill" else (width + at, width + at + 1)
-        size, region = self.active.group.batches[batch].size, self.engine.region(tensor.layer, batch)
+        width = self.active.widths[seat.batch]
+        past, end = (width + seat.passes - 1, width + seat.passes) if seat.passes else (0, width)
+        region = self.engine.region(tensor.layer, seat.place)
         first, last = (past, end) if store else (0, past)
-        blocks = [None if s is None else self.engine.places.kv(tensor.layer, batch, size, s) for s in (source, target)]
+        blocks = [None if s is None else self._block(tensor, seat, s) for s in (source, target)]
         match blocks:
             case [KvBlock() as here, KvBlock() as there]:
                 there.take(here, first, last)
@@ -353,32 +371,34 @@ class PhaseRunner:
             case [None, KvBlock() as there] if last:
                 self.engine.spill().load(region, there, last)
 
+    def _block(self, tensor: Tensor, seat: Seat, slot: int) -> KvBlock:
+        """The KV of a batch in a slot, which where it is a permanent one is that of the batch's place."""
+        assert self.active is not None
+        places, size = self.engine.places, self.active.group.batches[seat.batch].size
+        return places.kv(tensor.layer, seat.place, size, None if slot == places.resident.get(tensor.id) else slot)
+
     # ------------------------------------------------------------------------------------------------------- compute
 
-    def _batch(self, number: int, at: int) -> int | None:
-        """The group's batch that batch ``number`` of pass ``at`` is; None where the last group is too short to have it."""
+    def _seat(self, number: int, at: int) -> Seat | None:
+        """Who batch ``number`` of pass ``at`` is; None where nobody is."""
         assert self.active is not None
-        batch = number + (at * self.phase.batches if self.phase.name == "prefill" else 0)
-        return batch if batch < len(self.active.group.batches) else None
+        return self.active.roster.seat(self.phase, number, self.round, at)
 
     def _compute(self, op: Compute, step: Step, at: int) -> bool:
-        if op.batch != ALL and self._batch(op.batch, at) is None:
-            return False
         if op.fn == "embed":
             self._begin(at)
         group = self.part
-        if group is None or not group.batches:
+        if group is None or not group.batches or (op.batch != ALL and op.batch not in group.batches):
             return False
         match op.fn:
             case "embed":
                 group.embed()
             case "attention":
-                self._attention(op, step, at, group)
+                self._attention(op, step, group)
             case "project":
                 group.project(op.layer, op.batch, self._packed(op, step, group))
             case "attend":
-                (cache, _), size = step.slots, group.batches[op.batch].size
-                block = self.engine.places.kv(op.layer, op.batch, size, cache)
+                block = self._block(self.tensors[op.tensors[0]], self.seats[op.batch], step.slots[0])
                 group.attend(op.batch, block, self._packed(op, step, group))
             case "output":
                 group.output(op.batch, self._packed(op, step, group))
@@ -398,22 +418,22 @@ class PhaseRunner:
                 first = page_rows(self.engine.checkpoint.modules[HEAD][0].shape[0], pages, page)[0]
                 group.head(first, weights["lm_head.weight"], weights.get("lm_head.bias"))
             case "sample":
-                return self._sample(group, at)
+                return self._sample(group)
         return False
 
     def _begin(self, at: int) -> None:
         assert self.active is not None
-        first = at * self.phase.batches if self.phase.name == "prefill" else 0
-        self.part = self.active.group.part(slice(first, first + self.phase.batches))
+        found = {number: self._seat(number, at) for number in range(self.phase.batches)}
+        self.seats = {number: seat for number, seat in found.items() if seat}
+        self.part = self.active.group.part({number: seat.batch for number, seat in self.seats.items()})
         if self.part.batches:
             self.part.begin(*self.engine.places.state(self.phase, self.part.tokens))
 
-    def _attention(self, op: Compute, step: Step, at: int, group: Group) -> None:
-        batch = self._batch(op.batch, at)
-        assert batch is not None
-        spilled = [s for t, s in zip(op.tensors, step.slots, strict=True) if self.tensors[t].kind == "kv"]
+    def _attention(self, op: Compute, step: Step, group: Group) -> None:
+        seat, places = self.seats[op.batch], self.engine.places
+        spilled = [(t, s) for t, s in zip(op.tensors, step.slots, strict=True) if self.tensors[t].kind == "kv"]
         size = group.batches[op.batch].size
-        block = self.engine.places.kv(op.layer, batch, size, spilled[0] if spilled else None)
+        block = places.kv(op.layer, seat.place, size, spilled[0][1] if spilled else None)
         group.attention(op.layer, op.batch, block)
 
     def _experts(self, op: Compute, step: Step, group: Group) -> None:
@@ -446,10 +466,12 @@ class PhaseRunner:
         whole, size = self._exchange(slot, self.engine.skeleton.compute_dtype), group.batches[op.batch].size
         return whole[: len(whole) // size * size]
 
-    def _sample(self, group: Group, at: int) -> bool:
+    def _sample(self, group: Group) -> bool:
         assert self.active is not None
-        first = at * self.phase.batches * self.engine.plan.decision.batch_size if self.phase.name == "prefill" else 0
-        return self.active.take(first, group.sample().tolist())
+        size = self.engine.plan.decision.batch_size
+        firsts = [(seat.batch * size, group.batches[number].size) for number, seat in self.seats.items()]
+        numbers = [number for first, count in firsts for number in range(first, first + count)]
+        return self.active.take(numbers, group.sample().tolist())
 
     # ------------------------------------------------------------------------------------------------------- binding
 
@@ -471,8 +493,7 @@ class PhaseRunner:
             case "rank":
                 order = binding.rank(candidates, tokens)
             case "arrival":
-                present = len(group.batches) if op.batch == ALL else min(op.batch + 1, len(group.batches))
-                order = binding.arrival(candidates, group.requests(layer, present))
+                order = binding.arrival(candidates, group.requests(layer, None if op.batch == ALL else op.batch))
             case _:
                 table = self.engine.plan.predictor[layer - 1] if layer and self.engine.plan.predictor else ()
                 order = binding.predicted(candidates, self._before if table else (), table)

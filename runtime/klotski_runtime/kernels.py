@@ -214,7 +214,7 @@ class Group:
     ) -> None:
         """prompts: [batch][sequence][token id]. embedding: reads rows from disk where the embedding is not bound."""
         self._skeleton, self._chunks, self._embedding = skeleton, chunks, embedding
-        self.batches = [Batch(sequences) for sequences in prompts]
+        self.batches = {number: Batch(sequences) for number, sequences in enumerate(prompts)}
         self._kernel = self._make_kernel()
         self._elsewhere: ExpertKernel | None = None
         self._splits: dict[int, list[tuple[slice, Split, torch.Tensor, torch.Tensor | None]]] = {}
@@ -232,18 +232,20 @@ class Group:
     @property
     def tokens(self) -> int:
         """Rows of the current pass, padding included."""
-        return sum(batch.ids.numel() for batch in self.batches)
+        return sum(batch.ids.numel() for batch in self.batches.values())
 
-    def part(self, batches: slice) -> Group:
-        """A view of some batches as a group of their own: a sub-group of prefill. Batches are shared, routing is not."""
+    def part(self, batches: Mapping[int, int]) -> Group:
+        """A view of some batches as a group of their own, by the numbers that they have in it: those of one pass. Batches are shared,
+        routing is not."""
         own = copy(self)
-        own.batches, own._assignments = self.batches[batches], {}
+        own.batches = {number: self.batches[batch] for number, batch in batches.items()}
+        own._assignments = {}
         return own
 
     def begin(self, wide: torch.Tensor, x: torch.Tensor) -> None:
         """Start a pass in ``wide`` (wide type) and ``x`` (compute dtype), each of at least [tokens, hidden]."""
         first = 0
-        for batch in self.batches:
+        for batch in self.batches.values():
             batch.first = first
             first += batch.ids.numel()
         self._wide, self._x = wide[:first], x[:first]
@@ -253,7 +255,7 @@ class Group:
     @torch.inference_mode()
     def embed(self) -> None:
         """wide <- the embeddings of all batches' tokens, gathered from disk where the embedding is not bound."""
-        ids, resident = torch.cat([batch.ids.flatten() for batch in self.batches]), self._skeleton.is_bound(EMBEDDING)
+        ids, resident = torch.cat([batch.ids.flatten() for batch in self.batches.values()]), self._skeleton.is_bound(EMBEDDING)
         limit = self._chunks.token_rows if resident else min(self._chunks.token_rows, self._gather.max_rows)
         for rows in _split(slice(0, len(ids)), limit):
             if resident:
@@ -343,10 +345,10 @@ class Group:
         return self._assignment(layer, batch).counts
 
     @torch.inference_mode()
-    def requests(self, layer: int, batches: int) -> list[int]:
-        """Experts that the first ``batches`` batches ask for, in the order of the first token that does."""
+    def requests(self, layer: int, last: int | None = None) -> list[int]:
+        """Experts that the batches up to number ``last`` (all) ask for, in the order of the first token that does."""
         order: dict[int, None] = {}
-        for batch in range(batches):
+        for batch in (b for b in self.batches if last is None or b <= last):
             assignment = self._assignment(layer, batch)
             spans = zip(assignment.starts, assignment.starts[1:], strict=False)
             asked = [(int(assignment.rows[a]), expert) for expert, (a, b) in enumerate(spans) if b > a]
@@ -407,7 +409,7 @@ class Group:
     @torch.inference_mode()
     def final(self) -> None:
         """Normed hidden states of every sequence's last position: what ``head`` multiplies."""
-        last = [torch.arange(b.first + b.queries - 1, b.rows.stop, b.queries) for b in self.batches]
+        last = [torch.arange(b.first + b.queries - 1, b.rows.stop, b.queries) for b in self.batches.values()]
         self._last = self._skeleton.norm(self._wide[torch.cat(last)].to(self._skeleton.compute_dtype))
         self._best = torch.full((len(self._last),), -torch.inf, dtype=self._skeleton.compute_dtype)
         self._token = torch.zeros(len(self._last), dtype=torch.long)
@@ -440,7 +442,8 @@ class Group:
             raise ExecError(
                 "logits are not finite; the checkpoint is damaged, or its values overflow the compute dtype"
             )
-        for batch, ids in zip(self.batches, torch.split(self._token, [b.size for b in self.batches]), strict=True):
+        sizes = [batch.size for batch in self.batches.values()]
+        for batch, ids in zip(self.batches.values(), torch.split(self._token, sizes), strict=True):
             batch.advance(ids)
         return self._token
 
@@ -465,7 +468,7 @@ class Group:
     def _assignment(self, layer: int, batch: int | None) -> Assignment:
         """The assignment of a scope, sorted on first use after its routers."""
         if batch not in self._assignments:
-            scope = self.batches if batch is None else [self.batches[batch]]
+            scope = list(self.batches.values()) if batch is None else [self.batches[batch]]
             rows = slice(scope[0].first, scope[-1].rows.stop)
             present = torch.cat([b.present(slice(None))[:, b.past :].flatten() for b in scope])
             self._assignments[batch] = Assignment.of(

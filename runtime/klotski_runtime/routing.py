@@ -172,7 +172,7 @@ class Prefill:
 
     def _kv_blocks(self, layer: int) -> list[KvBlock]:
         """Where each prompt's keys and values go: all to one place, as nothing reads them later."""
-        shape, lengths = self._skeleton.kv_shape(layer), [batch.queries for batch in self._group.batches]
+        shape, lengths = self._skeleton.kv_shape(layer), [batch.queries for batch in self._group.batches.values()]
         storage = torch.empty(max(lengths) * shape.elements, dtype=self._skeleton.compute_dtype)
         return [KvBlock(storage[: length * shape.elements], shape, 1, length) for length in lengths]
 

@@ -166,7 +166,7 @@ def _check_usage(arguments: argparse.Namespace) -> None:
 
 def _generate(engine: Engine, job: Job) -> float:
     """Run all groups; returns the seconds from the first weight byte to the last token."""
-    size = engine.plan.envelope.sequences
+    size = len(job.rows) if engine.plan.decision.rolling else engine.plan.envelope.sequences
     began = time.perf_counter()
     with _progress(sum(row.max_new_tokens for row in job.rows)) as bar:
         engine.load()
