@@ -48,13 +48,14 @@ def bound_tokens_per_s(cost: Cost, workload: Workload, budgets: dict[str, int], 
 @dataclass(frozen=True, slots=True)
 class Weight:
     """What a tier may keep. nbytes: room. moved_bytes: what crosses a link in each phase of the whole workload if it is not kept.
-    compute_us: work of the compute tier's processor in each phase. cpu_us: of the CPU, were decode to compute it there; infinite
-    where it cannot."""
+    leaving_bytes: likewise in rolling order, once the last cohort has joined. compute_us: work of the compute tier's processor in each
+    phase. cpu_us: of the CPU, were decode to compute it there; infinite where it cannot."""
 
     nbytes: float
     moved_bytes: tuple[float, ...]
     compute_us: tuple[float, ...] = (0.0, 0.0)
     cpu_us: float = inf
+    leaving_bytes: float = 0.0
 
 
 class Relaxation:
@@ -74,7 +75,8 @@ class Relaxation:
 
     In *rolling* order S sequences, A >= 2 cohorts of S / A, are there at once. One cohort joins every s = ceil(gen_len / A) passes, and
     the last one takes gen_len: at least N / S gen_len - s + gen_len passes in all, s <= (gen_len + 1) / 2. All passes together take as
-    long as the one busiest resource; an op works on at most S prompts. With x <= S sequences in a pass, an expert is touched with at
+    long as the one busiest resource; those until the last cohort joins as long as all prefill, and the gen_len - 1 after that as
+    weights take to stream so often. An op works on at most S prompts. With x <= S sequences in a pass, an expert is touched with at
     least x / S of the probability for S.
     """
 
@@ -142,7 +144,7 @@ class Relaxation:
             constant = terms.pop("", 0.0)
             model.rows.append(Row(name, terms, lower - constant, upper - constant))
 
-        for name in ("load", "mixed") if self.rolling else ("load", "prefill", "decode"):
+        for name in ("load", "prefill", "decode"):
             share(name, inf)
             model.objective[name] = 1.0
         kept_kv = share("kept[kv]")
@@ -156,6 +158,7 @@ class Relaxation:
         disk_us = 1e6 / links["disk>host"].bandwidth_bytes_per_s / SCALE_US
         load: Terms = {"": 0.0}
         work: dict[str, list[Terms]] = {}
+        leaving: Terms = {"": 0.0}
         for number, phase in enumerate(("prefill", "decode")):
             moved_kv = kv_read if phase == "decode" else 0.0
             new_kv = total * self.kv_position * (self.passes if phase == "decode" else self.workload.prompt_len)
@@ -178,9 +181,11 @@ class Relaxation:
                 enter[kept] = -moved_us
                 compute[""] += weight.compute_us[number] / SCALE_US
                 helped = phase == "decode" and weight.cpu_us < inf
+                leaving[""] += weight.leaving_bytes * link_us if phase == "decode" else 0.0
+                leaving[kept] = -weight.leaving_bytes * link_us
                 if helped:
                     by_cpu = share(f"cpu[{i}]")
-                    enter[by_cpu] = -moved_us
+                    enter[by_cpu], leaving[by_cpu] = -moved_us, leaving[kept]
                     compute[by_cpu] = -weight.compute_us[number] / SCALE_US
                     cpu[by_cpu] = weight.cpu_us / SCALE_US
                     row(f"once[{i}]", {kept: 1.0, by_cpu: 1.0}, upper=1.0)
@@ -191,8 +196,6 @@ class Relaxation:
                         row(f"near[{i}]", {near: 1.0, by_cpu: -1.0}, lower=0.0)
                     far[away] = weight.moved_bytes[number] * disk_us
             work[phase] = [*self._shared(enter, compute, cpu), leave, far]
-        if self.rolling:
-            work = {"mixed": [plus(*resource) for resource in zip(*work.values(), strict=True)]}
         for i, weight in enumerate(weights):
             here[f"kept[{i}]"] = weight.nbytes / GIB
             if on_gpu:
@@ -204,9 +207,12 @@ class Relaxation:
         row("memory", here, upper=room / GIB)
         if on_gpu:
             row("host", host, upper=self.budget["host"] / GIB)
+        if self.rolling:  # "prefill" is all until the last cohort has joined, "decode" what is left then
+            both = [plus(*resource) for resource in zip(*work.values(), strict=True)]
+            work = {"prefill": work["prefill"], "decode": [leaving], "prefill decode": both}
         for phase, resources in (("load", [load]), *work.items()):
             for number, terms in enumerate(resources):
-                row(f"work[{phase}.{number}]", {phase: 1.0} | {n: -v for n, v in terms.items()}, lower=0.0)
+                row(f"work[{phase}.{number}]", dict.fromkeys(phase.split(), 1.0) | times(-1.0, terms), lower=0.0)
         return model
 
     def _shared(self, enter: Terms, compute: Terms, cpu: Terms) -> tuple[Terms, Terms, Terms]:
@@ -259,13 +265,15 @@ class Relaxation:
         gen_len, total = self.workload.gen_len, self.workload.num_sequences
         out = [Weight(modules, (first * modules, first * self.passes * modules))]
         if self.rolling:
-            out = [Weight(modules, (0.0, (total * gen_len / high + (gen_len - 1) / 2) * modules))]
+            passes = total * gen_len / high + (gen_len - 1) / 2
+            out = [Weight(modules, (0.0, passes * modules), leaving_bytes=self.passes * modules)]
         helped = self.cost.cpu_helps
         for layer, q, count in self.experts:
             assert layer.expert is not None
             nbytes = float(count * layer.expert.nbytes)
             touched = 1 - (1 - q) ** prompt, self.passes * (1 - (1 - q) ** low)
             moved = first * touched[0] * nbytes, first * touched[1] * nbytes
+            leaving = self.passes * (1 - (1 - q) ** max(1, low // gen_len)) * nbytes
             if self.rolling:
                 moved = 0.0, total * gen_len / high * (1 - (1 - q) ** high) * nbytes
 
@@ -278,6 +286,7 @@ class Relaxation:
                     moved,
                     (least(self.workload.prompt_len, ""), self.passes * least(1, "")),
                     self.passes * least(1, CPU) if helped else inf,
+                    leaving,
                 )
             )
         return out

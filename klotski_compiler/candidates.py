@@ -96,10 +96,16 @@ class Candidates:
                 batch_size = request.batch_size or -(-sequences // num_batches)
                 if module.ONE_BATCH and request.batch_size is None and num_batches * batch_size > sequences:
                     continue
-                for lead, unit in self.leads(module.EXPERTS):
-                    for parts in self.ages(num_batches) if rolling else self.prefill_parts(num_batches, batch_size):
+                ages = self.ages(num_batches) if rolling else []
+                if rolling and not ages and False in self.orders(name):
+                    continue  # too few batches for that: the other order has them
+                leads = self.leads(module.EXPERTS)
+                for lead, unit in (
+                    leads[1:2] if ages and module.EXPERTS == "solved" else leads
+                ):  # others: ``neighbours``
+                    for parts in ages or self.prefill_parts(num_batches, batch_size):
                         base = self.base(module.EXPERTS, num_batches, batch_size, lead, unit, parts)
-                        base = base.model_copy(update={"rolling": rolling})
+                        base = base.model_copy(update={"rolling": bool(ages)})
                         for cpu_batches in self.cpu_batches(module, num_batches):
                             yield base.model_copy(update={"cpu_batches": cpu_batches})
 
@@ -111,15 +117,15 @@ class Candidates:
             return [request.num_batches]
         if request.batch_size:
             return [max(1, sequences // request.batch_size)]
-        if rolling:
-            return [n for n in (2, 4, 8, 16, 32) if sequences // n >= (1 if n == 2 else 8)]
+        if rolling and sequences > 1:
+            return [n for n in (2, 4, 8, 16, 32) if n == 2 or sequences // n >= 8]
         return [n for n in (1, 2, 4, 8, 16) if n == 1 or sequences // n >= 8]
 
     def ages(self, num_batches: int) -> list[int]:
-        """Sub-groups of different age, as many as there are batches or half as many, that divide the life of a sequence about evenly."""
+        """Sub-groups of different age: as many as divide batches, and the life of a sequence about evenly."""
         gen_len = self.request.workload.gen_len
         fitting = [a for a in range(2, min(num_batches, gen_len) + 1) if num_batches % a == 0]
-        return [a for a in fitting[-2:] if a * -(-gen_len // a) <= UNEVEN * gen_len]
+        return [a for a in fitting if a * -(-gen_len // a) <= UNEVEN * gen_len][-1:]
 
     def cpu_batches(self, module: ModuleType, num_batches: int) -> list[int]:
         """Batches whose decode attention the CPU computes: the shares that the policy may choose from."""

@@ -65,8 +65,13 @@ class Shape:
 
     @property
     def ages(self) -> range:
-        """One batch of each age, youngest first; there are ``batches / len(ages)`` of each."""
-        return range(0, self.batches, self.cohort or self.batches or 1)
+        """One batch of each age that is there, youngest first; there are ``beside`` of each."""
+        return range(self.no_more, self.batches - self.not_yet, self.beside or 1)
+
+    @property
+    def beside(self) -> int:
+        """Batches of one age."""
+        return self.cohort or self.batches
 
     def decodes(self, batch: int) -> bool:
         """Whether a batch decodes: reads what is cached of its sequences for one new token of each."""
@@ -231,8 +236,7 @@ class Cost:
 
     def attentions_us(self, layer: Layer, shape: Shape, context: float) -> float:
         """All batches through attention."""
-        each = [self.attention_us(layer, shape, context, batch) for batch in shape.ages]
-        return shape.batches / len(each) * sum(each)
+        return shape.beside * sum(self.attention_us(layer, shape, context, batch) for batch in shape.ages)
 
     def project_us(self, layer: Layer, shape: Shape) -> float:
         """The first part of a block whose keys and values the CPU reads: norm, queries, keys and values of the new tokens."""
@@ -367,8 +371,7 @@ class Cost:
     def routers_us(self, layer: Layer, shape: Shape) -> float:
         """All batches through router and shared expert, or through the dense MLP."""
         one = self.router_us if layer.expert else self.dense_us
-        fresh, aged = one(layer, shape.scope_tokens(0)), one(layer, shape.batch_size)
-        return shape.fresh * fresh + (shape.batches - shape.fresh) * aged
+        return shape.beside * sum(one(layer, shape.scope_tokens(batch)) for batch in shape.ages)
 
     def router_us(self, layer: Layer, tokens: int) -> float:
         """Gate, then the shared expert (part of the same op)."""

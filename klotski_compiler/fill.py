@@ -125,8 +125,7 @@ class Fills(Candidates):
                 states += base.cpu_batches * align_up(query_bytes(spec, base.batch_size, self.request.dtype))
             if tier == self.tier:
                 states += max(
-                    align_up(state_bytes(spec, s.scope_tokens(ALL), self.request.dtype))
-                    for s in shapes(base, workload)
+                    align_up(state_bytes(spec, s.scope_tokens(ALL), self.request.dtype)) for s in shapes(base, workload)
                 )
             free[tier] = (
                 budget

@@ -340,7 +340,9 @@ class _Prices:
         moved = Counter[str]()
         for step in self.steps:
             if isinstance(op := step.op, Load | Store):
-                each = (n * self.cost.moved_bytes(op, self.tensors, s, self._context, self.late) for s, n in shapes.items())
+                each = (
+                    n * self.cost.moved_bytes(op, self.tensors, s, self._context, self.late) for s, n in shapes.items()
+                )
                 moved[op.link] += round(sum(each))
         return moved
 

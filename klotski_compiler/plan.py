@@ -27,6 +27,7 @@ SCHEMA_VERSION = 4
 PAGE_BYTES = 4096
 ALL = -1  # the batch of an op that covers the whole group
 CPU = "cpu"  # the processor of host memory, and its stream
+APART, MIXED = "phases apart", "mixed passes"  # classes of schedules
 NOWHERE = -1  # the slot of a pick that is computed where its expert lives
 
 
@@ -362,7 +363,8 @@ class Forecast(_Record):
 
     makespan_us: the whole workload without ``load``. pass_us: one middle pass. bound_us: for this decision (design 7.2).
     bubble_us: idle compute time of the whole workload by cause. link_bytes: planned bytes over each link, ``load`` included.
-    tokens_per_s counts from the first weight byte to the last token.
+    tokens_per_s counts from the first weight byte to the last token. bound_tokens_per_s: of the schedule's own class; class_bounds:
+    of either class, prefill and decode in phases of their own or mixed in rolling order.
     """
 
     makespan_us: int
@@ -378,7 +380,8 @@ class Forecast(_Record):
     busy_us: dict[str, int]
     peak_bytes: dict[str, int]
     link_bytes: dict[str, int]
-    schedule_class: str = "phases apart"
+    schedule_class: str = APART
+    class_bounds: dict[str, float] = {}
 
 
 class Candidate(_Record):

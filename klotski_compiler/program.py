@@ -41,7 +41,9 @@ class Program:
         self.late = {number: list(chosen.late) for number, chosen in enumerate(self.decision.layers)}
         self._resident = frozenset(table.resident)
         self.returning = "host>gpu"  # the stream on which what the CPU computed comes back
-        self._attended = [frozenset(self.decision.attended(layer)) for layer in self.layers] if self._cpu_attends else []
+        self._attended = (
+            [frozenset(self.decision.attended(layer)) for layer in self.layers] if self._cpu_attends else []
+        )
         self._staged: deque[tuple[int, ...]] = deque()
         self._given_up: set[int] = set()
         self._sent: set[tuple[int, int]] = set()
@@ -338,12 +340,13 @@ class Program:
 
     def load_kv(self, layer: int, batch: int, sync: bool = False) -> None:
         """Keys and values of a batch, unless they are resident or the CPU's; ``attend`` does it one batch ahead where it was not done
-        before."""
+        before. A batch that brings its prompt has none: it only takes its place, and need not queue for that behind weights."""
         self._sent.add((layer, batch))
+        fresh = not self.shape.decodes(batch)
         for tensor in () if self.on_cpu(layer, batch) else self._kv(layer, batch):
             hops = self._hops(self.table.all[tensor].home)
             for link in hops:
-                self.entries.append(Load(self.processor if sync else link, link, (tensor,)))
+                self.entries.append(Load(self.processor if sync else URGENT if fresh else link, link, (tensor,)))
             if len(hops) > 1:
                 self._stage((tensor,))
 

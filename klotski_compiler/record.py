@@ -8,7 +8,7 @@ from dataclasses import replace
 from klotski_compiler.bounds import bound_tokens_per_s
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.pipeline import Lowered, phase_record
-from klotski_compiler.plan import SCHEMA_VERSION, Bind, Candidate, Envelope, Forecast, Plan
+from klotski_compiler.plan import APART, MIXED, SCHEMA_VERSION, Bind, Candidate, Decision, Envelope, Forecast, Plan
 from klotski_compiler.report import size
 from klotski_compiler.search import Best, Search
 
@@ -17,8 +17,8 @@ def record(search: Search, best: Best, candidates: list[Candidate]) -> Plan:
     """The record of the winner, sealed."""
     request, lowered = search.request, best.lowered
     names = [t.name for t in lowered.tensors]
-    predicted = forecast(search, lowered)
     decision, workload = best.decision, request.workload
+    predicted = forecast(search, decision, lowered)
     return Plan(
         schema_version=SCHEMA_VERSION,
         model=request.spec.name,
@@ -53,7 +53,7 @@ def _predicts(lowered: Lowered) -> bool:
     return any(isinstance(op, Bind) and op.rule == "predicted" for op in ops)
 
 
-def forecast(search: Search, lowered: Lowered) -> Forecast:
+def forecast(search: Search, decision: Decision, lowered: Lowered) -> Forecast:
     """Pass times, busy times, bubbles and both bounds of a whole schedule."""
     request, groups = search.request, lowered.groups
     work = {name: phase for name, phase in lowered.phases.items() if name != "load"}
@@ -64,7 +64,13 @@ def forecast(search: Search, lowered: Lowered) -> Forecast:
         links[link] = sum(p.link_bytes[link] * (1 if name == "load" else groups) for name, p in lowered.phases.items())
     rate = search.rate(lowered)
     bound_us = sum(max(p.critical_us, *p.times.busy_us.values()) for p in work.values())
-    ceiling = max(rate, bound_tokens_per_s(search.cost, request.workload, request.budgets))
+    rolling = (False, True) if request.workload.gen_len > 1 else (False,)
+    bounds = {
+        MIXED if order else APART: bound_tokens_per_s(search.cost, request.workload, request.budgets, order)
+        for order in rolling
+    }
+    kind = MIXED if decision.rolling else APART
+    bounds[kind] = ceiling = max(rate, bounds[kind])
     return Forecast(
         makespan_us=round(groups * lowered.group_us),
         load_us=round(lowered.load_us),
@@ -79,6 +85,8 @@ def forecast(search: Search, lowered: Lowered) -> Forecast:
         busy_us={s: round(groups * v) for s, v in sorted(busy.items())},
         peak_bytes=lowered.peak_bytes,
         link_bytes=links,
+        schedule_class=kind,
+        class_bounds=bounds,
     )
 
 

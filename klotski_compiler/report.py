@@ -104,6 +104,9 @@ def decision(plan: Plan) -> str:
     d = plan.decision
     groups = -(-plan.workload.num_sequences // d.sequences)
     whole = "the whole workload is one group" if groups == 1 else f"{groups} groups run one after another"
+    if d.rolling:
+        every = _count(d.stride(plan.envelope.gen_len), "pass")
+        whole = f"every {every}, {_count(d.part_batches, 'batch')} of them join and as many are done"
     rows = [
         (
             "group",
@@ -121,6 +124,8 @@ def decision(plan: Plan) -> str:
     passes = (
         "in one pass" if d.prefill_groups == 1 else f"in {d.prefill_groups} passes, each of which reads the weights"
     )
+    if d.rolling:
+        passes = "of those who join, in a pass in which the others decode"
     rows.append(("prefill", f"{passes}; attention over {_count(d.attention_batch, 'prompt')} at a time"))
     head = "resident" if d.head_pages == 0 else f"streamed in {_count(d.head_pages, 'page')}"
     rows.append(("vocabulary", f"head {head}, embedding {'resident' if d.embedding else 'gathered row by row'}"))
@@ -227,6 +232,11 @@ def forecast(plan: Plan) -> str:
             "",
             f"no decision of this class ({f.schedule_class}) exceeds {f.bound_tokens_per_s:.2f} tokens/s (gap {f.gap:.1%})",
         ),
+        *(
+            ("", f"of the other class ({name}) none exceeds {bound:.2f} tokens/s")
+            for name, bound in f.class_bounds.items()
+            if name != f.schedule_class
+        ),
         *(("", note) for note in plan.notes),
     ]
     if plan.truncated:
@@ -244,6 +254,8 @@ def _passes(plan: Plan, phase: Phase) -> str:
 
 
 def _groups(plan: Plan) -> str:
+    if plan.decision.rolling:
+        return "; in prefill's passes some join while the others decode"
     groups = -(-plan.workload.num_sequences // plan.decision.sequences)
     return f"; prefill and decode {groups} times" if groups > 1 else ""
 

@@ -78,7 +78,7 @@ def layer_work(cost: Cost, decision: Decision, number: int, chosen: LayerDecisio
     work[cost.processor_name] += cost.attentions_us(layer, shape, context) + cost.routers_us(layer, shape)
     attended = frozenset(decision.attended(number)) if cost.cpu_helps else frozenset[int]()
     for batch in decision.away(number) if chosen.kv != tier else ():
-        if batch not in range(shape.batches):
+        if not shape.has(batch):
             continue
         seen = shape.context_of(batch, context)
         work[back] += cost.kv_us(back, position * shape.tokens_of(batch))

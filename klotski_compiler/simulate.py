@@ -106,7 +106,12 @@ def simulate(
 
 
 def rolled(
-    steps: Sequence[Step], rounds: Rounds, passes: int, compute: str, durations: Callable[[int], Sequence[float]], quick: bool
+    steps: Sequence[Step],
+    rounds: Rounds,
+    passes: int,
+    compute: str,
+    durations: Callable[[int], Sequence[float]],
+    quick: bool,
 ) -> PhaseTimes:
     """Time a phase that comes once in every round of a workload, with as many batches as are there (rolling order). ``durations(k)``:
     op times in round k. Between the rounds that are simulated, times are interpolated. ``passes`` 0: the phase is all that a round has,

@@ -86,7 +86,11 @@ def ids(plan: Plan) -> None:
 
 
 def parts(plan: Plan) -> None:
-    """What prefill's sub-groups all run, with batches of their own, is the same for all of them: where a batch's KV lives."""
+    """What prefill's sub-groups all run, with batches of their own, is the same for all of them: where a batch's KV lives. In rolling
+    order they are equally large."""
+    decision = plan.decision
+    if decision.rolling and (decision.prefill_groups < 2 or decision.num_batches % decision.prefill_groups):
+        raise Fault(f"{decision.num_batches} batches cannot roll in {decision.prefill_groups} sub-groups of equal size")
     homes: dict[tuple[int, int], str] = {}
     for tensor in plan.tensors:
         if tensor.kind == "kv":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ def tokens_per_s(lowered: Lowered, workload: Workload) -> float:
     return 1e6 * workload.num_sequences * workload.gen_len / (lowered.load_us + lowered.groups * lowered.group_us)
 
 
-def random_schedule(policy_name: str, seed: int) -> tuple[Cost, Workload, Lowered]:
+def random_schedule(policy_name: str, seed: int) -> tuple[Cost, Workload, Decision, Lowered]:
     """A random decision that the policy can take, lowered."""
     rng = random.Random(f"{policy_name} {seed}")
     gpu, module = rng.random() < 0.5, policy(policy_name)
@@ -58,7 +59,11 @@ def random_schedule(policy_name: str, seed: int) -> tuple[Cost, Workload, Lowere
         )
     batch_size = rng.choice([1, 2, 5])
     base = tiny_decision(policy_name, spec, kv, rng.choice([1, 2, 4]), batch_size)
-    unit = rng.choice([1, 2])
+    unit, ages = rng.choice([1, 2]), rng.choice([2, 4])
+    if base.num_batches % ages == 0 and workload.gen_len > 2 and rng.random() < 0.6:
+        base = base.model_copy(update={"rolling": True, "prefill_groups": ages})
+    elif base.rolling:  # moe_lens with too few batches or tokens
+        base = base.model_copy(update={"rolling": False})
     decision = base.model_copy(
         update={
             "layers": tuple(layers),
@@ -68,15 +73,15 @@ def random_schedule(policy_name: str, seed: int) -> tuple[Cost, Workload, Lowere
             "embedding": rng.random() < 0.5,
         }
     )
-    return cost, workload, lower(cost, policy_name, decision, workload)
+    return cost, workload, decision, lower(cost, policy_name, decision, workload)
 
 
 @pytest.mark.parametrize("policy_name", POLICIES)
 def test_no_schedule_beats_the_bounds(policy_name: str) -> None:
     """Random decisions of every policy, with just the memory that they take; also busy times and critical paths."""
     for seed in range(40):
-        cost, workload, lowered = random_schedule(policy_name, seed)
-        bound = bound_tokens_per_s(cost, workload, lowered.peak_bytes)
+        cost, workload, decision, lowered = random_schedule(policy_name, seed)
+        bound = bound_tokens_per_s(cost, workload, lowered.peak_bytes, decision.rolling)
         assert tokens_per_s(lowered, workload) <= bound * (1 + 1e-9), f"seed {seed}"
         for name, phase in lowered.phases.items():
             busy = max(phase.times.busy_us.values(), default=0.0)
@@ -115,7 +120,14 @@ def test_the_bound_is_close_to_the_solved_schedule() -> None:
     cost = Cost(spec, gpu_alone, uniform(spec), "bf16")
     workload = Workload(prompt_len=512, gen_len=32, num_sequences=320)
     layers = tuple(LayerDecision() for _ in spec.layers)
-    sizes = {"num_batches": 10, "batch_size": 32, "lead": 4, "unit": 1, "head_pages": 4, "prefill_groups": 10}
+    sizes: dict[str, Any] = {
+        "num_batches": 10,
+        "batch_size": 32,
+        "lead": 4,
+        "unit": 1,
+        "head_pages": 4,
+        "prefill_groups": 10,
+    }
     decision = Decision(
         **sizes, attention_batch=1, decode_batch=32, expert_rows=8192, hot=0, embedding=False, layers=layers
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from itertools import permutations, product
+from typing import Any
 
 import pulp
 import pytest
@@ -31,9 +32,9 @@ def alone(hardware: Hardware) -> Hardware:
     return hardware.model_copy(update={"processors": kept})
 
 
-def base_decision(layers: int, **sizes: int) -> Decision:
+def base_decision(layers: int, **sizes: Any) -> Decision:
     """A decision in which nothing is decided but the sizes."""
-    fixed = {
+    fixed: dict[str, Any] = {
         "head_pages": 3,
         "prefill_groups": 1,
         "attention_batch": 32,

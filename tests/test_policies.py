@@ -88,7 +88,10 @@ def test_every_decision_becomes_a_legal_plan_within_the_promised_slots(
 ) -> None:
     for plan in some_plans(name, gpu, kv, SPECS[spec]):
         verify(plan)
-        assert [p.name for p in plan.phases] == ["load", "prefill", "decode"][: 2 + (plan.workload.gen_len > 1)]
+        alone = plan.decision.rolling and plan.decision.stride(plan.workload.gen_len) == 1
+        assert [p.name for p in plan.phases] == ["load", "prefill", "decode"][
+            : 2 + (plan.workload.gen_len > 1 and not alone)
+        ]
         for phase in plan.phases[1:]:
             experts_once(plan, phase)
             alive, carried = lifetimes(plan, phase)
@@ -282,9 +285,9 @@ def test_the_plan_does_not_depend_on_the_hash_seed() -> None:
 
 
 def golden(name: str) -> str:
-    """Decode of a toy: two layers of four experts, one of them resident, two batches, three slots for experts; on a machine with
-    a GPU where the policy gives the CPU work beside one. One layer as it is drawn, then all ops in order with slots and waits; no
-    numbers, so that a difference shows the change alone."""
+    """Decode of a toy (or, in rolling order, a pass in which one batch joins and the other decodes): two layers of four experts, one of
+    them resident, two batches, three slots for experts; on a machine with a GPU where the policy gives the CPU work beside one. One
+    layer as it is drawn, then all ops in order with slots and waits; no numbers, so that a difference shows the change alone."""
     layer = replace(BARE, num_experts=4)
     spec = replace(tiny_spec(), layers=(layer, layer))
     late = {"static": 0, "solved": 1, "picks": 3}[policy(name).EXPERTS]
@@ -299,10 +302,12 @@ def golden(name: str) -> str:
     decision = tiny_decision(name, spec, "host", 2, 8, layers=(chosen, chosen), lead=3, hot=late // 3)
     gpu = name == OURS or any(hasattr(policy(name), what) for what in ("CPU_ATTENTION", "CPU_EXPERTS"))
     plan = tiny_plan(name, gpu, spec=spec, decision=decision)
-    drawn = report.timeline(plan, "decode", 1).splitlines()[2 : 2 + len({s.op.stream for s in plan.steps["decode"]})]
-    ops = [op_text(step.op, plan.names) for step in plan.steps["decode"]]
-    lines = [f"decode, {plan.phase('decode').batches} batches, layer 1", *drawn, ""]
-    for op, step in zip(ops, plan.steps["decode"], strict=True):
+    phase = "prefill" if decision.rolling else "decode"
+    steps = plan.steps[phase]
+    drawn = report.timeline(plan, phase, 1).splitlines()[2 : 2 + len({s.op.stream for s in steps})]
+    ops = [op_text(step.op, plan.names) for step in steps]
+    lines = [f"{phase}, {plan.phase(phase).batches} batches, layer 1", *drawn, ""]
+    for op, step in zip(ops, steps, strict=True):
         waits = [f"after {ops[wait.op]}{' of the pass before' * wait.back}" for wait in step.waits]
         lines.append("; ".join([" ".join([op, *(f">{slot}" for slot in step.slots)]), *waits]))
     return "\n".join(lines) + "\n"

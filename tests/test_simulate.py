@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klotski_compiler.cost import Cost
+from klotski_compiler.cost import Cost, Shape
 from klotski_compiler.execute import execute
 from klotski_compiler.hardware import read_hardware
 from klotski_compiler.model import read_model
@@ -155,17 +155,54 @@ def test_a_phase_is_as_long_as_its_busiest_stream_though_it_settles_late(load_us
 def test_the_forecast_of_decode_is_close_above_the_replay_of_all_its_passes(policy: str, gpu: bool, kv: str) -> None:
     """Each pass with the times that its ops have at its position; the cache grows fivefold meanwhile."""
     cost, lowered = schedule(policy, gpu, kv, gen_len=64)
-    phase = lowered.phases["decode"]
-    exact = length(replay(phase.steps, phase.shape.passes, times_at(cost, lowered, phase, policy)))
+    phase, decision = lowered.phases["decode"], tiny_decision(policy, cost.spec, "host")
+    if decision.rolling:
+        rounds = [phase.shape.with_ages(ages) for ages in there(6 // 2, decision.prefill_groups)]
+        exact = sum(
+            length(replay(phase.steps, phase.shape.passes, times_at(cost, lowered, phase, shape, policy)))
+            for shape in rounds
+        )
+    else:
+        exact = length(replay(phase.steps, phase.shape.passes, times_at(cost, lowered, phase, phase.shape, policy)))
     assert exact * (1 - NEGLIGIBLE) <= phase.times.total_us <= exact * 1.05
 
 
-def times_at(cost: Cost, lowered: Lowered, phase: LoweredPhase, policy: str) -> Callable[[int], list[float]]:
+def there(cohorts: int, ages: int) -> list[range]:
+    """Which ages there are in every round, counted out: cohort c joins in round c, and stays for so many."""
+    present = [[k - c for c in range(cohorts) if 0 <= k - c < ages] for k in range(cohorts + ages - 1)]
+    return [range(min(found), max(found) + 1) for found in present]
+
+
+def times_at(
+    cost: Cost, lowered: Lowered, phase: LoweredPhase, shape: Shape, policy: str
+) -> Callable[[int], list[float]]:
     """Op times of a pass, priced one by one."""
     decision = tiny_decision(policy, cost.spec, "host")
     late = {number: list(layer.late) for number, layer in enumerate(decision.layers)}
-    first = phase.shape.first_context
-    return lambda at: [cost.op_us(s.op, lowered.tensors, phase.shape, first + at, late) for s in phase.steps]
+    first = shape.first_context
+    return lambda at: [cost.op_us(s.op, lowered.tensors, shape, first + at, late) for s in phase.steps]
+
+
+@pytest.mark.parametrize("cohorts", [1, 2, 4, 9, 40])
+@pytest.mark.parametrize(("gpu", "kv"), PLACES)
+def test_the_forecast_of_passes_back_to_back_in_rolling_order_is_close_to_their_replay(
+    gpu: bool, kv: str, cohorts: int
+) -> None:
+    """Four ages and four tokens: one cohort joins in every pass, until no more come."""
+    spec, workload = tiny_spec(3, 4), Workload(prompt_len=16, gen_len=4, num_sequences=2 * cohorts)
+    cost = Cost(spec, tiny_hardware(gpu), uniform(spec), "bf16")
+    decision = tiny_decision("joint", spec, kv, 4, rolling=True, prefill_groups=4)
+    lowered = lower(cost, "joint", decision, workload)
+    assert list(lowered.phases) == ["load", "prefill"] and lowered.groups == 1
+    phase, late = lowered.phases["prefill"], {n: list(layer.late) for n, layer in enumerate(decision.layers)}
+    shapes = [phase.shape.with_ages(ages) for ages in there(cohorts, 4)]
+    assert phase.shape.passes == len(shapes)
+
+    def times(at: int) -> list[float]:
+        return [cost.op_us(s.op, lowered.tensors, shapes[at], shapes[at].first_context, late) for s in phase.steps]
+
+    exact = length(replay(phase.steps, len(shapes), times))
+    assert exact * 0.97 <= phase.times.total_us <= exact * 1.05
 
 
 def test_the_forecast_of_a_large_model_is_within_a_percent_of_its_replay() -> None:

@@ -145,7 +145,9 @@ def build(
     into, back = cost.links
     whole = [shape for shape in shapes(decision, workload) if shape.passes]
     phases = [span for shape in whole for span in _spans(shape)] if spans else whole
-    rounds = decision.rounds(workload.num_sequences)
+    rounds = dict.fromkeys((shape.name for shape in phases), decision.rounds(workload.num_sequences))
+    if decision.rolling:
+        rounds, phases = _ramps(decision, workload, whole)
     pages = decision.head_pages
 
     def item(module: Module, share: int = 1, loads: float = 1.0) -> Item:
@@ -185,7 +187,7 @@ def build(
     return Problem(
         groups=tuple(groups),
         batches=decision.part_batches,
-        passes={shape.name: rounds * shape.passes for shape in phases},
+        passes={shape.name: rounds[shape.name] * shape.passes for shape in phases},
         end={shape.name: _end(cost, shape, max(1, pages)) for shape in phases},
         head=item(cost.spec.head, share=max(1, pages), loads=max(1, pages)),
         head_pages=pages,
@@ -205,6 +207,25 @@ def build(
         query_bytes=rows * align_up(query_bytes(cost.spec, decision.batch_size, cost.dtype)),
         drag=(cost.drag(CPU, into), cost.drag(into, CPU)) if CPU in cost.hardware.processors else (0.0, 0.0),
     )
+
+
+def _ramps(decision: Decision, workload: Workload, whole: list[Shape]) -> tuple[dict[str, int], list[Shape]]:
+    """The phases of rolling order, and how often each comes: with all ages there, with the younger half while cohorts come, with the older
+    half when no more do."""
+    ages, cohorts = decision.prefill_groups, decision.cohorts(workload.num_sequences)
+    rising = min(ages, cohorts) - 1
+    half = max(1, min(ages, cohorts) // 2)
+    kinds = {
+        "": (range(ages), cohorts - rising),
+        ".up": (range(half), rising),
+        ".down": (range(ages - half, ages), ages - 1),
+    }
+    found = {
+        replace(shape.with_ages(there), name=shape.name + kind): count
+        for shape in whole
+        for kind, (there, count) in kinds.items()
+    }
+    return {shape.name: count for shape, count in found.items()}, list(found)
 
 
 def _spans(shape: Shape) -> list[Shape]:
@@ -283,7 +304,7 @@ def _work(
     position = shape.batch_size * layer.kv_elements * cost.compute_bytes
     load = store = 0.0
     # A row of batches: how many, on average, of each age; those that decode, with the positions that attention to them sees.
-    row = shape.batches / decision.part_batches / len(shape.ages)
+    row = shape.beside / decision.part_batches
     seen = [shape.context_of(batch, middle(shape)) for batch in shape.ages if shape.decodes(batch)]
     if links[1] in cost.hardware.links:
         load = row * sum(cost.kv_us(links[0], position * positions) for positions in seen)

@@ -255,7 +255,10 @@ class Group:
     @torch.inference_mode()
     def embed(self) -> None:
         """wide <- the embeddings of all batches' tokens, gathered from disk where the embedding is not bound."""
-        ids, resident = torch.cat([batch.ids.flatten() for batch in self.batches.values()]), self._skeleton.is_bound(EMBEDDING)
+        ids, resident = (
+            torch.cat([batch.ids.flatten() for batch in self.batches.values()]),
+            self._skeleton.is_bound(EMBEDDING),
+        )
         limit = self._chunks.token_rows if resident else min(self._chunks.token_rows, self._gather.max_rows)
         for rows in _split(slice(0, len(ids)), limit):
             if resident:
