@@ -285,7 +285,7 @@ class Relaxation:
                     nbytes,
                     moved,
                     (least(self.workload.prompt_len, ""), self.passes * least(1, "")),
-                    self.passes * least(1, CPU) if helped else inf,
+                    self.passes * self._least_decode(partial(self._cpu_us, layer, q, count), first, low, high) if helped else inf,
                     leaving,
                 )
             )
@@ -299,6 +299,12 @@ class Relaxation:
             most = high * self.workload.prompt_len
             return self.workload.num_sequences * tokens * per_pass(most) / most
         return max(first * per_pass(low * tokens), self.workload.num_sequences * per_pass(high * tokens) / high)
+
+    def _least_decode(self, per_pass: Callable[[int], float], first: int, low: int, high: int) -> float:
+        """The same of what the CPU does, which helps in passes in which all decode."""
+        if self.rolling:
+            return self.workload.num_sequences * per_pass(high) / high
+        return self._least(per_pass, 1, first, low, high)
 
     def compute_us(self, first: int, low: int, high: int) -> tuple[tuple[float, float], float, float]:
         """Least work of the processor outside the experts, in all prefills and in all decodes; of the latter, what reads keys and
@@ -344,6 +350,9 @@ class Relaxation:
                 whole = matmul_us(processor, self.cost.dtype, rows, layer.expand_flops // 2, 0)
                 decode += total * read * whole / rows
         return prefill, decode
+
+    def _cpu_us(self, layer: Layer, q: float, count: int, tokens: int) -> float:
+        return count * self._expert_us(layer, q, tokens, CPU)
 
     def _expert_us(self, layer: Layer, q: float, tokens: int, processor: str) -> float:
         return self.cost._expert_us(layer, tokens * q, 1.0 - (1.0 - q) ** tokens, processor)

@@ -77,7 +77,7 @@ class Search(Fills):
             )
         solved = policy(name).EXPERTS == "solved"
         scored, plain = self._scored(name)
-        tried = one_each(scored)[:KEPT_SOLVED] if solved else scored[:KEPT_SCORED]
+        tried = in_one_order(one_each(scored))[:KEPT_SOLVED] if solved else scored[:KEPT_SCORED]
         fills = [(kind, decision) for _, base in tried for kind, decision in self.fills(name, base)]
         if solved and (kept := self.all_kept(plain)):  # with buffers as they come, everything may fit
             fills.append(("resident", kept))
@@ -299,7 +299,15 @@ class Search(Fills):
 
 
 def one_each(scored: Sequence[tuple[float, Decision]]) -> list[tuple[float, Decision]]:
-    """Of scored decisions, best first, the best of each number and size of batches: what a score cannot tell is how finely work is
+    """Of scored decisions, best first, the best of each order, number and size of batches: what a score cannot tell is how finely work is
     divided."""
-    found = {(base.num_batches, base.batch_size): (us, base) for us, base in reversed(scored)}
+    found = {(base.rolling, base.num_batches, base.batch_size): (us, base) for us, base in reversed(scored)}
     return sorted(found.values(), key=lambda entry: entry[0])
+
+
+def in_one_order(scored: Sequence[tuple[float, Decision]]) -> list[tuple[float, Decision]]:
+    """Of scored decisions, best first, those in the order of the best, and those in the other order that are about as good."""
+    (least, best), *_ = scored
+    return [
+        (us, base) for us, base in scored if base.rolling == best.rolling or us <= least * (1 + ESTIMATE_ERROR)
+    ]
