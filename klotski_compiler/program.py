@@ -109,10 +109,12 @@ class Program:
         return self._helped and batch in self._attended[layer]
 
     def sent_batches(self, layer: int) -> list[int]:
-        """Batches whose keys and values the link brings in decode: they live elsewhere, and the CPU does not attend to them."""
+        """Batches whose keys and values the link brings: they live elsewhere, and the CPU does not attend to them. In prefill there
+        are none yet, so that what is brought is no more than their place, in no time."""
         if layer not in self._sent_batches:
-            moving = [batch for batch in self.batches if self._kv(layer, batch) and not self.on_cpu(layer, batch)]
-            self._sent_batches[layer] = moving if self.shape.decoding else []
+            self._sent_batches[layer] = [
+                batch for batch in self.batches if self._kv(layer, batch) and not self.on_cpu(layer, batch)
+            ]
         return self._sent_batches[layer]
 
     def is_moe(self, layer: int) -> bool:

@@ -96,12 +96,13 @@ class Queue:
     """Loads of one pass in order of need, followed by those that open the next pass, written as soon as they can travel.
 
     Modules travel one layer ahead; named experts while slots last; late ones once their router has spoken; keys and values
-    ``KV_AHEAD`` batches ahead. Each kind keeps its order, and what cannot travel yet lets the other kinds pass.
+    ``KV_AHEAD`` batches ahead, in prefill as empty places: asked for when attention begins, they would queue behind experts. Each
+    kind keeps its order, and what cannot travel yet lets the other kinds pass.
     """
 
     def __init__(self, p: Program) -> None:
         self.p, self.clock, self.bound, self.layer = p, Clock(p), -1, 0
-        self.free, self.free_kv, self.free_pages = p.decision.lead, KV_AHEAD, HEAD_SLOTS
+        self.free, self.free_kv, self.free_pages = p.decision.lead, min(KV_AHEAD, len(p.batches)), HEAD_SLOTS
         self.opening: deque[Unit] = deque()  # of the next pass: what fits before its first release
         self.queues: dict[str, deque[Unit]] = {kind: deque() for kind in ("module", "kv", "named", "late")}
         self.heads = deque(p.head_pages())
@@ -150,8 +151,8 @@ class Queue:
 
     def _kept(self, layer: int) -> int:
         """Slots that named experts of a layer must leave free: one unit for late experts of an earlier one, which would else have
-        none, and a share while the layer's KV, which is needed first, is still to be sent."""
-        late, sent = self.queues["late"], len(self.p.sent_batches(layer))
+        none, and a share while the layer's KV, which is needed first and takes time, is still to be sent."""
+        late, sent = self.queues["late"], len(self.p.sent_batches(layer)) if self.p.shape.decoding else 0
         kept = late[0].slots if late and late[0].layer < layer else 0
         return kept + (round(self.p.decision.lead * self.unsent[layer] / sent) if sent else 0)
 
