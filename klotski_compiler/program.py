@@ -80,8 +80,9 @@ class Program:
         return self._present(*(("expert", layer, e) for e in self.decision.layers[layer].resident_experts))
 
     def static_experts(self, layer: int) -> list[int]:
-        """Streamed experts that are loaded by name, in compute order; where the CPU does not help, its experts before the others, the
-        last ones first: as a rule they compute fastest, and free slots soonest for what could not travel during attention."""
+        """Streamed experts that are loaded by name, in compute order; where the CPU does not help, its experts before
+        the others, the last ones first: as a rule they compute fastest, and free slots soonest for what could not travel
+        during attention."""
         chosen = self.decision.layers[layer]
         named = chosen.static if self._helped else (*reversed(chosen.cpu), *chosen.static)
         return self._present(*(("expert", layer, e) for e in named))
@@ -110,8 +111,8 @@ class Program:
         return self._helped and batch in self._attended[layer]
 
     def sent_batches(self, layer: int) -> list[int]:
-        """Batches whose keys and values the link brings: they live elsewhere, and the CPU does not attend to them. In prefill there
-        are none yet, so that what is brought is no more than their place, in no time."""
+        """Batches whose keys and values the link brings: they live elsewhere, and the CPU does not attend to them. In
+        prefill there are none yet, so that what is brought is no more than their place, in no time."""
         if layer not in self._sent_batches:
             self._sent_batches[layer] = [
                 batch for batch in self.batches if self._kv(layer, batch) and not self.on_cpu(layer, batch)

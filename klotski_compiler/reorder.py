@@ -1,7 +1,8 @@
-"""The winner's order of experts, layer by layer: shown to be near the best there is, or bettered, by CP-SAT (design 7.4).
+"""The winner's order of experts, layer by layer: shown to be near the best there is, or bettered, by CP-SAT (design
+7.4).
 
-Layers of a phase that look the same share one window. What is found becomes the order of experts in the decision; the schedule is then
-lowered again, and the faster of the two is kept.
+Layers of a phase that look the same share one window. What is found becomes the order of experts in the decision; the
+schedule is then lowered again, and the faster of the two is kept.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Alike(NamedTuple):
 
 
 def reordered(search: Search, best: Best) -> Best:
-    """The schedule with its experts in a better order, where one is found, and with what any order could still save; itself where no
-    order can save much."""
+    """The schedule with its experts in a better order, where one is found, and with what any order could still save;
+    itself where no order can save much."""
     if best.policy != OURS:
         return best
     doubtful = sorted(_doubtful(search, best), key=lambda alike: -alike.saving_us(alike.window.work_us))[:MOST_WINDOWS]
@@ -61,19 +62,15 @@ def reordered(search: Search, best: Best) -> Best:
             lowered = lower(search.cost, OURS, tried, search.request.workload)
             if not search.over(lowered) and (rate := search.rate(lowered)) > best.tokens_per_s:
                 best = replace(best, decision=tried, lowered=lowered, tokens_per_s=rate)
+    if not bounds:
+        return best
     left = Counter[str]()
     for alike in _alike(search, best):
         left[alike.phase] += alike.saving_us(bounds.get((alike.phase, next(iter(alike.layers))), alike.window.work_us))
-    phases = best.lowered.phases
-    shares = [
-        f"{phase} more than {left[phase] / phases[phase].times.total_us:.1%}"
-        for phase in sorted({p for p, _ in bounds})
-    ]
-    return (
-        replace(best, order=f"order of experts inside a layer: no other makes {', or '.join(shares)} shorter")
-        if shares
-        else best
-    )
+    total_us = {name: phase.times.total_us for name, phase in best.lowered.phases.items()}
+    shares = [f"{phase} more than {left[phase] / total_us[phase]:.1%}" for phase in sorted({p for p, _ in bounds})]
+    line = f"no other would make {', or '.join(shares)} shorter"
+    return replace(best, order=f"order of experts: were each layer followed by its like, {line}")
 
 
 def _doubtful(search: Search, best: Best) -> Iterator[Alike]:
@@ -99,8 +96,9 @@ def _alike(search: Search, best: Best) -> Iterator[Alike]:
 
 
 def with_order(decision: Decision, alike: Alike, order: Sequence[int]) -> Decision:
-    """The decision with the experts of these layers in the order of the window's jobs, as far as a decision can say it: among those
-    streamed by name, among those of the CPU, which prefill streams before them, and among residents."""
+    """The decision with the experts of these layers in the order of the window's jobs, as far as a decision can say
+    it: among those streamed by name, among those of the CPU, which prefill streams before them, and among
+    residents."""
     layers = list(decision.layers)
     for number, layer in alike.layers.items():
         named = [layer.experts[job] for job in order if not layer.window.jobs[job].late]
@@ -169,7 +167,8 @@ def seen(cost: Cost, phase: LoweredPhase, tensors: Sequence[Tensor], decision: D
 
 
 def _evened(times_us: Iterable[int]) -> dict[int, int]:
-    """What each time is without rounding, so that equal ops are seen to be equal: the least of those that differ by no more."""
+    """What each time is without rounding, so that equal ops are seen to be equal: the least of those that differ by
+    no more."""
     evened: dict[int, int] = {}
     for us in sorted(set(times_us)):
         least = next(reversed(evened.values()), us)
@@ -182,8 +181,8 @@ def _is_experts(op: Op, processor: str) -> TypeGuard[Compute]:
 
 
 def _without_experts(steps: Sequence[Step], numbers: range, processor: str) -> tuple[int, int, int]:
-    """A layer replayed without its loads and as if its experts took no time on ``processor``: when the first of them could begin, what
-    the processor does after the last, and when that would end."""
+    """A layer replayed without its loads and as if its experts took no time on ``processor``: when the first of them
+    could begin, what the processor does after the last, and when that would end."""
     ends: dict[int, int] = {}
     now: dict[str, int] = {}
     front, after = -1, 0

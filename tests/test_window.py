@@ -1,4 +1,5 @@
-"""Order inside a layer: the window's list schedule against the simulator, CP-SAT against all orders, the order that is kept."""
+"""Order inside a layer: the window's list schedule against the simulator, CP-SAT against all orders, the order that
+is kept."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def period(window: Window, order: Sequence[int]) -> int:
 
 
 def random_window(seed: int, equal_loads: bool) -> Window:
-    """Up to six jobs, residents among them, through few slots; loads and computes in balance, so that all three bind."""
+    """Up to six jobs, residents among them, through few slots; loads and computes in balance, so that all three
+    bind."""
     rng = random.Random(seed)
     load = rng.randint(10, 40)
     jobs = [
@@ -75,7 +77,7 @@ def test_modules_and_kv_are_part_of_the_links_work() -> None:
     assert solve(window, listed(window)).bound_us >= 80
 
 
-# ----------------------------------------------------------------------------------------------------------- from a plan
+# ------------------------------------------------------------------------------------------------------ from a plan
 
 
 def skewed(spec: ModelSpec, exponent: float = 0.7) -> Routing:

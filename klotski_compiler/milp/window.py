@@ -1,15 +1,16 @@
-"""Order inside a layer: the list schedule of one layer in a steady pass, and CP-SAT to prove it or to better it (design 7.4).
+"""Order inside a layer: the list schedule of one layer in a steady pass, and CP-SAT to prove it or to better it
+(design 7.4).
 
-Loads, then computes, are a flow shop of two machines with a limited buffer: a job (transfer unit) holds its slots from the start of its
-load to the end of its compute. The window is periodic: were every layer like this one, a layer would begin every T microseconds, so
-that what belongs to the next layer is a copy of this one's ops, T later.
+Loads, then computes, are a flow shop of two machines with a limited buffer: a job (transfer unit) holds its slots
+from the start of its load to the end of its compute. The window is periodic: were every layer like this one, a layer
+would begin every T microseconds, so that what belongs to the next layer is a copy of this one's ops, T later.
 
     link    | units as slots come free, of this layer, then of the next ..      | modules, units of the next
     compute | attention, router (the front)   | units, residents between them   | front of the next
             0                                                                   T
 
-What the window leaves out (slots of modules and of KV, the link from disk to host memory) could only make T larger, so that the
-solver's bound on T holds for any order.
+What the window leaves out (slots of modules and of KV, the link from disk to host memory) could only make T larger,
+so that the solver's bound on T holds for any order.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ SEED = 1
 
 
 class Job(NamedTuple):
-    """Experts that compute as one. loads: (microseconds, slots) of each of their loads, none of residents. late: bound after the
-    router, so that no load begins before the front ends."""
+    """Experts that compute as one. loads: (microseconds, slots) of each of their loads, none of residents. late:
+    bound after the router, so that no load begins before the front ends."""
 
     loads: tuple[tuple[int, int], ...]
     compute_us: int
@@ -43,9 +44,10 @@ class Job(NamedTuple):
 
 
 class Window(NamedTuple):
-    """One layer of a steady pass, in microseconds. jobs: in compute order, which is also that of their loads. slots: of experts.
-    front_us: attention and router. least_us: the layer if experts took the processor of the compute tier no time. after_us: its work
-    after all experts. modules_us, kv_us: loads that must have come when the front begins, and when it ends."""
+    """One layer of a steady pass, in microseconds. jobs: in compute order, which is also that of their loads. slots:
+    of experts. front_us: attention and router. least_us: the layer if experts took the processor of the compute tier
+    no time. after_us: its work after all experts. modules_us, kv_us: loads that must have come when the front begins,
+    and when it ends."""
 
     jobs: tuple[Job, ...]
     slots: int
@@ -64,8 +66,8 @@ class Window(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """The list schedule of a window, settled. Starts count from that of the layer; per job, those of its loads and of its compute, then
-    of the loads of modules and of KV."""
+    """The list schedule of a window, settled. Starts count from that of the layer; per job, those of its loads and of
+    its compute, then of the loads of modules and of KV."""
 
     period_us: int
     loads: tuple[tuple[int, ...], ...]
@@ -83,8 +85,8 @@ class Solved(NamedTuple):
 
 
 def listed(window: Window) -> Listed:
-    """What policy ``joint`` makes of the jobs' order: a load goes as soon as the one before it has and its slots are free, at most
-    one layer ahead; modules of the next layer go when this one begins, its KV after attention."""
+    """What policy ``joint`` makes of the jobs' order: a load goes as soon as the one before it has and its slots are
+    free, at most one layer ahead; modules of the next layer go when this one begins, its KV after attention."""
     free = deque([(0, window.slots)])  # (from when, slots)
     coming = deque((layer, n) for layer in range(LAYERS) for n, job in enumerate(window.jobs) if job.loads)
     link, now, unused = 0, 0, window.slots
@@ -152,8 +154,8 @@ def listed(window: Window) -> Listed:
 
 
 def solve(window: Window, known: Listed) -> Solved:
-    """The best order that CP-SAT finds, starting from the list schedule, and its bound. One worker, a fixed seed and a deterministic
-    limit: equal windows give equal orders."""
+    """The best order that CP-SAT finds, starting from the list schedule, and its bound. One worker, a fixed seed and
+    a deterministic limit: equal windows give equal orders."""
     from ortools.sat.python import cp_model  # takes a third of a second, and few windows need it
 
     model = Periodic(cp_model.CpModel(), window, known)
@@ -170,7 +172,8 @@ def solve(window: Window, known: Listed) -> Solved:
 
 
 class Periodic:
-    """The window as constraints: starts in (-T, T), and those of the copies T later. T is at most the list schedule's."""
+    """The window as constraints: starts in (-T, T), and those of the copies T later. T is at most the list
+    schedule's."""
 
     def __init__(self, model: cp_model.CpModel, window: Window, known: Listed) -> None:
         """All of it, with the list schedule as a complete hint."""
@@ -232,8 +235,8 @@ class Periodic:
         return one.loads == other.loads and one.late == other.late
 
     def _same_order(self, one: int, other: int, equal: bool) -> None:
-        """Jobs with equal loads are loaded in the order in which they compute, which costs nothing: if they are not, exchange the
-        loads. Equal ones keep their order."""
+        """Jobs with equal loads are loaded in the order in which they compute, which costs nothing: if they are not,
+        exchange the loads. Equal ones keep their order."""
         if not equal and not self.loads[one]:
             return
         first = self.model.new_bool_var("")

@@ -95,9 +95,9 @@ class Clock:
 class Queue:
     """Loads of one pass in order of need, followed by those that open the next pass, written as soon as they can travel.
 
-    Modules travel one layer ahead; named experts while slots last; late ones once their router has spoken; keys and values
-    ``KV_AHEAD`` batches ahead, in prefill as empty places: asked for when attention begins, they would queue behind experts. Each
-    kind keeps its order, and what cannot travel yet lets the other kinds pass.
+    Modules travel one layer ahead; named experts while slots last; late ones once their router has spoken; keys and
+    values ``KV_AHEAD`` batches ahead, in prefill as empty places: asked for when attention begins, they would queue
+    behind experts. Each kind keeps its order, and what cannot travel yet lets the other kinds pass.
     """
 
     def __init__(self, p: Program) -> None:
