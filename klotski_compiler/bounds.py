@@ -285,7 +285,9 @@ class Relaxation:
                     nbytes,
                     moved,
                     (least(self.workload.prompt_len, ""), self.passes * least(1, "")),
-                    self.passes * self._least_decode(partial(self._cpu_us, layer, q, count), first, low, high) if helped else inf,
+                    self.passes * self._least_decode(partial(self._cpu_us, layer, q, count), first, low, high)
+                    if helped
+                    else inf,
                     leaving,
                 )
             )

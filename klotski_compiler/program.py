@@ -83,9 +83,11 @@ class Program:
         return self._present(*(("expert", layer, e) for e in self.decision.layers[layer].resident_experts))
 
     def static_experts(self, layer: int) -> list[int]:
-        """Streamed experts that are loaded by name, in compute order."""
+        """Streamed experts that are loaded by name, in compute order; where the CPU does not help, its experts before
+        the others, the last ones first: as a rule they compute fastest, and free slots soonest for what could not travel
+        during attention."""
         chosen = self.decision.layers[layer]
-        named = chosen.static if self._helped else (*chosen.static, *chosen.cpu)
+        named = chosen.static if self._helped else (*reversed(chosen.cpu), *chosen.static)
         return self._present(*(("expert", layer, e) for e in named))
 
     def picks(self, layer: int) -> list[int]:

@@ -97,6 +97,8 @@ def notes(search: Search, best: Best, predicted: Forecast) -> Iterator[str]:
     share = predicted.busy_us[slowest] / predicted.makespan_us
     yield f"{slowest} binds: it is busy {share:.0%} of the time"
     yield f"routing: {search.request.routing.source}"
+    if best.order:
+        yield best.order
     decision, request = best.decision, search.request
     try:
         now = search.score(best.policy, search.bare(best.policy, decision, decision.num_batches))

@@ -52,12 +52,13 @@ class Rated:
 
 @dataclass(slots=True)
 class Best:
-    """A policy's best schedule so far."""
+    """A policy's best schedule so far. order: what is known of the order of its experts, in words."""
 
     policy: str
     decision: Decision
     tokens_per_s: float
     lowered: Lowered
+    order: str = ""
 
 
 class Search(Fills):
@@ -151,7 +152,7 @@ class Search(Fills):
                 continue
             decision = self._stream_all(name, min(bases, key=lambda base: base.lead))
             lowered = lower(self.cost, name, decision, self.request.workload)
-            if over := self._over(lowered):
+            if over := self.over(lowered):
                 refusals[name] = self._shortfall(over)
             elif rate := self.rate(lowered):
                 found.append(Best(name, decision, rate, lowered))
@@ -159,7 +160,7 @@ class Search(Fills):
             raise min(refusals.values(), key=lambda r: sum(r.shortfalls.values()) or inf)
         return sorted(found, key=lambda best: -best.tokens_per_s)
 
-    def _over(self, lowered: Lowered) -> dict[str, int]:
+    def over(self, lowered: Lowered) -> dict[str, int]:
         """By how much a schedule exceeds each budget that it does."""
         budgets = self.request.budgets.items()
         return {
@@ -271,7 +272,7 @@ class Search(Fills):
         more = max(slot_bytes(layer.expert) for layer in self.request.spec.layers if layer.expert) // 4
         for tries in count():
             lowered = lower(self.cost, name, decision, self.request.workload)
-            over = self._over(lowered)
+            over = self.over(lowered)
             if not over:
                 break
             reserve.update({tier: nbytes + tries * more for tier, nbytes in over.items()})
@@ -308,6 +309,4 @@ def one_each(scored: Sequence[tuple[float, Decision]]) -> list[tuple[float, Deci
 def in_one_order(scored: Sequence[tuple[float, Decision]]) -> list[tuple[float, Decision]]:
     """Of scored decisions, best first, those in the order of the best, and those in the other order that are about as good."""
     (least, best), *_ = scored
-    return [
-        (us, base) for us, base in scored if base.rolling == best.rolling or us <= least * (1 + ESTIMATE_ERROR)
-    ]
+    return [(us, base) for us, base in scored if base.rolling == best.rolling or us <= least * (1 + ESTIMATE_ERROR)]
