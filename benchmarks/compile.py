@@ -1,6 +1,8 @@
-"""How long compiling takes, how near to its bounds the plan is, how large it is, how long it takes to load and to verify.
+"""How long compiling takes and how much memory, how near to its bounds the plan is, how large it is, how long it takes to load and to
+verify.
 
-Whole commands, as a user waits for them, each repeated. Neither the models nor the machines are needed.
+Whole commands, as a user waits for them, each repeated. Neither the models nor the machines are needed. Memory is that of the command and
+all its processes together, what they share counted once (the kernel's proportional set size, sampled).
 
     python benchmarks/compile.py [--repeats 3] [--output FILE]        about three minutes
 """
@@ -26,6 +28,7 @@ from klotski_compiler.output import write_whole  # noqa: E402
 from klotski_compiler.plan import load  # noqa: E402
 from klotski_compiler.verify import verify  # noqa: E402
 
+SAMPLE_S = 0.05
 PAIRS = (
     ("mixtral-8x7b", "rtx3090"),
     ("mixtral-8x22b", "rtx3090"),
@@ -42,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, help="write the table here, with command, date and machine")
     arguments = parser.parse_args(argv)
-    head = ("compile s", "schedule +%", "class +%", "plan MB", "load s", "verify s")
+    head = ("compile s", "memory MB", "schedule +%", "class +%", "plan MB", "load s", "verify s")
     lines = [
         f"{date.today()}: python benchmarks/compile.py {shlex.join(argv if argv is not None else sys.argv[1:])}",
         f"{platform.machine()}, {os.cpu_count()} cores; medians of {arguments.repeats}",
@@ -80,9 +83,10 @@ def line(model: str, machine: str, repeats: int) -> str:
             began = time.perf_counter()
             verify(plan)
             verifying.append(time.perf_counter() - began)
-        forecast, size = plan.forecast, path.stat().st_size
+        forecast, size, memory = plan.forecast, path.stat().st_size, peak_bytes(command)
     numbers = (
         statistics.median(compiling),
+        memory / 1e6,
         100 * (forecast.makespan_us / forecast.bound_us - 1),
         100 * forecast.gap,
         size / 1e6,
@@ -90,6 +94,33 @@ def line(model: str, machine: str, repeats: int) -> str:
         statistics.median(verifying),
     )
     return f"{model:<18}{machine:<10}" + "".join(f"{number:>13.2f}" for number in numbers)
+
+
+def peak_bytes(command: list[str]) -> int:
+    """The most memory that a command and its children take at once; in a run of its own, since looking costs time."""
+    process, most = subprocess.Popen(command, stdout=subprocess.DEVNULL), 0
+    while process.poll() is None:
+        most = max(most, sum(map(share_bytes, (process.pid, *children(process.pid)))))
+        time.sleep(SAMPLE_S)
+    return most
+
+
+def children(pid: int) -> list[int]:
+    """All processes that a process has started, and theirs."""
+    try:
+        own = [int(word) for task in Path(f"/proc/{pid}/task").iterdir() for word in (task / "children").read_text().split()]
+    except OSError:  # it has ended meanwhile
+        return []
+    return [*own, *(other for child in own for other in children(child))]
+
+
+def share_bytes(pid: int) -> int:
+    """A process's memory, of what it shares its part."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klotski_compiler.errors import Infeasible
-from klotski_compiler.model import ModelSpec
+from klotski_compiler.hardware import read_hardware
+from klotski_compiler.model import ModelSpec, read_model
 from klotski_compiler.plan import Candidate, Plan, Workload
 from klotski_compiler.planner import Request, compile_plan
 from klotski_compiler.policies import POLICIES, policy
 from klotski_compiler.routing import uniform
 from klotski_compiler.search import Search
+from klotski_compiler.verify import verify
 from plans import module, tiny_hardware, tiny_spec
 
 WORKLOAD = Workload(prompt_len=16, gen_len=8, num_sequences=24)
@@ -248,6 +250,23 @@ def test_the_forecast_counts_every_token_from_the_first_weight_on(gpu: bool) -> 
         assert forecast.tokens_per_s == pytest.approx(24 * 8 / seconds, rel=1e-3)
         assert forecast.tokens_per_s <= forecast.bound_tokens_per_s and forecast.gap >= 0
         assert forecast.makespan_us >= forecast.bound_us * (1 - 1e-6)
+
+
+def test_a_large_file_of_prompts_is_taken_in_rolling_order() -> None:
+    """Four layers of Mixtral: where there are many groups, prompts that are taken in while weights travel for decode beat any
+    schedule with phases apart; one group alone is done sooner in phases."""
+    spec = read_model("mixtral-8x7b")
+    spec, hardware, budgets = replace(spec, layers=spec.layers[:4]), read_hardware("rtx3090"), {"gpu": 6 << 30, "host": 16 << 30}
+    rolling = []
+    for num_sequences in (32, 4096):
+        workload = Workload(prompt_len=512, gen_len=32, num_sequences=num_sequences)
+        plan = compile_plan(Request(spec, hardware, uniform(spec), workload, budgets, "bf16", "joint"))
+        rolling.append(plan.decision.rolling)
+        assert plan.forecast.schedule_class == ("mixed passes" if plan.decision.rolling else "phases apart")
+        assert plan.forecast.bound_tokens_per_s == plan.forecast.class_bounds[plan.forecast.schedule_class]
+        verify(plan)
+    assert rolling == [False, True]
+    assert plan.forecast.tokens_per_s > plan.forecast.class_bounds["phases apart"]
 
 
 # -------------------------------------------------------------------------- host memory that cannot hold all weights
