@@ -36,11 +36,11 @@ MODEL = Path(__file__).parents[2] / "shared" / "models" / "moe-text-28m"
 ROOT = Path(__file__).parents[1]
 
 
-def compiled(folder: Path, prompt_len: int = 20, dtype: str = "fp32") -> Plan:
+def compiled(folder: Path, prompt_len: int = 20, dtype: str = "fp32", policy: str = "klotski") -> Plan:
     spec = read_model(folder)
     workload = Workload(prompt_len=prompt_len, gen_len=6, num_sequences=9)
     budgets = {"host": 150_000_000, "disk": 10**12}
-    request = Request(spec, read_hardware("dev-2core"), uniform(spec), workload, budgets, dtype, "klotski", 2, 2)
+    request = Request(spec, read_hardware("dev-2core"), uniform(spec), workload, budgets, dtype, policy, 2, 2)
     return compile_plan(request)
 
 
@@ -281,10 +281,16 @@ def test_finished_rows_survive_a_failure(
     assert "move or remove it" in capsys.readouterr().err
 
 
-def test_ctrl_c(tiny: SimpleNamespace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", ["klotski", "moe_lens"])
+def test_ctrl_c(policy: str, tiny: SimpleNamespace, tmp_path: Path) -> None:
+    """Group after group, or in rolling order, where all rows are one run."""
+    plan = compiled(tiny.folder, policy=policy)
+    assert plan.decision.rolling == (policy == "moe_lens")
+    plan.save(tmp_path / "plan.json")
+    run = [str(tmp_path / "plan.json"), "--model", str(tiny.folder)]
     source = write_lines(tmp_path / "in.jsonl", [{"prompt": p} for p in prompts(*[20] * 4000)])
     output = tmp_path / "out.jsonl"
-    command = [sys.executable, "-m", "klotski_runtime.cli.run", *tiny.run, "--input", source, "--output", str(output)]
+    command = [sys.executable, "-m", "klotski_runtime.cli.run", *run, "--input", source, "--output", str(output)]
     command += ["--threads", "1"]  # one that spins beside others would hardly come to an end
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'runtime'}"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)

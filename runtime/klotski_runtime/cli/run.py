@@ -165,7 +165,7 @@ def _check_usage(arguments: argparse.Namespace) -> None:
 
 
 def _generate(engine: Engine, job: Job) -> float:
-    """Run all groups; returns the seconds from the first weight byte to the last token."""
+    """Run all groups, or all rows in rolling order; returns the seconds from the first weight byte to the last token."""
     size = len(job.rows) if engine.plan.decision.rolling else engine.plan.envelope.sequences
     began = time.perf_counter()
     with _progress(sum(row.max_new_tokens for row in job.rows)) as bar:
@@ -173,11 +173,38 @@ def _generate(engine: Engine, job: Job) -> float:
         for number, first in enumerate(range(0, len(job.rows), size)):
             group = job.rows[first : first + size]
             bar.begin(number + 1, -(-len(job.rows) // size))
+            kept = Keeper(job, first, group)
+
+            def advance(fresh: int, kept: Keeper = kept) -> None:
+                bar.advance(fresh)
+                kept.ended()
+
             try:
-                engine.run(group, job.end_tokens, number, bar.advance)
+                engine.run(group, job.end_tokens, number, advance if engine.plan.decision.rolling else bar.advance)
             finally:
-                job.save(first, group)
+                kept.rest()
     return time.perf_counter() - began
+
+
+class Keeper:
+    """Keeps the rows of a run as they end: in rolling order that is one cohort after the other, long before the last."""
+
+    def __init__(self, job: Job, first: int, group: Sequence[Row]) -> None:
+        self.job, self.first, self.group, self.kept = job, first, group, 0
+
+    def ended(self) -> None:
+        """Keep the rows that have ended before any that has not."""
+        done = self.kept
+        while done < len(self.group) and self.group[done].done:
+            done += 1
+        if done > self.kept:
+            self.job.save(self.first + self.kept, self.group[self.kept : done])
+            self.kept = done
+
+    def rest(self) -> None:
+        """Keep what else has ended."""
+        self.job.save(self.first + self.kept, self.group[self.kept :])
+        self.kept = len(self.group)
 
 
 class Job:
