@@ -333,16 +333,14 @@ class _Prices:
 
     def moved_bytes(self) -> Counter[str]:
         """What crosses each link in all passes."""
-        shapes = {self.shape: float(self.shape.passes)}
-        if self.rounds:
-            weights = self.rounds.weights(self.rounds.samples(True))
-            shapes = {self.shape.with_ages(self.rounds.there(k)): n * self.shape.passes for k, n in weights.items()}
+        seen = [(self.shape, float(self.shape.passes))]
+        if rounds := self.rounds:
+            weights = rounds.weights(rounds.samples())
+            seen = [(self.shape.with_ages(rounds.there(k)), n * self.shape.passes) for k, n in weights.items()]
         moved = Counter[str]()
         for step in self.steps:
             if isinstance(op := step.op, Load | Store):
-                each = (
-                    n * self.cost.moved_bytes(op, self.tensors, s, self._context, self.late) for s, n in shapes.items()
-                )
+                each = (n * self.cost.moved_bytes(op, self.tensors, s, self._context, self.late) for s, n in seen)
                 moved[op.link] += round(sum(each))
         return moved
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +18,7 @@ from klotski_compiler.execute import execute
 from klotski_compiler.hardware import read_hardware
 from klotski_compiler.model import read_model
 from klotski_compiler.pipeline import Lowered, LoweredPhase, lower
-from klotski_compiler.plan import Bind, Compute, LayerDecision, Load, Step, Workload
+from klotski_compiler.plan import Bind, Compute, LayerDecision, Load, Step, Store, Workload
 from klotski_compiler.policies import POLICIES
 from klotski_compiler.routing import uniform
 from klotski_compiler.simulate import NEGLIGIBLE, SIMULATED_PASSES, Simulation, bubbles, simulate
@@ -203,6 +203,12 @@ def test_the_forecast_of_passes_back_to_back_in_rolling_order_is_close_to_their_
 
     exact = length(replay(phase.steps, len(shapes), times))
     assert exact * 0.97 <= phase.times.total_us <= exact * 1.05
+    moved = Counter[str]()
+    for shape, step in product(shapes, phase.steps):
+        if isinstance(step.op, Load | Store):
+            nbytes = cost.moved_bytes(step.op, lowered.tensors, shape, shape.first_context, late)
+            moved[step.op.link] += nbytes  # type: ignore[assignment]
+    assert dict(phase.link_bytes) == pytest.approx(dict(moved), rel=0.03)
 
 
 def test_the_forecast_of_a_large_model_is_within_a_percent_of_its_replay() -> None:
