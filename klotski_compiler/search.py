@@ -29,7 +29,8 @@ from klotski_compiler.rough import busiest_us, load_us, rough_us
 
 __all__ = ["Best", "Rated", "Request", "Search"]
 
-WORTH = 0.002  # what another micro-batch must save
+WORTH = 0.002  # what another decision must save of simulated time
+WORTH_SCORED = 0.0002  # what another micro-batch must save by its score, which is exact: several small steps add up
 KEPT_FITTED = 4  # decisions per size whose micro-batches are fitted to the memory that they leave
 IMPROVEMENTS = 8  # decisions near the best one that are tried
 KEPT_SCORED = 2  # sizes per policy that are timed on short models
@@ -37,7 +38,7 @@ KEPT_SOLVED = 6  # and of the policy whose residency is solved
 KEPT_WHOLE = 3  # and of those, that may be lowered whole
 ESTIMATE_ERROR = 0.05  # how far a short model's time may be off
 MOST_WHOLE = {2000: 2, MANY_EXPERTS: 1}  # schedules that are lowered whole of a model of more than so many experts
-WHOLE_STEPS = 1500  # a pass of so few ops, about, is timed whole at once
+WHOLE_STEPS = 3000  # a pass of so few ops, about, is timed whole at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +200,12 @@ class Search(Fills):
             best, improved = (us, base), True
             while improved:
                 improved = False
-                for other in micro_batches(best[1]):
+                for other in micro_batches(best[1], self.least_rows):
                     try:
                         tried = self.score(name, other)
                     except Infeasible:
                         continue
-                    if tried < best[0] * (1 - WORTH):
+                    if tried < best[0] * (1 - WORTH_SCORED):
                         best, improved = (tried, other), True
             if best[1] not in [base for _, base in found]:
                 found.append(best)
