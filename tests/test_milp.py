@@ -509,7 +509,7 @@ def test_experts_stay_on_disk_where_host_memory_ends() -> None:
     cost, workload, decision, _ = random_case(1)
     problem = build(cost, workload, decision, {"gpu": 1 << 30, "host": 1 << 30})
     whole = weights_bytes(problem)
-    tight = {"gpu": whole // 3 + slots_bytes(problem), "host": whole // 3}
+    tight = {"gpu": whole * 3 // 5, "host": whole // 3}
     solved = residency(cost, workload, decision, tight)
     assert sum(len(layer.on_disk) for layer in solved.layers) > 0
 
