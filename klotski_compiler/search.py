@@ -24,11 +24,13 @@ from klotski_compiler.milp.problem import EXACT_EXPERTS
 from klotski_compiler.milp.solve import relaxed_us
 from klotski_compiler.pipeline import Lowered, lower
 from klotski_compiler.plan import Decision
-from klotski_compiler.policies import policy
+from klotski_compiler.policies import OURS, policy
 from klotski_compiler.rough import busiest_us, load_us, rough_us
 
 __all__ = ["Best", "Rated", "Request", "Search"]
 
+FINE_PLACES = 4  # places in each part of prefill, so many of which a layer may keep the KV of
+KEPT_FINER = 4  # sizes that are tried with so many
 WORTH = 0.002  # what another decision must save of simulated time
 WORTH_SCORED = 0.0002  # what another micro-batch must save by its score, which is exact: several small steps add up
 KEPT_FITTED = 4  # decisions per size whose micro-batches are fitted to the memory that they leave
@@ -81,6 +83,8 @@ class Search(Fills):
         scored, plain = self._scored(name)
         tried = one_each(scored)[:KEPT_SOLVED] if solved else scored[:KEPT_SCORED]
         fills = [(kind, decision) for _, base in tried for kind, decision in self.fills(name, base)]
+        if solved:
+            fills += [filled for base in self.finer([d for _, d in fills]) for filled in self.fills(name, base)]
         if solved and (kept := self.all_kept(plain)):  # with buffers as they come, everything may fit
             fills.append(("resident", kept))
         rated = [Rated(self.estimate(name, decision), name, decision, kind) for kind, decision in fills]
@@ -264,6 +268,17 @@ class Search(Fills):
         # What is rare among the layers a sample may miss, but not the work that it is; that is rounded here and there, too.
         least = busiest_us(self.cost, decision, self.request.workload) * (1 - ESTIMATE_ERROR)
         return self._rate(max(extrapolated, least))
+
+    def finer(self, decisions: Sequence[Decision]) -> list[Decision]:
+        """Where KV is spilled, the first few sizes with prefill in fewer parts: all parts keep a batch's KV where its place says, so that
+        as many parts as batches move a layer's KV whole or not at all, which the relaxed score does not see."""
+        found = dict[tuple[int, ...], Decision]()
+        for d in decisions:
+            parts = max(1, d.num_batches // FINE_PLACES)
+            if parts < d.prefill_groups and any(layer.kv != self.tier for layer in d.layers):
+                base = self.bare(OURS, d, d.num_batches).model_copy(update={"prefill_groups": parts})
+                found.setdefault(shape_of(base), base)
+        return list(found.values())[:KEPT_FINER]
 
     def retimed(self, rated: list[Rated]) -> list[Rated]:
         """The fastest of many estimates is the one that errs most: where that takes little, the first few timed whole, and sorted

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.model import ModelSpec
+from klotski_compiler.pipeline import lower
 from klotski_compiler.plan import Candidate, Plan, Workload
 from klotski_compiler.planner import Request, compile_plan
 from klotski_compiler.policies import POLICIES, policy
 from klotski_compiler.routing import uniform
-from klotski_compiler.search import Search
+from klotski_compiler.search import Rated, Search
 from plans import module, tiny_hardware, tiny_spec
 
 WORKLOAD = Workload(prompt_len=16, gen_len=8, num_sequences=24)
@@ -312,6 +313,29 @@ def test_everything_resident_makes_room_as_well() -> None:
     assert search.filled("joint", base, "resident") is not None
     room = search.capacity("joint", base, {})["gpu"]
     assert search.filled("joint", base, "resident", {"gpu": room}) is None
+
+
+def test_spilled_kv_is_tried_in_as_many_places_as_it_may_take() -> None:
+    """With one batch in each part of prefill a layer's KV moves whole or not at all; nothing is tried where no KV moves."""
+    search = Search(
+        Request(SPEC, tiny_hardware(True), uniform(SPEC), WORKLOAD, {"gpu": RICH, "host": RICH}, "bf16", "joint")
+    )
+    base = search.base("solved", 8, 3, 2, 1, 8)
+    away = tuple(layer.model_copy(update={"kv": "host"}) for layer in base.layers)
+    assert [d.prefill_groups for d in search.finer([base.model_copy(update={"layers": away})])] == [2]
+    assert search.finer([base]) == []
+
+
+def test_of_many_estimates_the_first_are_timed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best by what they really take comes first."""
+    search = Search(
+        Request(SPEC, tiny_hardware(True), uniform(SPEC), WORKLOAD, {"gpu": RICH, "host": RICH}, "bf16", "joint")
+    )
+    monkeypatch.setattr("klotski_compiler.search.WHOLE_STEPS", 0)
+    base = next(search.bases("joint"))
+    true = search.rate(lower(search.cost, "joint", base, WORKLOAD, quick=True))
+    wrong = Rated(10 * true, "joint", base, "any")
+    assert [one.tokens_per_s for one in search.retimed([wrong])] == [true]
 
 
 @MACHINES
