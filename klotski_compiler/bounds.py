@@ -23,6 +23,7 @@ EXACT_SHARES = 256  # so many different experts are bounded one by one
 ROUNDING = 1.01
 GIB = 1 << 30  # of memory in the linear program
 TOLERANCE = 1e-6  # of its solver
+CLOSE = 1e-4  # bounds that differ by less are equal
 SPANS, GROWN = 4, 1.2  # decode whose context grows by more than that factor is bounded in so many spans
 
 
@@ -35,16 +36,19 @@ def bound_tokens_per_s(cost: Cost, workload: Workload, budgets: dict[str, int]) 
     """
     relaxation = Relaxation(cost, workload, budgets)
     total = workload.num_sequences
-    queue = [(relaxation.least_us(1, total), 1, total)]
+    queue = [(relaxation.least_us(1, total), 1, total, False)]
     while True:
-        time_us, first, last = heappop(queue)
+        time_us, first, last, refined = heappop(queue)
         if isinf(time_us):
             return 0.0
-        if first == last:
+        if refined:
             return 1e6 * total * workload.gen_len / time_us
+        if first == last:
+            heappush(queue, (relaxation.refined_us(first), first, last, True))
+            continue
         middle = (first + last) // 2
         for low, high in ((first, middle), (middle + 1, last)):
-            heappush(queue, (relaxation.least_us(low, high), low, high))
+            heappush(queue, (relaxation.least_us(low, high), low, high, False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,7 @@ class Relaxation:
     *Spans.* What is decided is decided for all of decode: while contexts grow, no share can follow what is busiest. Decode takes
     at least what the busiest resource of each of its spans does (op times are affine in the position).
     *Disk.* Before a GPU only experts may live on disk, and those travel by name, whole, in every pass.
+    *Parts.* Prefill in p parts keeps the states of a p-th of the prompts, and reads what is not kept p times (``refined_us``).
     *Memory* at S = low: states, least workspace, one expert slot, KV. Keeping is relaxed to fractions. Where host memory cannot hold
     all experts, some pass through it, to be kept on the GPU or to be streamed: one place in it is theirs, or two; with one,
     disk and link take turns.
@@ -111,29 +116,47 @@ class Relaxation:
                 found[layer, ROUNDING ** floor(log(q, ROUNDING)) if rounded else q] += 1
         return [(layer, q, count) for (layer, q), count in found.items()]
 
-    def least_us(self, first: int, last: int) -> float:
-        """Lower bound on load plus all groups, for every number of groups in first .. last; infinite if nothing
-        fits."""
-        total = self.workload.num_sequences
+    def refined_us(self, groups: int) -> float:
+        """``least_us`` of one number of groups, with what prefill in parts takes: few parts keep the states of many prompts at once, many
+        read the weights as often. Intervals of their number are bounded; where one adds nothing, the others need no look."""
+        least = self.least_us(groups, groups)
+        found, parts, low = inf, 1, -(-self.workload.num_sequences // groups)
+        while not isinf(least):
+            found = min(found, self.least_us(groups, groups, parts, 2 * parts - 1))
+            if found <= least * (1 + CLOSE):
+                return least
+            if 2 * parts > low:
+                break
+            parts *= 2
+        return max(least, found)
+
+    def least_us(self, first: int, last: int, parts: int = 1, most_parts: int = 0) -> float:
+        """Lower bound on load plus all groups, for every number of groups in first .. last, and of prefill's parts from parts to
+        most_parts (0: any); infinite if nothing fits."""
+        total, prompt = self.workload.num_sequences, self.workload.prompt_len
         low, high = -(-total // last), -(-total // first)
         room = self.room(low)
+        if most_parts:
+            decoding = low if self.passes else 0
+            states = [max(decoding, n * prompt) for n in (1, -(-low // most_parts))]
+            room -= state_bytes(self.cost.spec, states[1] - states[0], self.cost.dtype)
         if room < 0:
             return inf
         places = (1, 2) if self.tier == "gpu" and self.budget["host"] < self.expert_bytes else (0,)
-        answers = [Solver(self.program(first, low, high, room, staging)).relaxed() for staging in places]
+        answers = [Solver(self.program(first, low, high, room, staging, parts)).relaxed() for staging in places]
         found = [answer.objective for answer in answers if answer.status != "infeasible"]
         return SCALE_US * min(found) * (1 - TOLERANCE) if found else inf
 
-    def program(self, first: int, low: int, high: int, room: float, staging: int = 0) -> Model:
+    def program(self, first: int, low: int, high: int, room: float, staging: int = 0, parts: int = 1) -> Model:
         """min load + sum over phases of T, subject to T >= the work of each resource, and to the memory of each tier.
 
         Variables, all shares of a weight i or of the KV cache: kept[i] in the compute tier, near[i] in host memory before a GPU
         (the rest lives on disk), cpu[i] computed there in decode; kept[kv], cpu[kv]. T of decode's spans: decode[j].
-        staging: places of an expert in host memory on its way to a GPU; 0 where none is needed for sure.
+        staging: places of an expert in host memory on its way to a GPU; 0 where none is needed for sure. parts: of prefill, at least.
         """
         model = Model()
         links, on_gpu = self.cost.hardware.links, self.tier == "gpu"
-        weights = self.weights(first, low, high)
+        weights = self.weights(first, low, high, parts)
         kv_bytes = low * self.positions * self.kv_position
         helped = [weight.cpu_us < inf for weight in weights]
 
@@ -172,8 +195,8 @@ class Relaxation:
                 load[near] = weight.nbytes * disk_us
         row("memory", here, upper=room / GIB)
         if on_gpu:
-            least = min(layer.expert.nbytes for layer in self.cost.spec.layers if layer.expert) * staging
-            row("host", host, upper=(self.budget["host"] - least) / GIB)
+            passing = min(layer.expert.nbytes for layer in self.cost.spec.layers if layer.expert) * staging
+            row("host", host, upper=(self.budget["host"] - passing) / GIB)
         work = {"load": [load], "prefill": self.work(0, first, low, high, weights, staging)}
         work["decode"] = self.work(1, first, low, high, weights, staging)
         spans = SPANS if self.passes >= SPANS and self.contexts[1] > GROWN * self.contexts[0] else 0
@@ -181,8 +204,8 @@ class Relaxation:
             share(f"decode[{j}]", inf)
             work[f"decode[{j}]"] = self.work(1, first, low, high, weights, staging, (j / spans, (j + 1) / spans))
         if spans:  # what grows little is simulated at its middle only, which may take this much less
-            parts = {f"decode[{j}]": NEGLIGIBLE / 8 - 1 for j in range(spans)}
-            row("spans", {"decode": 1.0, **parts}, lower=0.0)
+            least = {f"decode[{j}]": NEGLIGIBLE / 8 - 1 for j in range(spans)}
+            row("spans", {"decode": 1.0, **least}, lower=0.0)
         for phase, resources in work.items():
             for number, terms in enumerate(resources):
                 row(f"work[{phase}.{number}]", {phase: 1.0} | {n: -v for n, v in terms.items()}, lower=0.0)
@@ -286,15 +309,16 @@ class Relaxation:
 
     # --------------------------------------------------------------------------------------------------------- links
 
-    def weights(self, first: int, low: int, high: int) -> list[Weight]:
-        """Every weight, by kind: modules and head cross in every pass; an expert if it is touched."""
-        modules, prompt = float(self.module_bytes), low * self.workload.prompt_len
-        out = [Weight(modules, (first * modules, first * self.passes * modules))]
+    def weights(self, first: int, low: int, high: int, parts: int = 1) -> list[Weight]:
+        """Every weight, by kind: modules and head cross in every pass, of which prefill has ``parts`` or more; an expert if it is
+        touched: in all parts together, with more of them, more often."""
+        modules, prompt = float(self.module_bytes), low * self.workload.prompt_len / parts
+        out = [Weight(modules, (first * parts * modules, first * self.passes * modules))]
         helped = self.cost.cpu_helps
         for layer, q, count in self.experts:
             assert layer.expert is not None
             nbytes = float(count * layer.expert.nbytes)
-            touched = 1 - (1 - q) ** prompt, self.passes * (1 - (1 - q) ** low)
+            touched = parts * (1 - (1 - q) ** prompt), self.passes * (1 - (1 - q) ** low)
 
             def least(tokens: int, processor: str, layer: Layer = layer, q: float = q, count: int = count) -> float:
                 return self._least(lambda m: count * self._expert_us(layer, q, m, processor), tokens, first, low, high)
@@ -305,7 +329,7 @@ class Relaxation:
                     (first * touched[0] * nbytes, first * touched[1] * nbytes),
                     (least(self.workload.prompt_len, ""), self.passes * least(1, "")),
                     self.passes * least(1, CPU) if helped else inf,
-                    (first * nbytes, first * self.passes * nbytes),
+                    (first * parts * nbytes, first * self.passes * nbytes),
                 )
             )
         return out

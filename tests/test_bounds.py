@@ -67,6 +67,7 @@ def random_schedule(policy_name: str, seed: int) -> tuple[Cost, Workload, Lowere
             "lead": max(unit * rng.choice([1, 2, 4]), spec.layers[-1].num_experts if module.EXPERTS != "solved" else 0),
             "head_pages": rng.choice([0, 2, 5]),
             "embedding": rng.random() < 0.5,
+            "prefill_groups": rng.choice([1, base.num_batches]),
         }
     )
     return cost, workload, lower(cost, policy_name, decision, workload)
@@ -97,6 +98,18 @@ def test_what_is_decided_once_is_bounded_where_contexts_grow() -> None:
         names = relaxation.program(1, 64, 64, relaxation.room(64)).variables
         rates.append(sum(name.startswith("decode[") for name in names))
     assert rates == [SPANS, 0]
+
+
+def test_parts_of_prefill_cost_memory_or_transfers() -> None:
+    """States of many prompts at once, or weights that are read again: the refined bound knows both, and stays above the other."""
+    spec = tiny_spec()
+    cost = Cost(spec, tiny_hardware(True), uniform(spec), "bf16")
+    workload = Workload(prompt_len=16, gen_len=16, num_sequences=8)
+    tight = Relaxation(cost, workload, {"gpu": 1 << 40, "host": 1 << 40})
+    tight.room = lambda sequences: 0.3 * spec.nbytes  # type: ignore[method-assign]
+    assert tight.refined_us(1) > tight.least_us(1, 1) * 1.01
+    tight.room = lambda sequences: 1 << 40  # type: ignore[method-assign]
+    assert tight.refined_us(1) == tight.least_us(1, 1)
 
 
 def test_host_memory_lends_a_place_to_what_passes_through() -> None:
