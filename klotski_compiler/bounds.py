@@ -15,6 +15,7 @@ from klotski_compiler.milp.formulation import SCALE_US, Model, Row, Terms, Varia
 from klotski_compiler.milp.solve import Solver
 from klotski_compiler.model import Layer
 from klotski_compiler.plan import CPU, Decision, Workload
+from klotski_compiler.simulate import NEGLIGIBLE
 from klotski_compiler.tensors import MODULES, state_bytes
 from klotski_compiler.workspace import workspace
 
@@ -22,6 +23,8 @@ EXACT_SHARES = 256  # so many different experts are bounded one by one
 ROUNDING = 1.01
 GIB = 1 << 30  # of memory in the linear program
 TOLERANCE = 1e-6  # of its solver
+CLOSE = 1e-4  # bounds that differ by less are equal
+SPANS, GROWN = 4, 1.2  # decode whose context grows by more than that factor is bounded in so many spans
 
 
 def bound_tokens_per_s(cost: Cost, workload: Workload, budgets: dict[str, int], rolling: bool = False) -> float:
@@ -33,28 +36,33 @@ def bound_tokens_per_s(cost: Cost, workload: Workload, budgets: dict[str, int], 
     """
     relaxation = Relaxation(cost, workload, budgets, rolling)
     total = workload.num_sequences
-    queue = [(relaxation.least_us(1, total), 1, total)]
+    queue = [(relaxation.least_us(1, total), 1, total, False)]
     while True:
-        time_us, first, last = heappop(queue)
+        time_us, first, last, refined = heappop(queue)
         if isinf(time_us):
             return 0.0
-        if first == last:
+        if refined:
             return 1e6 * total * workload.gen_len / time_us
+        if first == last:
+            heappush(queue, (relaxation.refined_us(first), first, last, True))
+            continue
         middle = (first + last) // 2
         for low, high in ((first, middle), (middle + 1, last)):
-            heappush(queue, (relaxation.least_us(low, high), low, high))
+            heappush(queue, (relaxation.least_us(low, high), low, high, False))
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """What a tier may keep. nbytes: room. moved_bytes: what crosses a link in each phase of the whole workload if it is not kept.
-    leaving_bytes: likewise in rolling order, once the last cohort has joined. compute_us: work of the compute tier's processor in each
-    phase. cpu_us: of the CPU, were decode to compute it there; infinite where it cannot."""
+    """What a tier may keep. nbytes: room. moved_bytes: what crosses a link in each phase of the whole workload if it is not kept;
+    far_bytes: what crosses the disk's link if it lives on disk before a GPU, empty where it cannot. compute_us: work of the compute
+    tier's processor in each phase. cpu_us: of the CPU, were decode to compute it there; infinite where it cannot. leaving_bytes: as
+    moved_bytes, in rolling order once the last cohort has joined."""
 
     nbytes: float
     moved_bytes: tuple[float, ...]
     compute_us: tuple[float, ...] = (0.0, 0.0)
     cpu_us: float = inf
+    far_bytes: tuple[float, ...] = ()
     leaving_bytes: float = 0.0
 
 
@@ -70,7 +78,13 @@ class Relaxation:
     host memory, and attend to any share of the KV that does.
     *Links.* What is not kept in the tier crosses its link in every pass: weights whole, experts at least if they are
     touched, which is least likely at low; KV as written and read back. Latencies are left out.
-    *Memory* at S = low: states, least workspace, one expert slot, KV. Keeping is relaxed to fractions.
+    *Spans.* What is decided is decided for all of decode: while contexts grow, no share can follow what is busiest. Decode takes
+    at least what the busiest resource of each of its spans does (op times are affine in the position).
+    *Disk.* Before a GPU only experts may live on disk, and those travel by name, whole, in every pass.
+    *Parts.* Prefill in p parts keeps the states of a p-th of the prompts, and reads what is not kept p times (``refined_us``).
+    *Memory* at S = low: states, least workspace, one expert slot, KV. Keeping is relaxed to fractions. Where host memory cannot hold
+    all experts, some pass through it, to be kept on the GPU or to be streamed: one place in it is theirs, or two; with one,
+    disk and link take turns.
     *Load.* What memory keeps is read from disk once, before all else.
 
     In *rolling* order S sequences, A >= 2 cohorts of S / A, are there at once. One cohort joins every s = ceil(gen_len / A) passes, and
@@ -109,32 +123,51 @@ class Relaxation:
                 found[layer, ROUNDING ** floor(log(q, ROUNDING)) if rounded else q] += 1
         return [(layer, q, count) for (layer, q), count in found.items()]
 
-    def least_us(self, first: int, last: int) -> float:
-        """Lower bound on load plus all groups, for every number of groups in first .. last; infinite if nothing
-        fits."""
-        total = self.workload.num_sequences
+    def refined_us(self, groups: int) -> float:
+        """``least_us`` of one number of groups, with what prefill in parts takes: few parts keep the states of many prompts at once, many
+        read the weights as often. Intervals of their number are bounded; where one adds nothing, the others need no look."""
+        least = self.least_us(groups, groups)
+        if self.rolling:
+            return least
+        found, parts, low = inf, 1, -(-self.workload.num_sequences // groups)
+        while not isinf(least):
+            found = min(found, self.least_us(groups, groups, parts, 2 * parts - 1))
+            if found <= least * (1 + CLOSE):
+                return least
+            if 2 * parts > low:
+                break
+            parts *= 2
+        return max(least, found)
+
+    def least_us(self, first: int, last: int, parts: int = 1, most_parts: int = 0) -> float:
+        """Lower bound on load plus all groups, for every number of groups in first .. last, and of prefill's parts from parts to
+        most_parts (0: any); infinite if nothing fits."""
+        total, prompt = self.workload.num_sequences, self.workload.prompt_len
         low, high = -(-total // last), -(-total // first)
         room = self.room(low)
+        if most_parts:
+            decoding = low if self.passes else 0
+            states = [max(decoding, n * prompt) for n in (1, -(-low // most_parts))]
+            room -= state_bytes(self.cost.spec, states[1] - states[0], self.cost.dtype)
         if room < 0:
             return inf
-        answer = Solver(self.program(first, low, high, room)).relaxed()
-        return inf if answer.status == "infeasible" else SCALE_US * answer.objective * (1 - TOLERANCE)
+        places = (1, 2) if self.tier == "gpu" and self.budget["host"] < self.expert_bytes else (0,)
+        answers = [Solver(self.program(first, low, high, room, staging, parts)).relaxed() for staging in places]
+        found = [answer.objective for answer in answers if answer.status != "infeasible"]
+        return SCALE_US * min(found) * (1 - TOLERANCE) if found else inf
 
-    def program(self, first: int, low: int, high: int, room: float) -> Model:
+    def program(self, first: int, low: int, high: int, room: float, staging: int = 0, parts: int = 1) -> Model:
         """min load + sum over phases of T, subject to T >= the work of each resource, and to the memory of each tier.
 
         Variables, all shares of a weight i or of the KV cache: kept[i] in the compute tier, near[i] in host memory before a GPU
-        (the rest lives on disk), cpu[i] computed there in decode, far[i.p] read from disk in a pass; kept[kv], cpu[kv].
+        (the rest lives on disk), cpu[i] computed there in decode; kept[kv], cpu[kv]. T of decode's spans: decode[j].
+        staging: places of an expert in host memory on its way to a GPU; 0 where none is needed for sure. parts: of prefill, at least.
         """
-        model, total = Model(), self.workload.num_sequences
+        model = Model()
         links, on_gpu = self.cost.hardware.links, self.tier == "gpu"
-        into, back = self.cost.links
-        weights = self.weights(first, low, high)
-        kv_bytes, kv_read = (
-            low * self.positions * self.kv_position,
-            total * self.passes * sum(self.contexts) / 2 * self.kv_position,
-        )
-        other, core, core_cpu = self.compute_us(first, low, high)
+        weights = self.weights(first, low, high, parts)
+        kv_bytes = low * self.positions * self.kv_position
+        helped = [weight.cpu_us < inf for weight in weights]
 
         def share(name: str, most: float = 1.0) -> str:
             model.variables[name] = Variable(name, 0.0, most, False)
@@ -147,73 +180,115 @@ class Relaxation:
         for name in ("load", "prefill", "decode"):
             share(name, inf)
             model.objective[name] = 1.0
-        kept_kv = share("kept[kv]")
-        cpu_kv = share("cpu[kv]", 1.0 if core_cpu < inf else 0.0)
-        row("kv", {kept_kv: 1.0, cpu_kv: 1.0}, upper=1.0)
-        if back not in links:
-            row("kv_stays", {kept_kv: 1.0}, lower=1.0)
+        share("kept[kv]")
+        share("cpu[kv]", 1.0 if self.cost.cpu_attends else 0.0)
+        row("kv", {"kept[kv]": 1.0, "cpu[kv]": 1.0}, upper=1.0)
+        if self.cost.links[1] not in links:
+            row("kv_stays", {"kept[kv]": 1.0}, lower=1.0)
 
-        here: Terms = {kept_kv: kv_bytes / GIB}
-        host: Terms = {"": kv_bytes / GIB, kept_kv: -kv_bytes / GIB}
+        here: Terms = {"kept[kv]": kv_bytes / GIB}
+        host: Terms = {"": kv_bytes / GIB, "kept[kv]": -kv_bytes / GIB}
         disk_us = 1e6 / links["disk>host"].bandwidth_bytes_per_s / SCALE_US
         load: Terms = {"": 0.0}
-        work: dict[str, list[Terms]] = {}
-        leaving: Terms = {"": 0.0}
-        for number, phase in enumerate(("prefill", "decode")):
-            moved_kv = kv_read if phase == "decode" else 0.0
-            new_kv = total * self.kv_position * (self.passes if phase == "decode" else self.workload.prompt_len)
-            link_us, back_us = (
-                1e6 / links[n].bandwidth_bytes_per_s / SCALE_US if n in links else 0.0 for n in (into, back)
-            )
-            enter: Terms = {"": moved_kv * link_us, kept_kv: -moved_kv * link_us, cpu_kv: -moved_kv * link_us}
-            leave: Terms = {"": new_kv * back_us, kept_kv: -new_kv * back_us}
-            compute: Terms = {"": other[number] / SCALE_US}
-            cpu: Terms = {"": 0.0}
-            far: Terms = {"": 0.0}
-            if phase == "decode" and core_cpu < inf:
-                enter[cpu_kv] += total * self.passes * self.mixed_position * link_us
-                leave[cpu_kv] = total * self.passes * self.mixed_position * back_us
-                compute[cpu_kv] = -core / SCALE_US
-                cpu[cpu_kv] = core_cpu / SCALE_US
-            for i, weight in enumerate(weights):
-                kept, moved_us = share(f"kept[{i}]"), weight.moved_bytes[number] * link_us
-                enter[""] += moved_us
-                enter[kept] = -moved_us
-                compute[""] += weight.compute_us[number] / SCALE_US
-                helped = phase == "decode" and weight.cpu_us < inf
-                leaving[""] += weight.leaving_bytes * link_us if phase == "decode" else 0.0
-                leaving[kept] = -weight.leaving_bytes * link_us
-                if helped:
-                    by_cpu = share(f"cpu[{i}]")
-                    enter[by_cpu], leaving[by_cpu] = -moved_us, leaving[kept]
-                    compute[by_cpu] = -weight.compute_us[number] / SCALE_US
-                    cpu[by_cpu] = weight.cpu_us / SCALE_US
-                    row(f"once[{i}]", {kept: 1.0, by_cpu: 1.0}, upper=1.0)
-                if on_gpu:
-                    near, away = share(f"near[{i}]"), share(f"far[{i}.{phase}]")
-                    row(f"far[{i}.{phase}]", {away: 1.0, kept: 1.0, near: 1.0}, lower=1.0)
-                    if helped:
-                        row(f"near[{i}]", {near: 1.0, by_cpu: -1.0}, lower=0.0)
-                    far[away] = weight.moved_bytes[number] * disk_us
-            work[phase] = [*self._shared(enter, compute, cpu), leave, far]
         for i, weight in enumerate(weights):
-            here[f"kept[{i}]"] = weight.nbytes / GIB
+            kept, near = share(f"kept[{i}]"), f"near[{i}]"
+            if helped[i]:
+                row(f"once[{i}]", {kept: 1.0, share(f"cpu[{i}]"): 1.0}, upper=1.0)
+            here[kept] = weight.nbytes / GIB
+            load[kept] = weight.nbytes * disk_us
             if on_gpu:
-                row(f"one_place[{i}]", {f"kept[{i}]": 1.0, f"near[{i}]": 1.0}, upper=1.0)
-                host[f"near[{i}]"] = weight.nbytes / GIB
-                load[f"kept[{i}]"] = load[f"near[{i}]"] = weight.nbytes * disk_us
-            else:
-                load[f"kept[{i}]"] = weight.nbytes * disk_us
+                row(f"one_place[{i}]", {kept: 1.0, share(near): 1.0}, 0.0 if weight.far_bytes else 1.0, 1.0)
+                if helped[i]:
+                    row(f"near[{i}]", {near: 1.0, f"cpu[{i}]": -1.0}, lower=0.0)
+                host[near] = weight.nbytes / GIB
+                load[near] = weight.nbytes * disk_us
         row("memory", here, upper=room / GIB)
         if on_gpu:
-            row("host", host, upper=self.budget["host"] / GIB)
+            passing = min(layer.expert.nbytes for layer in self.cost.spec.layers if layer.expert) * staging
+            row("host", host, upper=(self.budget["host"] - passing) / GIB)
+        work = {"load": [load], "prefill": self.work(0, first, low, high, weights, staging)}
+        work["decode"] = self.work(1, first, low, high, weights, staging)
+        spans = (
+            SPANS if self.passes >= SPANS and self.contexts[1] > GROWN * self.contexts[0] and not self.rolling else 0
+        )
+        for j in range(spans):
+            share(f"decode[{j}]", inf)
+            work[f"decode[{j}]"] = self.work(1, first, low, high, weights, staging, (j / spans, (j + 1) / spans))
+        if spans:  # what grows little is simulated at its middle only, which may take this much less
+            least = {f"decode[{j}]": NEGLIGIBLE / 8 - 1 for j in range(spans)}
+            row("spans", {"decode": 1.0, **least}, lower=0.0)
         if self.rolling:  # "prefill" is all until the last cohort has joined, "decode" what is left then
-            both = [plus(*resource) for resource in zip(*work.values(), strict=True)]
-            work = {"prefill": work["prefill"], "decode": [leaving], "prefill decode": both}
-        for phase, resources in (("load", [load]), *work.items()):
+            both = [plus(*resource) for resource in zip(work["prefill"], work["decode"], strict=True)]
+            work |= {"decode": [self._leaving(weights)], "prefill decode": both}
+        for phase, resources in work.items():
             for number, terms in enumerate(resources):
                 row(f"work[{phase}.{number}]", dict.fromkeys(phase.split(), 1.0) | times(-1.0, terms), lower=0.0)
         return model
+
+    def work(
+        self,
+        phase: int,
+        first: int,
+        low: int,
+        high: int,
+        weights: list[Weight],
+        staging: int,
+        span: tuple[float, float] | None = None,
+    ) -> list[Terms]:
+        """What link, processor, CPU, link back and disk do in prefill (0), in decode (1) or in a span of that, by what is kept. A span
+        leaves out what sharing a memory costs: that is a matter of whole phases."""
+        total, links, decode = self.workload.num_sequences, self.cost.hardware.links, phase == 1
+        begin, end = span or (0.0, 1.0)
+        part = end - begin if decode else 1.0
+        passes = self.passes * part
+        context = (begin + end) / 2 * (self.contexts[1] - self.contexts[0]) + self.contexts[0]
+        read = total * passes * (context - 1) * self.kv_position if decode else 0.0  # the new position is not sent
+        new = total * self.kv_position * (passes if decode else self.workload.prompt_len)
+        link_us, back_us = (
+            1e6 / links[n].bandwidth_bytes_per_s / SCALE_US if n in links else 0.0 for n in self.cost.links
+        )
+        disk_us = 1e6 / links["disk>host"].bandwidth_bytes_per_s / SCALE_US
+        other, core, _ = self.compute_us(first, low, high)
+        core_here, core_cpu = self._cores_us(high, (begin, end))
+        compute: Terms = {"": ((other[1] - core) * part + core_here if decode else other[0]) / SCALE_US}
+        enter: Terms = {"": read * link_us, "kept[kv]": -read * link_us, "cpu[kv]": -read * link_us}
+        leave: Terms = {"": new * back_us, "kept[kv]": -new * back_us}
+        cpu: Terms = {"": 0.0}
+        far: Terms = {"": 0.0}
+        if decode and core_cpu < inf:
+            enter["cpu[kv]"] += total * passes * self.mixed_position * link_us
+            leave["cpu[kv]"] = total * passes * self.mixed_position * back_us
+            compute["cpu[kv]"] = -core_here / SCALE_US
+            cpu["cpu[kv]"] = core_cpu / SCALE_US
+        for i, weight in enumerate(weights):
+            moved_us, compute_us = (
+                weight.moved_bytes[phase] * part * link_us,
+                weight.compute_us[phase] * part / SCALE_US,
+            )
+            enter[""] += moved_us
+            enter[f"kept[{i}]"] = -moved_us
+            compute[""] += compute_us
+            if decode and weight.cpu_us < inf:
+                enter[f"cpu[{i}]"] = -moved_us
+                compute[f"cpu[{i}]"] = -compute_us
+                cpu[f"cpu[{i}]"] = weight.cpu_us * part / SCALE_US
+            if self.tier == "gpu" and weight.far_bytes:
+                far_us = weight.far_bytes[phase] * part * (disk_us + (link_us if staging == 1 else 0.0))
+                far[""] += far_us
+                far |= {f"kept[{i}]": -far_us, f"near[{i}]": -far_us}
+        shared = (enter, compute, cpu) if span else self._shared(enter, compute, cpu)
+        return [*shared, leave, far]
+
+    def _leaving(self, weights: list[Weight]) -> Terms:
+        """What the link into the compute tier carries once the last cohort has joined."""
+        link_us = 1e6 / self.cost.hardware.links[self.cost.links[0]].bandwidth_bytes_per_s / SCALE_US
+        terms: Terms = {"": 0.0}
+        for i, weight in enumerate(weights):
+            terms[""] += weight.leaving_bytes * link_us
+            terms |= dict.fromkeys(
+                [f"kept[{i}]", *([f"cpu[{i}]"] if weight.cpu_us < inf else [])], -weight.leaving_bytes * link_us
+            )
+        return terms
 
     def _shared(self, enter: Terms, compute: Terms, cpu: Terms) -> tuple[Terms, Terms, Terms]:
         """The link into the compute tier, its processor and the CPU, each with what sharing host memory costs it (``Cost.drag``)."""
@@ -259,23 +334,23 @@ class Relaxation:
 
     # --------------------------------------------------------------------------------------------------------- links
 
-    def weights(self, first: int, low: int, high: int) -> list[Weight]:
-        """Every weight, by kind: modules and head cross in every pass; an expert if it is touched."""
-        modules, prompt = float(self.module_bytes), low * self.workload.prompt_len
+    def weights(self, first: int, low: int, high: int, parts: int = 1) -> list[Weight]:
+        """Every weight, by kind: modules and head cross in every pass, of which prefill has ``parts`` or more; an expert if it is
+        touched: in all parts together, with more of them, more often. In rolling order passes are decode's."""
+        modules, prompt = float(self.module_bytes), low * self.workload.prompt_len / parts
         gen_len, total = self.workload.gen_len, self.workload.num_sequences
-        out = [Weight(modules, (first * modules, first * self.passes * modules))]
+        passes: tuple[float, float] = first * parts, first * self.passes
         if self.rolling:
-            passes = total * gen_len / high + (gen_len - 1) / 2
-            out = [Weight(modules, (0.0, passes * modules), leaving_bytes=self.passes * modules)]
+            passes = 0.0, total * gen_len / high + (gen_len - 1) / 2
+        out = [Weight(modules, (passes[0] * modules, passes[1] * modules), leaving_bytes=self.passes * modules)]
         helped = self.cost.cpu_helps
         for layer, q, count in self.experts:
             assert layer.expert is not None
             nbytes = float(count * layer.expert.nbytes)
-            touched = 1 - (1 - q) ** prompt, self.passes * (1 - (1 - q) ** low)
-            moved = first * touched[0] * nbytes, first * touched[1] * nbytes
-            leaving = self.passes * (1 - (1 - q) ** max(1, low // gen_len)) * nbytes
+            touched = first * parts * (1 - (1 - q) ** prompt), first * self.passes * (1 - (1 - q) ** low)
+            leaving = self.passes * (1 - (1 - q) ** max(1, low // gen_len))
             if self.rolling:
-                moved = 0.0, total * gen_len / high * (1 - (1 - q) ** high) * nbytes
+                touched = 0.0, total * gen_len / high * (1 - (1 - q) ** high)
 
             def least(tokens: int, processor: str, layer: Layer = layer, q: float = q, count: int = count) -> float:
                 return self._least(lambda m: count * self._expert_us(layer, q, m, processor), tokens, first, low, high)
@@ -283,12 +358,13 @@ class Relaxation:
             out.append(
                 Weight(
                     nbytes,
-                    moved,
+                    (touched[0] * nbytes, touched[1] * nbytes),
                     (least(self.workload.prompt_len, ""), self.passes * least(1, "")),
                     self.passes * self._least_decode(partial(self._cpu_us, layer, q, count), first, low, high)
                     if helped
                     else inf,
-                    leaving,
+                    (passes[0] * nbytes, passes[1] * nbytes),
+                    leaving * nbytes,
                 )
             )
         return out
@@ -324,11 +400,15 @@ class Relaxation:
         head = self._least(partial(cost.module_us, cost.spec.head), 1, first, low, high)
         prefill = self._least(ops, self.workload.prompt_len, first, low, high) + head + attention[0]
         decode = self.passes * (self._least(ops, 1, first, low, high) + head) + attention[1] if self.passes else 0.0
-        elsewhere = inf
-        if cost.cpu_attends:
-            cpu = cost.hardware.processors[CPU]
-            elsewhere = sum(count * self._attention_us(layer, high, cpu)[1] for layer, count in self.layers)
-        return (prefill, decode), attention[1], elsewhere
+        return (prefill, decode), *self._cores_us(high)
+
+    def _cores_us(self, high: int, span: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float]:
+        """What reading keys and values takes the processor in decode or a span of it, and what it takes the CPU."""
+        cost, cpu = self.cost, self.cost.hardware.processors.get(CPU)
+        here = sum(n * self._attention_us(layer, high, cost.processor, span)[1] for layer, n in self.layers)
+        if not cpu or not cost.cpu_attends:
+            return here, inf
+        return here, sum(n * self._attention_us(layer, high, cpu, span)[1] for layer, n in self.layers)
 
     def _layer_us(self, layer: Layer, tokens: int) -> float:
         """Projections of attention, then router and shared expert, or the dense MLP."""
@@ -338,14 +418,18 @@ class Relaxation:
             self.cost.router_us(layer, tokens) + op_us if layer.expert else self.cost.dense_us(layer, tokens)
         )
 
-    def _attention_us(self, layer: Layer, high: int, processor: Processor) -> tuple[float, float]:
-        """Keys and values of all sequences: linear in sequences, but for the expansion of latent ones."""
+    def _attention_us(
+        self, layer: Layer, high: int, processor: Processor, span: tuple[float, float] = (0.0, 1.0)
+    ) -> tuple[float, float]:
+        """Keys and values of all sequences: linear in sequences, but for the expansion of latent ones. Of decode, the part in the span:
+        times are affine between its first and its last pass."""
         total, prompt = self.workload.num_sequences, self.workload.prompt_len
         prefill = 1e6 * total * prompt * prompt * layer.attention_flops / processor.prefill_attention_flops_per_s
         decode = 0.0
         if self.passes:
             seen = [min(c, layer.sliding_window or c) for c in self.contexts]
-            read = self.passes * sum(seen) / 2
+            middle = sum(span) / 2
+            read = self.passes * (span[1] - span[0]) * (seen[0] + middle * (seen[1] - seen[0]))
             decode = 1e6 * total * read * layer.kv_elements * self.cost.compute_bytes / processor.kv_bytes_per_s
             if layer.expand_flops:
                 rows = high * seen[1]

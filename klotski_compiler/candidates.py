@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 
 from klotski_compiler.cost import Cost
@@ -22,7 +23,12 @@ from klotski_compiler.workspace import decode_attention_bytes, prefill_attention
 SMALL_SHARE = 0.03  # head and embedding stay resident where they take less than this of the budget
 ATTENTION_SHARE = 0.08  # of the budget for what one attention call allocates
 EXPERT_ROWS = {"host": 512, "gpu": 8192}  # tokens per matmul: where its rate has long stopped growing
-LEAST_ROWS = 2048  # tokens per matmul that joint may go down to: its rate has stopped growing
+LEAST_ROWS = 512  # tokens per matmul that joint may go down to: its rate has stopped growing
+LAUNCH_SHARE = 0.25  # of such a matmul's time that launching the next, which goes on beside it, may take
+LEAST_BATCH, BATCH_TOKENS = (
+    8,
+    4096,
+)  # sequences of a batch, or prompt tokens: fewer leave a processor little to do at a time
 UNEVEN = 1.1  # passes from a sequence's first to the last that its cohort is given, over those that it needs, at most
 MANY_EXPERTS = 8000  # a model of more: loads bring twice as much, for the sake of the plan's length
 
@@ -117,9 +123,10 @@ class Candidates:
             return [request.num_batches]
         if request.batch_size:
             return [max(1, sequences // request.batch_size)]
+        least = max(1, min(LEAST_BATCH, BATCH_TOKENS // request.workload.prompt_len))
         if rolling and sequences > 1:
-            return [n for n in (2, 4, 8, 16, 32) if n == 2 or sequences // n >= 8]
-        return [n for n in (1, 2, 4, 8, 16) if n == 1 or sequences // n >= 8]
+            return [n for n in (2, 4, 8, 16, 32) if n == 2 or sequences // n >= least]
+        return [n for n in (1, 2, 4, 8, 16) if n == 1 or sequences // n >= least]
 
     def ages(self, num_batches: int) -> list[int]:
         """Sub-groups of different age: as many as divide batches, and the life of a sequence about evenly."""
@@ -190,6 +197,18 @@ class Candidates:
             layers=tuple(layers),
         )
 
+    @cached_property
+    def least_rows(self) -> int:
+        """Tokens per expert matmul that joint may go down to."""
+        rows, cost = LEAST_ROWS, self.cost
+        layer = next(layer for layer in self.request.spec.layers if layer.expert)
+        assert layer.expert is not None
+        while rows < EXPERT_ROWS["gpu"] and cost.processor.expert_op_us > LAUNCH_SHARE * cost.module_us(
+            layer.expert, rows
+        ):
+            rows *= 2
+        return rows
+
     def bare(self, name: str, d: Decision, num_batches: int) -> Decision:
         """The sizes of a decision, in so many batches, with nothing resident."""
         base = self.base(policy(name).EXPERTS, num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups)
@@ -202,7 +221,7 @@ class Candidates:
         base = self.bare(name, d, d.num_batches)
         most = 2 * self.finest
         for lead in (2 * d.lead, d.lead // 2):
-            if 2 * d.unit <= lead <= most:
+            if d.unit <= lead <= most:
                 yield base.model_copy(update={"lead": lead})
         for num_batches in (2 * d.num_batches, d.num_batches // 2):
             if num_batches and not self.request.num_batches and not self.request.batch_size:
@@ -219,13 +238,15 @@ class Candidates:
                 yield base.model_copy(update={"unit": unit})
 
 
-def micro_batches(d: Decision) -> Iterator[Decision]:
-    """A decision with one of its micro-batches, or the number of prefill's parts, half or twice as large."""
+def micro_batches(d: Decision, least_rows: int = LEAST_ROWS) -> Iterator[Decision]:
+    """A decision with one of its micro-batches, or the number of prefill's parts, half or twice as large; with one transfer unit in
+    flight in place of two, and back."""
     limits = {
+        "lead": (d.unit, 2 * d.unit) if d.lead <= 2 * d.unit else (d.lead, d.lead),
         "prefill_groups": (1, d.num_batches),
         "attention_batch": (1, d.batch_size),
         "decode_batch": (1, d.batch_size),
-        "expert_rows": (min(LEAST_ROWS, d.expert_rows), d.expert_rows),
+        "expert_rows": (min(least_rows, d.expert_rows), d.expert_rows),
     }
     if d.rolling:  # its sub-groups are a matter of order, not of memory
         del limits["prefill_groups"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from types import MappingProxyType
 
 from klotski_compiler.candidates import Candidates, Request
@@ -14,8 +15,9 @@ from klotski_compiler.errors import Infeasible
 from klotski_compiler.milp.solve import residency
 from klotski_compiler.model import Module
 from klotski_compiler.pipeline import LOAD_BYTES, lower, shapes
-from klotski_compiler.plan import ALL, PAGE_BYTES, Decision, LayerDecision, Workload, align_up
+from klotski_compiler.plan import ALL, NOWHERE, PAGE_BYTES, Bind, Decision, LayerDecision, Workload, align_up
 from klotski_compiler.policies import OURS, policy
+from klotski_compiler.program import staging_slots
 from klotski_compiler.tensors import MODULES, kv_bytes, query_bytes, state_bytes
 from klotski_compiler.workspace import spill_bytes, workspace
 
@@ -119,7 +121,7 @@ class Fills(Candidates):
         for tier, budget in self.request.budgets.items():
             slots = self.streaming(name, base.lead, base.unit, base.head_pages).get(tier, 0)
             if self.tier == "gpu" and tier == "host" and policy(name).EXPERTS == "solved":
-                slots = max(slots, self._staging_bytes)
+                slots = max(slots, self._staging_bytes(base))
             states = 0
             if base.cpu_batches:
                 states += base.cpu_batches * align_up(query_bytes(spec, base.batch_size, self.request.dtype))
@@ -147,11 +149,16 @@ class Fills(Candidates):
         in_flight = SPILLED_BATCHES * max(cache) // base.num_batches
         return min(sum(cache), in_flight + spill_bytes(self.cost, base, self.request.workload))
 
-    @cached_property
-    def _staging_bytes(self) -> int:
-        """Host memory through which weights pass on their way from disk to a GPU: two of the largest groups, and the head."""
-        largest_bytes = max(slot_bytes(layer.expert) for layer in self.request.spec.layers if layer.expert)
-        return 2 * max(largest_bytes, LOAD_BYTES) + slot_bytes(self.request.spec.head)
+    def _staging_bytes(self, base: Decision) -> int:
+        """Host memory through which weights pass on their way from disk to a GPU: transfer units of experts in a pass; before the first,
+        the largest tensors and groups of the small ones of each kind (``pipeline``)."""
+        spec, count = self.request.spec, staging_slots(base)
+        parts = {kind: [m for layer in spec.layers if (m := getattr(layer, kind))] for kind in (*MODULES, "expert")}
+        parts |= {"head": [spec.head], "norm": [spec.norm]}
+        sizes = {kind: [slot_bytes(module) for module in modules] for kind, modules in parts.items() if modules}
+        small = sum(min(sum(each), LOAD_BYTES + max(each)) for each in sizes.values() if max(each) <= LOAD_BYTES)
+        large = max(map(max, sizes.values()))
+        return count * max(base.unit * max(sizes["expert"]), small + (large if large > LOAD_BYTES else 0))
 
     def _kv_bytes(self, base: Decision) -> list[int]:
         """KV of the whole group in each layer."""
@@ -163,18 +170,28 @@ class Fills(Candidates):
 
     @lru_cache  # noqa: B019 - a Search lives as long as its compilation
     def streaming(self, name: str, lead: int, unit: int, head_pages: int) -> dict[str, int]:
-        """Bytes of every tier's slots when nothing is resident, found by lowering a short model: independent of the group's size."""
+        """Bytes of every tier's slots when nothing is resident, found by lowering a short model: independent of the group's size. Of a
+        policy whose residency is solved, without those of modules and head, which the problem counts where it streams them."""
         base = self.base(policy(name).EXPERTS, 1 if policy(name).ONE_BATCH else 2, 1, lead, unit, 1)
         cut, cost = self.short(base.model_copy(update={"head_pages": head_pages, "embedding": False}), SAMPLED)
         trial = lower(cost, name, cut, Workload(prompt_len=2, gen_len=4, num_sequences=2))
-        kept = {slot for _, slot in trial.placed}
-        states = {slot for phase in trial.phases.values() for _, slot in phase.placed}
-        ends: dict[str, list[int]] = {}  # per tier, where what is permanent ends, and where streaming slots do
-        for slot in trial.slots:
-            if slot.id not in states:
-                end = ends.setdefault(slot.tier, [0, 0])
-                end[slot.id not in kept] = max(end[slot.id not in kept], slot.offset + slot.nbytes)
-        return {tier: max(0, streamed - permanent) for tier, (permanent, streamed) in ends.items()}
+        apart = (*MODULES, "head") if policy(name).EXPERTS == "solved" else ()
+        most = dict[str, int]()
+        for phase in trial.phases.values():
+            placed = {slot for _, slot in (*trial.placed, *phase.placed)}
+            used = {
+                slot: trial.tensors[tensor].kind
+                for step in phase.steps
+                if not isinstance(step.op, Bind)
+                for tensor, slot in zip(step.op.tensors, step.slots, strict=False)
+                if slot not in placed and slot != NOWHERE
+            }
+            taken = Counter[str]()
+            for slot, kind in used.items():
+                tier = trial.slots[slot].tier
+                taken[tier] += 0 if kind in apart and tier == self.tier else trial.slots[slot].nbytes
+            most = {tier: max(most.get(tier, 0), taken[tier]) for tier in (*most, *taken)}
+        return most
 
     def short(self, decision: Decision, count: int) -> tuple[Decision, Cost]:
         """The model cut to its dense layers' first and ``count`` MoE layers, evenly spaced once they are sorted by what differs in them

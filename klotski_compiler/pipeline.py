@@ -30,7 +30,7 @@ from klotski_compiler.plan import (
     step_text,
 )
 from klotski_compiler.policies import policy
-from klotski_compiler.program import Evict, Program
+from klotski_compiler.program import Evict, Program, staging_slots
 from klotski_compiler.simulate import PhaseTimes, Rounds, rolled, simulate
 from klotski_compiler.tensors import TensorTable
 from klotski_compiler.workspace import workspace
@@ -123,7 +123,7 @@ def lower(
     arena = Arena(fixed_slots)
 
     load_shape = Shape("load", 1, 0, 0, 0, 0, 0, 1)
-    loads = _residents(table, fixed, compute_tier)
+    loads = _residents(table, fixed, staging_slots(decision))
     if quick:
         out.phases["load"] = _rough_load(cost, table, load_shape, loads)
     else:
@@ -152,15 +152,22 @@ class Arena:
     slots: list[Slot]
 
     def phase(
-        self, exchanged: Sequence[tuple[str, Tensor]], pools: Sequence[Pool], states: Sequence[Tensor], tier: str
+        self,
+        staging: Sequence[int],
+        exchanged: Sequence[tuple[str, Tensor]],
+        pools: Sequence[Pool],
+        states: Sequence[Tensor],
+        tier: str,
     ) -> list[tuple[int, int]]:
-        """Lay out what one phase needs after the permanent slots: exchanges by tier, pools, states. Returns (tensor, slot) of
-        what keeps its place."""
+        """Lay out what one phase needs after the permanent slots: host slots that many tensors pass through, exchanges by tier, pools,
+        states. Returns (tensor, slot) of what keeps its place."""
         end = Counter[str]()
         for slot in self.slots:
             if slot.id < self.permanent:
                 end[slot.tier] = max(end[slot.tier], slot.offset + slot.nbytes)
         found = []
+        for nbytes in staging:
+            self._add("host", end, nbytes)
         for where, tensor in exchanged:
             found.append((tensor.id, len(self.slots)))
             self._add(where, end, align_up(tensor.nbytes))
@@ -199,8 +206,8 @@ def _permanent(table: TensorTable, compute_tier: str) -> tuple[dict[tuple[str, i
     return fixed, slots_
 
 
-def _residents(table: TensorTable, fixed: dict[tuple[str, int], int], compute_tier: str) -> list[Op | Evict]:
-    """Read every permanent weight from the checkpoint, small ones together; towards a GPU through host memory."""
+def _residents(table: TensorTable, fixed: dict[tuple[str, int], int], staging: int) -> list[Op | Evict]:
+    """Read every permanent weight from the checkpoint, small ones together; towards a GPU through ``staging`` slots in host memory."""
     entries: list[Op | Evict] = []
     staged: deque[tuple[int, ...]] = deque()
     for tier, group in _together(table, fixed):
@@ -208,18 +215,31 @@ def _residents(table: TensorTable, fixed: dict[tuple[str, int], int], compute_ti
         if tier == "gpu":
             entries.append(Load("host>gpu", "host>gpu", group))
             staged.append(group)
-        if len(staged) > 1:
+        if len(staged) >= staging:
             entries.append(Evict("host", staged.popleft()))
     return [*entries, *(Evict("host", group) for group in staged)]
 
 
+def _staged(table: TensorTable, first: int) -> tuple[dict[tuple[str, int], int], list[int]]:
+    """Host slots, numbered from ``first``, through which the large residents of a GPU are loaded in turn, whatever their kind: place
+    of each of them, and sizes. Small ones travel in groups, whose places are found as those of streamed weights are."""
+    on_gpu = table.compute_tier == "gpu"
+    large = (
+        [t for t in table.resident if table.all[t].nbytes > LOAD_BYTES and table.all[t].kind != "kv"] if on_gpu else []
+    )
+    room = max((table.all[t].slot_bytes for t in large), default=0)
+    count = min(len(large), staging_slots(table.decision))
+    return {("host", t): first + i % count for i, t in enumerate(large)}, [room] * count
+
+
 def _rough_load(cost: Cost, table: TensorTable, shape: Shape, loads: Sequence[Op | Evict]) -> LoweredPhase:
-    """The load of residents as the work of its busiest link."""
+    """The load of residents as the work of its busiest link, or of both where they take turns."""
     busy = Counter[str]()
     for op in loads:
         if isinstance(op, Load):
             busy[op.stream] += cost.op_us(op, table.all, shape, 0, {})  # type: ignore[assignment]
-    total = float(max(busy.values(), default=0))
+    most = sum if staging_slots(table.decision) == 1 else max
+    total = float(most(busy.values()) if busy else 0)
     return LoweredPhase(shape, [], PhaseTimes(total, total, []), [], total, Counter())
 
 
@@ -252,12 +272,13 @@ def _phase(
 ) -> LoweredPhase:
     states = [table.state(shape.name, shape.scope_tokens(ALL))] if shape.tokens else []
     exchanged = _exchanged(table, shape)
-    first = len(arena.slots)
-    kept = fixed | {(tier, tensor.id): first + i for i, (tier, tensor) in enumerate(exchanged)}
+    staged, staging = _staged(table, len(arena.slots)) if shape.name == "load" else ({}, [])
+    first = len(arena.slots) + len(staging)
+    kept = fixed | staged | {(tier, tensor.id): first + i for i, (tier, tensor) in enumerate(exchanged)}
     processors = {name: processor.tier for name, processor in cost.hardware.processors.items()}
     ops, pools = slots(entries, table.all, kept, processors, first + len(exchanged))
     renumbered = _renumber(ops, pools, first + len(exchanged))
-    placed = arena.phase(exchanged, pools, states, cost.hardware.compute_tier)
+    placed = arena.phase(staging, exchanged, pools, states, cost.hardware.compute_tier)
     # With no pass between the rounds these follow one another as passes of one phase, in which KV changes hands.
     place = table.decision.place if rounds and shape.stride == 1 else None
     replays = rounds.count if rounds and place else shape.passes

@@ -12,11 +12,17 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 from klotski_compiler.cost import ALWAYS, Cost, Shape
-from klotski_compiler.plan import ALL, CPU, Bind, Compute, Load, Op, Store
+from klotski_compiler.plan import ALL, CPU, Bind, Compute, Decision, Load, Op, Store
 from klotski_compiler.tensors import TensorTable
 
 URGENT = "urgent"  # a stream of small copies that must not queue behind whole experts on the same link
 HEAD_SLOTS = 2  # pages of a streamed head: one computes while the next arrives
+
+
+def staging_slots(decision: Decision) -> int:
+    """Transfer units in host memory at once on their way from disk to a GPU: the link behind fills one while the link ahead empties
+    the other; one where the GPU has room for no more either, which trades link time for memory."""
+    return min(2, max(1, decision.lead // decision.unit))
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,9 +332,9 @@ class Program:
     # ------------------------------------------------------------------------------------------------------------ KV
 
     def _stage(self, tensors: tuple[int, ...]) -> None:
-        """Two staging slots in host memory: the link behind fills one while the link ahead empties the other."""
+        """Takes a staging slot in host memory, and gives up the oldest where these are all (``staging_slots``)."""
         self._staged.append(tensors)
-        if len(self._staged) > 1:
+        if len(self._staged) >= staging_slots(self.decision):
             self.entries.append(Evict("host", self._staged.popleft()))
 
     def finish(self) -> list[Op | Evict]:

@@ -24,12 +24,15 @@ from klotski_compiler.milp.problem import EXACT_EXPERTS
 from klotski_compiler.milp.solve import relaxed_us
 from klotski_compiler.pipeline import Lowered, lower
 from klotski_compiler.plan import Decision
-from klotski_compiler.policies import policy
+from klotski_compiler.policies import OURS, policy
 from klotski_compiler.rough import busiest_us, load_us, rough_us
 
 __all__ = ["Best", "Rated", "Request", "Search"]
 
-WORTH = 0.002  # what another micro-batch must save
+FINE_PLACES = 4  # places in each part of prefill, so many of which a layer may keep the KV of
+KEPT_FINER = 4  # sizes that are tried with so many
+WORTH = 0.002  # what another decision must save of simulated time
+WORTH_SCORED = 0.0002  # what another micro-batch must save by its score, which is exact: several small steps add up
 KEPT_FITTED = 4  # decisions per size whose micro-batches are fitted to the memory that they leave
 IMPROVEMENTS = 8  # decisions near the best one that are tried
 KEPT_SCORED = 2  # sizes per policy that are timed on short models
@@ -37,7 +40,8 @@ KEPT_SOLVED = 6  # and of the policy whose residency is solved
 KEPT_WHOLE = 3  # and of those, that may be lowered whole
 ESTIMATE_ERROR = 0.05  # how far a short model's time may be off
 MOST_WHOLE = {2000: 2, MANY_EXPERTS: 1}  # schedules that are lowered whole of a model of more than so many experts
-WHOLE_STEPS = 1500  # a pass of so few ops, about, is timed whole at once
+WHOLE_STEPS = 2500  # a pass of so few ops, about, is timed whole at once
+RETIMED, RETIMED_STEPS = 4, 6000  # estimates, of passes of no more ops, that are timed whole before the best are chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,8 @@ class Search(Fills):
         scored, plain = self._scored(name)
         tried = in_one_order(one_each(scored))[:KEPT_SOLVED] if solved else scored[:KEPT_SCORED]
         fills = [(kind, decision) for _, base in tried for kind, decision in self.fills(name, base)]
+        if solved:
+            fills += [filled for base in self.finer([d for _, d in fills]) for filled in self.fills(name, base)]
         if solved and (kept := self.all_kept(plain)):  # with buffers as they come, everything may fit
             fills.append(("resident", kept))
         rated = [Rated(self.estimate(name, decision), name, decision, kind) for kind, decision in fills]
@@ -87,7 +93,8 @@ class Search(Fills):
             best = max(rated, key=lambda r: r.tokens_per_s)
             if (better := self.improved(best)) is not best:
                 rated.append(better)
-        kept_whole = sorted((r for r in rated if r.tokens_per_s > 0), key=lambda r: -r.tokens_per_s)[:KEPT_WHOLE]
+        rated = sorted((r for r in rated if r.tokens_per_s > 0), key=lambda r: -r.tokens_per_s)
+        kept_whole = (self.retimed(rated) if solved else rated)[:KEPT_WHOLE]
         if not kept_whole:
             raise self._too_slow()
         return kept_whole
@@ -201,12 +208,12 @@ class Search(Fills):
             best, improved = (us, base), True
             while improved:
                 improved = False
-                for other in micro_batches(best[1]):
+                for other in micro_batches(best[1], self.least_rows):
                     try:
                         tried = self.score(name, other)
                     except Infeasible:
                         continue
-                    if tried < best[0] * (1 - WORTH):
+                    if tried < best[0] * (1 - WORTH_SCORED):
                         best, improved = (tried, other), True
             if best[1] not in [base for _, base in found]:
                 found.append(best)
@@ -241,8 +248,7 @@ class Search(Fills):
         """Tokens per second, timed on distinct layer periods: what L layers take from what 2 and 4 of them take, or 4 and 8 where one
         expert more or less makes layers differ."""
         moe = self.request.spec.moe_layers
-        steps = self.num_experts / decision.unit + 4 * decision.num_batches * len(self.request.spec.layers)
-        if steps <= WHOLE_STEPS or len(moe) <= 2 * SAMPLED:
+        if self._steps(decision) <= WHOLE_STEPS or len(moe) <= 2 * SAMPLED:
             return self.rate(lower(self.cost, name, decision, self.request.workload, quick=True))
         runs, sampled = [], SAMPLED if self.finest > EXACT_EXPERTS else 2 * SAMPLED
         for size in (sampled, 2 * sampled):
@@ -263,6 +269,32 @@ class Search(Fills):
         # What is rare among the layers a sample may miss, but not the work that it is; that is rounded here and there, too.
         least = busiest_us(self.cost, decision, self.request.workload) * (1 - ESTIMATE_ERROR)
         return self._rate(max(extrapolated, least))
+
+    def finer(self, decisions: Sequence[Decision]) -> list[Decision]:
+        """Where KV is spilled, the first few sizes with prefill in fewer parts: all parts keep a batch's KV where its place says, so that
+        as many parts as batches move a layer's KV whole or not at all, which the relaxed score does not see."""
+        found = dict[tuple[int, ...], Decision]()
+        for d in decisions:
+            parts = max(1, d.num_batches // FINE_PLACES)
+            if parts < d.prefill_groups and any(layer.kv != self.tier for layer in d.layers):
+                base = self.bare(OURS, d, d.num_batches).model_copy(update={"prefill_groups": parts})
+                found.setdefault(shape_of(base), base)
+        return list(found.values())[:KEPT_FINER]
+
+    def retimed(self, rated: list[Rated]) -> list[Rated]:
+        """The fastest of many estimates is the one that errs most: where that takes little, the first few timed whole, and sorted
+        again."""
+        first, rest = list[Rated](), rated[RETIMED:]
+        for one in rated[:RETIMED]:
+            if WHOLE_STEPS < self._steps(one.decision) <= RETIMED_STEPS and time.monotonic() < self.deadline:
+                lowered = lower(self.cost, one.policy, one.decision, self.request.workload, quick=True)
+                one = replace(one, tokens_per_s=self.rate(lowered))
+            first.append(one)
+        return sorted((r for r in [*first, *rest] if r.tokens_per_s > 0), key=lambda r: -r.tokens_per_s)
+
+    def _steps(self, decision: Decision) -> float:
+        """About how many ops a pass has."""
+        return self.num_experts / decision.unit + 4 * decision.num_batches * len(self.request.spec.layers)
 
     def whole(self, rated: Rated) -> tuple[Lowered, Decision]:
         """The whole schedule. Where it needs more slots than the short model showed, residents make room: each time for some more than

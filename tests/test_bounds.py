@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from klotski_compiler.bounds import Relaxation, bound_tokens_per_s
+from klotski_compiler.bounds import SPANS, Relaxation, bound_tokens_per_s
 from klotski_compiler.cost import Cost
 from klotski_compiler.hardware import read_hardware
-from klotski_compiler.milp.solve import residency
+from klotski_compiler.milp.solve import Solver, residency
 from klotski_compiler.model import read_model
 from klotski_compiler.pipeline import Lowered, lower
 from klotski_compiler.plan import Decision, LayerDecision, Workload
@@ -41,7 +41,7 @@ def random_schedule(policy_name: str, seed: int) -> tuple[Cost, Workload, Decisi
         prompt_len=rng.choice([1, 8, 64]), gen_len=rng.choice([1, 2, 9]), num_sequences=rng.choice([1, 7, 24])
     )
     kv = hardware.compute_tier if rng.random() < 0.6 else ("host" if gpu else "disk")
-    layers = []
+    layers, disk = [], rng.choice([0.0, 0.5, 1.0])
     for number, layer in enumerate(spec.layers):
         order = cost.popular(number)
         kept = rng.randint(0, len(order))
@@ -54,6 +54,7 @@ def random_schedule(policy_name: str, seed: int) -> tuple[Cost, Workload, Decisi
                 resident_experts=tuple(order[:kept]),
                 static=tuple(order[kept:cut]),
                 late=tuple(order[cut:]),
+                on_disk=tuple(e for e in sorted(order[kept:cut]) if gpu and rng.random() < disk),
                 kv=kv,
             )
         )
@@ -68,9 +69,10 @@ def random_schedule(policy_name: str, seed: int) -> tuple[Cost, Workload, Decisi
         update={
             "layers": tuple(layers),
             "unit": unit,
-            "lead": max(unit * rng.choice([2, 4]), spec.layers[-1].num_experts if module.EXPERTS != "solved" else 0),
+            "lead": max(unit * rng.choice([1, 2, 4]), spec.layers[-1].num_experts if module.EXPERTS != "solved" else 0),
             "head_pages": rng.choice([0, 2, 5]),
             "embedding": rng.random() < 0.5,
+            "prefill_groups": rng.choice([1, base.num_batches]),
         }
     )
     return cost, workload, decision, lower(cost, policy_name, decision, workload)
@@ -87,6 +89,43 @@ def test_no_schedule_beats_the_bounds(policy_name: str) -> None:
             busy = max(phase.times.busy_us.values(), default=0.0)
             assert phase.times.total_us >= busy * (1 - 1e-9), f"seed {seed}, {name}"
             assert phase.times.total_us >= phase.critical_us * (1 - 1e-9), f"seed {seed}, {name}"
+
+
+def test_what_is_decided_once_is_bounded_where_contexts_grow() -> None:
+    """A share of attention that suits the middle of decode suits neither its beginning nor its end: the bound knows."""
+    spec = tiny_spec()
+    cost = Cost(spec, tiny_hardware(True), uniform(spec), "bf16")
+    budgets = {"gpu": spec.nbytes + (50 << 20), "host": spec.nbytes * 4}
+    rates = []
+    for prompt_len in (8, 4096):
+        workload = Workload(prompt_len=prompt_len, gen_len=512, num_sequences=64)
+        relaxation = Relaxation(cost, workload, budgets)
+        names = relaxation.program(1, 64, 64, relaxation.room(64)).variables
+        rates.append(sum(name.startswith("decode[") for name in names))
+    assert rates == [SPANS, 0]
+
+
+def test_parts_of_prefill_cost_memory_or_transfers() -> None:
+    """States of many prompts at once, or weights that are read again: the refined bound knows both, and stays above the other."""
+    spec = tiny_spec()
+    cost = Cost(spec, tiny_hardware(True), uniform(spec), "bf16")
+    workload = Workload(prompt_len=16, gen_len=16, num_sequences=8)
+    tight = Relaxation(cost, workload, {"gpu": 1 << 40, "host": 1 << 40})
+    tight.room = lambda sequences: 0.3 * spec.nbytes  # type: ignore[method-assign]
+    assert tight.refined_us(1) > tight.least_us(1, 1) * 1.01
+    tight.room = lambda sequences: 1 << 40  # type: ignore[method-assign]
+    assert tight.refined_us(1) == tight.least_us(1, 1)
+
+
+def test_host_memory_lends_a_place_to_what_passes_through() -> None:
+    """Where the host cannot hold all experts, those on their way take room there: two places, or disk and link take turns."""
+    spec = tiny_spec()
+    cost = Cost(spec, tiny_hardware(True), uniform(spec), "bf16")
+    workload = Workload(prompt_len=16, gen_len=64, num_sequences=4)
+    relaxation = Relaxation(cost, workload, {"gpu": 60 << 20, "host": spec.nbytes // 2})
+    room = spec.nbytes / 4
+    free, one, two = (Solver(relaxation.program(1, 4, 4, room, staging)).relaxed().objective for staging in (0, 1, 2))
+    assert free * 1.01 < min(one, two)
 
 
 def test_an_interval_bounds_all_that_it_contains() -> None:

@@ -24,6 +24,7 @@ from plans import tiny_hardware, tiny_spec
 
 SEEDS = range(10)
 Case = tuple[Cost, Workload, Decision, dict[str, int]]
+State = tuple[frozenset[str], int, int]
 
 
 def alone(hardware: Hardware) -> Hardware:
@@ -68,6 +69,11 @@ def weights_bytes(problem: Problem) -> int:
     return groups + problem.head.slot_bytes + problem.embedding.slot_bytes + problem.norm_bytes
 
 
+def slots_bytes(problem: Problem) -> int:
+    """Slots of everything but experts and KV."""
+    return sum(problem.module_slots.values()) + problem.head_slots[0]
+
+
 def random_case(seed: int) -> Case:
     """A tiny model on a machine with or without GPU; capacity from just enough to stream up to nearly all."""
     rng = random.Random(seed)
@@ -87,15 +93,16 @@ def random_case(seed: int) -> Case:
         lead=unit * rng.choice([1, 2, 3]),
         unit=unit,
     )
-    whole = weights_bytes(build(cost, workload, decision, {hardware.compute_tier: 1 << 40, "host": 1 << 40}))
+    problem = build(cost, workload, decision, {hardware.compute_tier: 1 << 40, "host": 1 << 40})
+    whole, slots = weights_bytes(problem), slots_bytes(problem)
     if not gpu:
-        return cost, workload, decision, {"host": int(whole * rng.uniform(0.25, 0.9))}
+        return cost, workload, decision, {"host": slots + int(whole * rng.uniform(0.25, 0.9))}
     share = rng.uniform(0.25, 0.8)
     return (
         cost,
         workload,
         decision,
-        {"gpu": int(whole * share), "host": int(whole * (1 - share) * rng.uniform(0.8, 1.5))},
+        {"gpu": slots + int(whole * share), "host": int(whole * (1 - share) * rng.uniform(0.8, 1.5))},
     )
 
 
@@ -135,7 +142,7 @@ def least_period(
     spilled = problem.batches - kv / n
     loads = sum(moved.values()) + sum(step[0] for step in chain + late)
     plain = [attention + router + all_experts, loads + spilled * w.kv_load_us, spilled * w.kv_store_us]
-    plain.append(sum(x[3] for x, _, _ in work) / n * g.expert.disk_us)
+    plain.append(sum(x[3] for x, _, _ in work) / n * far_us(problem, g))
     plain.append(spilled * w.kv_load_us * (1 - w.kv_ahead) + router + all_experts)
     plain.append(unit / problem.lead * sum(a + b for a, b, _ in chain + late))
     plain += [attention + router + path for path in paths(late)]
@@ -148,6 +155,11 @@ def least_period(
     most = sum(moved.values()) + min(problem.lead * load, sum(step[0] for step in chain))
     credit = min(max(0.0, (max(eager) - max(held)) / 2), most)
     return max(*plain, max(eager) - credit, max(held) + credit)
+
+
+def far_us(problem: Problem, g: Group) -> float:
+    """What an expert on disk takes the disk; with one staging slot, which the link behind has to empty first, that too."""
+    return g.expert.disk_us + (g.expert.load_us if problem.lead < 2 * problem.unit else 0.0)
 
 
 def paths(steps: list[tuple[float, float, float]]) -> list[float]:
@@ -174,11 +186,12 @@ def brute_force(problem: Problem) -> float:
     """The least makespan plus load over all counts; infinite if none fits."""
     near, far = problem.compute_tier, problem.home_tier
     disk = bool(far)
-    # (spills, bytes near, bytes far) -> least time, group by group; dominated states are dropped.
-    states: dict[tuple[bool, int, int], float] = {(False, problem.norm_bytes, 0): 0.0}
+    # (what takes slots, bytes near, bytes far) -> least time, group by group; dominated states are dropped.
+    slots = problem.module_slots | {"kv": problem.spill_bytes}
+    states: dict[State, float] = {(frozenset(), problem.norm_bytes, 0): 0.0}
     for g in problem.groups:
         kinds = list(g.modules)
-        options: dict[tuple[bool, int, int], float] = {}
+        options: dict[State, float] = {}
         blocks = g.count * problem.batches
         for kv in range(0 if problem.may_spill else blocks, blocks + 1):
             for chosen in product(*(range(g.count + 1) for _ in kinds)):
@@ -203,13 +216,14 @@ def brute_force(problem: Problem) -> float:
                         sum(x[1] + x[2] - x[3] for x in experts) * g.expert.slot_bytes + (blocks - kv) * g.kv_slot_bytes
                     )
                     there += sum((g.count - modules[k]) * g.modules[k].slot_bytes for k in kinds)
-                    key = (kv < blocks, here, there if far else 0)
+                    travelling = [*(["kv"] if kv < blocks else []), *(k for k in kinds if modules[k] < g.count)]
+                    key = (frozenset(travelling), here, there if far else 0)
                     options[key] = min(time, options.get(key, float("inf")))
-        merged: dict[tuple[bool, int, int], float] = {}
+        merged: dict[State, float] = {}
         for (s1, a1, b1), t1 in states.items():
             for (s2, a2, b2), t2 in undominated(options).items():
                 if a1 + a2 <= problem.capacity[near]:
-                    key = (s1 or s2, a1 + a2, b1 + b2)
+                    key = (s1 | s2, a1 + a2, b1 + b2)
                     merged[key] = min(t1 + t2, merged.get(key, float("inf")))
         states = undominated(merged)
     best = float("inf")
@@ -220,10 +234,11 @@ def brute_force(problem: Problem) -> float:
                 end, streamed = problem.end[phase], (1 - head) * problem.head.load_us
                 rest = max(0.0, 1 - HEAD_SLOTS / max(1, problem.head_pages)) * streamed + end.page_us
                 time += passes * max(end.compute_us + (1 - embedding) * end.gather_us, streamed, rest)
-            for (spills, here, there), others in states.items():
+            for (moving, here, there), others in states.items():
                 used = (
                     here
-                    + spills * problem.spill_bytes
+                    + sum(slots[kind] for kind in moving)
+                    + problem.head_slots[head]
                     + head * problem.head.slot_bytes
                     + embedding * problem.embedding.slot_bytes
                 )
@@ -233,10 +248,12 @@ def brute_force(problem: Problem) -> float:
     return best
 
 
-def undominated(states: dict[tuple[bool, int, int], float]) -> dict[tuple[bool, int, int], float]:
+def undominated(states: dict[State, float]) -> dict[State, float]:
     """States than which no other is at least as good in everything."""
-    kept: list[tuple[bool, int, int, float]] = []
-    for (spills, here, there), time in sorted(states.items(), key=lambda kv: (kv[0], kv[1])):
+    kept: list[tuple[frozenset[str], int, int, float]] = []
+    for (spills, here, there), time in sorted(
+        states.items(), key=lambda entry: (len(entry[0][0]), *entry[0][1:], entry[1])
+    ):
         if not any(s <= spills and a <= here and b <= there and t <= time for s, a, b, t in kept):
             kept.append((spills, here, there, time))
     return {(s, a, b): t for s, a, b, t in kept}
@@ -293,7 +310,10 @@ def by_cbc(problem: Problem) -> float | None:
         spilling * problem.spill_bytes,
         head * problem.head.slot_bytes,
         embedding * problem.embedding.slot_bytes,
+        (1 - head) * problem.head_slots[0] + head * problem.head_slots[1],
     ]
+    moving = {kind: integer(f"moving_{kind}", 1) for kind in problem.module_slots}
+    here += [moving[kind] * nbytes for kind, nbytes in problem.module_slots.items()]
     there = [(1 - head) * problem.head.slot_bytes]
     goal = [loading_us(problem)] if far else [head * problem.head.load_us, embedding * problem.embedding.load_us]
     for g in problem.groups:
@@ -302,6 +322,8 @@ def by_cbc(problem: Problem) -> float | None:
         kv = integer(f"kv_{g.name}", blocks, 0 if problem.may_spill else blocks)
         model += blocks - kv <= blocks * spilling
         kept = {k: integer(f"{g.name}_{k}", n) for k in g.modules}
+        for k, v in kept.items():
+            model += n - v <= n * moving[k]
         r = [integer(f"{g.name}_r{c}", m * n) for c, m in enumerate(g.sizes)]
         s = [integer(f"{g.name}_s{c}", m * n) for c, m in enumerate(g.sizes)]
         d = [integer(f"{g.name}_d{c}", m * n if disk else 0) for c, m in enumerate(g.sizes)]
@@ -343,7 +365,7 @@ def by_cbc(problem: Problem) -> float | None:
             model += t >= modules + streamed + (blocks - kv) * work.kv_load_us
             model += t >= (blocks - kv) * work.kv_store_us
             model += t >= (blocks - kv) * work.kv_load_us * (1 - work.kv_ahead) + n * work.router_us + experts
-            model += t >= pulp.lpSum(d) * g.expert.disk_us
+            model += t >= pulp.lpSum(d) * far_us(problem, g)
             model += t >= moved.get("attention", 0) - ahead + before + experts
             model += t >= modules - ahead + n * work.router_us + experts
             model += problem.lead * t >= problem.unit * (streamed + pulp.lpSum(b for _, b, _ in chain + late_chain))
@@ -486,8 +508,9 @@ def test_shortfall_is_what_is_missing(gpu: bool) -> None:
 def test_experts_stay_on_disk_where_host_memory_ends() -> None:
     """A GPU machine whose host cannot hold the rest."""
     cost, workload, decision, _ = random_case(1)
-    whole = weights_bytes(build(cost, workload, decision, {"gpu": 1 << 30, "host": 1 << 30}))
-    tight = {"gpu": whole // 3, "host": whole // 2}
+    problem = build(cost, workload, decision, {"gpu": 1 << 30, "host": 1 << 30})
+    whole = weights_bytes(problem)
+    tight = {"gpu": whole * 3 // 5, "host": whole // 3}
     solved = residency(cost, workload, decision, tight)
     assert sum(len(layer.on_disk) for layer in solved.layers) > 0
 

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.hardware import read_hardware
 from klotski_compiler.model import ModelSpec, read_model
+from klotski_compiler.pipeline import lower
 from klotski_compiler.plan import Candidate, Plan, Workload
 from klotski_compiler.planner import Request, compile_plan
 from klotski_compiler.policies import POLICIES, policy
 from klotski_compiler.routing import uniform
-from klotski_compiler.search import Search
+from klotski_compiler.search import Rated, Search
 from klotski_compiler.verify import verify
 from plans import module, tiny_hardware, tiny_spec
 
@@ -256,7 +257,11 @@ def test_a_large_file_of_prompts_is_taken_in_rolling_order() -> None:
     """Four layers of Mixtral: where there are many groups, prompts that are taken in while weights travel for decode beat any
     schedule with phases apart; one group alone is done sooner in phases."""
     spec = read_model("mixtral-8x7b")
-    spec, hardware, budgets = replace(spec, layers=spec.layers[:4]), read_hardware("rtx3090"), {"gpu": 6 << 30, "host": 16 << 30}
+    spec, hardware, budgets = (
+        replace(spec, layers=spec.layers[:4]),
+        read_hardware("rtx3090"),
+        {"gpu": 6 << 30, "host": 16 << 30},
+    )
     rolling = []
     for num_sequences in (32, 4096):
         workload = Workload(prompt_len=512, gen_len=32, num_sequences=num_sequences)
@@ -331,6 +336,29 @@ def test_everything_resident_makes_room_as_well() -> None:
     assert search.filled("joint", base, "resident") is not None
     room = search.capacity("joint", base, {})["gpu"]
     assert search.filled("joint", base, "resident", {"gpu": room}) is None
+
+
+def test_spilled_kv_is_tried_in_as_many_places_as_it_may_take() -> None:
+    """With one batch in each part of prefill a layer's KV moves whole or not at all; nothing is tried where no KV moves."""
+    search = Search(
+        Request(SPEC, tiny_hardware(True), uniform(SPEC), WORKLOAD, {"gpu": RICH, "host": RICH}, "bf16", "joint")
+    )
+    base = search.base("solved", 8, 3, 2, 1, 8)
+    away = tuple(layer.model_copy(update={"kv": "host"}) for layer in base.layers)
+    assert [d.prefill_groups for d in search.finer([base.model_copy(update={"layers": away})])] == [2]
+    assert search.finer([base]) == []
+
+
+def test_of_many_estimates_the_first_are_timed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best by what they really take comes first."""
+    search = Search(
+        Request(SPEC, tiny_hardware(True), uniform(SPEC), WORKLOAD, {"gpu": RICH, "host": RICH}, "bf16", "joint")
+    )
+    monkeypatch.setattr("klotski_compiler.search.WHOLE_STEPS", 0)
+    base = next(search.bases("joint"))
+    true = search.rate(lower(search.cost, "joint", base, WORKLOAD, quick=True))
+    wrong = Rated(10 * true, "joint", base, "any")
+    assert [one.tokens_per_s for one in search.retimed([wrong])] == [true]
 
 
 @MACHINES

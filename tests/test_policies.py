@@ -215,6 +215,56 @@ def test_experts_on_disk_pass_through_two_staging_slots_of_host_memory(name: str
         experts_once(plan, phase)
 
 
+@pytest.mark.parametrize("unit", UNITS)
+def test_with_room_for_one_unit_on_the_gpu_one_staging_slot_is_enough(unit: int) -> None:
+    """Single buffering on both links: it is sound, and takes half the memory."""
+    spec = replace(tiny_spec(), layers=SPECS["shared experts"])
+    decision = decided("joint", spec.layers, "gpu", "none", unit, on_disk=2).model_copy(update={"lead": unit})
+    plan = tiny_plan("joint", True, spec=spec, decision=decision)
+    verify(plan)
+    for phase in plan.phases[1:]:
+        loads = [step for step in plan.steps[phase.name] if isinstance(step.op, Load)]
+        staging = {slot for step in loads if step.op.link == "disk>host" for slot in step.slots}  # type: ignore[union-attr]
+        assert 0 < len(staging) <= unit
+        experts_once(plan, phase)
+
+
+@pytest.mark.parametrize("buffers", [1, 2])
+def test_large_residents_of_a_gpu_are_loaded_through_the_same_places(
+    monkeypatch: pytest.MonkeyPatch, buffers: int
+) -> None:
+    """Whatever their kind: as many as there are buffers, each of the size of the largest."""
+    monkeypatch.setattr("klotski_compiler.pipeline.LOAD_BYTES", 1)
+    spec = replace(tiny_spec(), layers=SPECS["shared experts"])
+    kept = decided("joint", spec.layers, "gpu", "none", 1)
+    layers = tuple(
+        layer.model_copy(
+            update={
+                "resident_experts": tuple(sorted({*layer.resident_experts, *layer.static, *layer.late, *layer.cpu})),
+                "static": (),
+                "late": (),
+                "cpu": (),
+            }
+        )
+        for layer in kept.layers
+    )
+    decision = kept.model_copy(update={"lead": buffers, "layers": layers})
+    plan = tiny_plan("joint", True, spec=spec, decision=decision)
+    verify(plan)
+    resident = {
+        tensor for tensor, slot in plan.placed if plan.slots[slot].tier == "gpu" and plan.tensors[tensor].kind != "kv"
+    }
+    through = [
+        (tensor, slot)
+        for step in plan.steps["load"]
+        if isinstance(step.op, Load) and step.op.link == "disk>host"
+        for tensor, slot in zip(step.op.tensors, step.slots, strict=True)
+        if tensor in resident
+    ]
+    assert {tensor for tensor, _ in through} == resident
+    assert len({slot for _, slot in through}) == buffers
+
+
 @pytest.mark.parametrize(("gpu", "kv"), PLACES)
 @pytest.mark.parametrize("name", POLICIES)
 def test_caches_that_do_not_live_in_the_compute_tier_travel_there_and_back(name: str, gpu: bool, kv: str) -> None:

@@ -12,10 +12,10 @@ Variables    resident[g.c], static[g.c], late[g.c]: experts that never move, are
              disk[g.c]: of the static ones, those that live on disk although the machine has host memory between: it is
              too small, or reading them in every pass hides and loading them once does not; resident[g.k],
              resident[head], resident[embedding]: modules; kv[g]: batches whose KV stays in the compute tier; spilling:
-             whether any does not; attended[g]: batches, of those whose KV does not, that the CPU attends to;
-             helping[g]: whether it computes experts. All are integer, and totals over the layers of g. If all layers
-             are to be alike: each[v], the same per layer, for v the KV and the CPU's shares (of experts where those are
-             few and large).
+             whether any does not; streaming[k]: whether any module of a kind is not resident; attended[g]: batches, of
+             those whose KV does not, that the CPU attends to; helping[g]: whether it computes experts. All are integer,
+             and totals over the layers of g. If all layers are to be alike: each[v], the same per layer, for v the KV
+             and the CPU's shares (of experts where those are few and large).
              prefetched_us[g.p]: link time already done when a layer begins; period_us[g.p], period_us[end.p]: T.
 Objective    sum_p passes_p (sum_g N_g T[g.p] + T[end.p]) + time to load what is resident, once.
 
@@ -120,6 +120,7 @@ class Formulation:
         self.helping()
         self.alike()
         self.spill()
+        self.streaming()
         for tier in filter(None, (self.problem.compute_tier, self.problem.home_tier)):
             self.capacity(tier)
         if self.elastic:
@@ -173,6 +174,8 @@ class Formulation:
         self._count("resident[head]", 1, at_least=0 if problem.head_pages else 1)
         self._count("resident[embedding]", 1)
         self._count("spilling", 1)
+        for kind in self.problem.module_slots:
+            self._count(f"streaming[{kind}]", 1)
         for phase in () if self.elastic else problem.passes:
             self._time(f"period_us[end.{phase}]")
 
@@ -306,9 +309,16 @@ class Formulation:
                 where = {f"kv[{g.name}]": 1.0, f"attended[{g.name}]": 1.0}
                 self._row(f"attended[{g.name}]", where, -float("inf"), blocks)
 
+    def streaming(self) -> None:
+        """N_g - resident[g.k] <= N_g streaming[k]."""
+        for g in self.problem.groups:
+            for kind in g.modules:
+                where = {f"resident[{g.name}.{kind}]": 1.0, f"streaming[{kind}]": float(g.count)}
+                self._row(f"streaming[{g.name}.{kind}]", where, float(g.count))
+
     def capacity(self, tier: str) -> None:
-        """sum of slot bytes in the tier <= its capacity: residents, KV and its spill slots; in the home tier the
-        rest."""
+        """sum of slot bytes in the tier <= its capacity: residents, KV and its spill slots, slots of what streams; in the home tier
+        the rest."""
         problem = self.problem
         here = tier == problem.compute_tier
         sign = 1.0 if here else -1.0  # the home tier holds what is not resident
@@ -328,6 +338,9 @@ class Formulation:
             used = plus(used, {f"attended[{g.name}]": problem.query_bytes / share})
         if here:
             used = plus(used, {"resident[embedding]": problem.embedding.slot_bytes, "spilling": problem.spill_bytes})
+            streamed, kept = problem.head_slots
+            used = plus(used, {"": streamed, "resident[head]": kept - streamed})
+            used = plus(used, {f"streaming[{kind}]": nbytes for kind, nbytes in problem.module_slots.items()})
         else:
             used[""] += fixed + problem.head.slot_bytes
         if self.elastic:
@@ -379,9 +392,10 @@ class Formulation:
         self._period("link", g, phase, plus(self.linked_us(g, phase, work), slowed))
 
     def disk_link(self, g: Group, phase: str) -> None:
-        """T >= disk loads of the experts that live there."""
+        """T >= disk loads of the experts that live there; with one staging slot, which the link behind must empty first, that too."""
         if self.homes_on_disk:
-            self._period("disk_link", g, phase, {f"disk[{g.name}.c{c}]": g.expert.disk_us for c in range(len(g.sizes))})
+            each = g.expert.disk_us + (g.expert.load_us if self.problem.staging == 1 else 0.0)
+            self._period("disk_link", g, phase, {f"disk[{g.name}.c{c}]": each for c in range(len(g.sizes))})
 
     def store_link(self, g: Group, phase: str, work: LayerWork) -> None:
         """T >= spilled KV on its way back."""

@@ -13,14 +13,16 @@ from klotski_compiler.cost import ALWAYS, Cost, Shape
 from klotski_compiler.model import Layer, Module
 from klotski_compiler.pipeline import shapes
 from klotski_compiler.plan import ALL, CPU, PAGE_BYTES, Decision, Workload, align_up
+from klotski_compiler.program import staging_slots
 from klotski_compiler.tensors import MODULES, kv_bytes, query_bytes, rows_bytes, sums_bytes
-from klotski_compiler.workspace import spill_bytes
+from klotski_compiler.workspace import spill_bytes, workspace
 
 EXACT_EXPERTS = 16  # up to so many experts, a class holds equally popular ones only
 MAX_CLASSES = 8
 SPILL_SLOTS = 3  # KV blocks in flight once any layer spills: read ahead, in use, written back
 SPANS, GROWN = 3, 1.5  # decode whose context grows by more than that factor is priced in so many spans
 HEAD_SLOTS = 2  # pages of a streamed head
+MODULE_SLOTS = 2  # of each kind of module that streams: in use, and on its way to the next layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,9 @@ class Problem:
 
     batches: rows of batches of a group, n: the batches at one place in each of prefill's sub-groups, whose KV lives in one tier.
     attends: whether the CPU may compute attention; query_bytes: what that takes in either tier, per row.
-    head: all its pages, head_pages of them (0: it must be resident). may_spill: the machine can write KV back.
+    head: all its pages, head_pages of them (0: it must be resident). head_slots: bytes beside it, of its pages' slots if it streams,
+    of the logits of all words at once if it does not. may_spill: the machine can write KV back.
+    staging: see ``program.staging_slots``.
     home_tier: where the rest of the weights lives, if that is a memory with a capacity (host, on a machine with a GPU).
     cpu: whether a CPU may compute beside a GPU. uniform: whether KV and the CPU's shares are the same in all
     layers. drag: of (stream, other), see ``Cost.drag``: the processor that reads host memory
@@ -114,6 +118,7 @@ class Problem:
     end: dict[str, EndWork]
     head: Item
     head_pages: int
+    head_slots: tuple[int, int]
     embedding: Item
     norm_bytes: int
     spill_bytes: int
@@ -124,11 +129,19 @@ class Problem:
     capacity: dict[str, int]
     lead: int
     unit: int
+    staging: int = 2
     cpu: bool = False
     attends: bool = False
     query_bytes: int = 0
     uniform: bool = False
     drag: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def module_slots(self) -> dict[str, int]:
+        """Bytes of the slots that modules of each kind take if any of them streams."""
+        kinds = sorted({kind for group in self.groups for kind in group.modules})
+        items = {kind: [g.modules[kind].slot_bytes for g in self.groups if kind in g.modules] for kind in kinds}
+        return {kind: MODULE_SLOTS * max(sizes) for kind, sizes in items.items()}
 
 
 def build(
@@ -191,6 +204,7 @@ def build(
         end={shape.name: _end(cost, shape, max(1, pages)) for shape in phases},
         head=item(cost.spec.head, share=max(1, pages), loads=max(1, pages)),
         head_pages=pages,
+        head_slots=_head_slots(cost, decision, workload, pages),
         embedding=item(cost.spec.embedding),
         norm_bytes=item(cost.spec.norm).slot_bytes,
         spill_bytes=SPILL_SLOTS * max(kv) + spill_bytes(cost, decision, workload),
@@ -201,6 +215,7 @@ def build(
         capacity=capacity,
         lead=decision.lead,
         unit=decision.unit,
+        staging=staging_slots(decision),
         cpu=cost.cpu_helps,
         uniform=uniform,
         attends=cost.cpu_attends and any(shape.decodes(shape.batches - 1) for shape in phases),
@@ -226,6 +241,18 @@ def _ramps(decision: Decision, workload: Workload, whole: list[Shape]) -> tuple[
         for kind, (there, count) in kinds.items()
     }
     return {shape.name: count for shape, count in found.items()}, list(found)
+
+
+def _head_slots(cost: Cost, decision: Decision, workload: Workload, pages: int) -> tuple[int, int]:
+    """What the head takes beside its own bytes and the workspace of the decision as it is: streamed, and resident."""
+    if not pages:
+        return 0, 0
+    page = align_up(cost.spec.head.nbytes // pages + 2 * PAGE_BYTES * cost.spec.head.segments)
+    paged, whole = (
+        sum(sum(purposes.values()) for purposes in workspace(cost, d, workload).values())
+        for d in (decision, decision.model_copy(update={"head_pages": 0}))
+    )
+    return page * min(HEAD_SLOTS, pages), max(0, whole - paged)
 
 
 def _spans(shape: Shape) -> list[Shape]:

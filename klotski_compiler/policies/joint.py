@@ -137,8 +137,12 @@ class Queue:
         while self.heads and self.free_pages:
             self.p.load(self.heads.popleft())
             self.free_pages -= 1
-        while self.opening and not self.heads and self.opening[0].slots <= self.free:
+        while self.opening and not self.heads and self._may_open(self.opening[0]):
             self._write(self.opening.popleft(), next_pass=True)
+
+    def _may_open(self, unit: Unit) -> bool:
+        """Modules for the next pass travel one layer ahead, too: earlier, they would take a third slot."""
+        return unit.slots <= self.free and (unit.kind != "module" or self.layer >= len(self.p.layers) - 1)
 
     def _may_go(self, unit: Unit) -> bool:
         if unit.layer > self.layer + 1:
