@@ -30,7 +30,7 @@ from klotski_compiler.rough import busiest_us, load_us, rough_us
 __all__ = ["Best", "Rated", "Request", "Search"]
 
 FINE_PLACES = 4  # places in each part of prefill, so many of which a layer may keep the KV of
-KEPT_FINER = 4  # sizes that are tried with so many
+KEPT_FINER = 2  # sizes that are tried with so many
 WORTH = 0.002  # what another decision must save of simulated time
 WORTH_SCORED = 0.0002  # what another micro-batch must save by its score, which is exact: several small steps add up
 KEPT_FITTED = 4  # decisions per size whose micro-batches are fitted to the memory that they leave
@@ -84,7 +84,7 @@ class Search(Fills):
         scored, plain = self._scored(name)
         tried = in_one_order(one_each(scored))[:KEPT_SOLVED] if solved else scored[:KEPT_SCORED]
         fills = [(kind, decision) for _, base in tried for kind, decision in self.fills(name, base)]
-        if solved:
+        if solved and not self.is_large:
             fills += [filled for base in self.finer([d for _, d in fills]) for filled in self.fills(name, base)]
         if solved and (kept := self.all_kept(plain)):  # with buffers as they come, everything may fit
             fills.append(("resident", kept))
