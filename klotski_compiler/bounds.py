@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
+from itertools import product
 from math import floor, inf, isinf, log
 
 from klotski_compiler.cost import Cost
@@ -90,13 +91,25 @@ class Relaxation:
     In *rolling* order S sequences, A >= 2 cohorts of S / A, are there at once. One cohort joins every s = ceil(gen_len / A) passes, and
     the last one takes gen_len: at least N / S gen_len - s + gen_len passes in all, s <= (gen_len + 1) / 2. All passes together take as
     long as the one busiest resource; those until the last cohort joins as long as all prefill, and the gen_len - 1 after that as
-    weights take to stream so often. An op works on at most S prompts. With x <= S sequences in a pass, an expert is touched with at
-    least x / S of the probability for S.
+    weights take to stream so often. Either a cohort joins in every pass, s = 1, and the CPU computes no experts, since it would have to
+    for prompts; or at least half of decode is done in passes in which none joins, and takes its time beside prefill's. An op works on
+    at most S prompts. With x <= S sequences in a pass, an expert is touched with at least x / S of the probability for S.
     """
 
-    def __init__(self, cost: Cost, workload: Workload, budgets: dict[str, int], rolling: bool = False) -> None:
-        """budgets: bytes of each tier; a tier that is not named has what the machine has."""
+    def __init__(
+        self,
+        cost: Cost,
+        workload: Workload,
+        budgets: dict[str, int],
+        rolling: bool = False,
+        every: bool | None = None,
+    ) -> None:
+        """budgets: bytes of each tier; a tier that is not named has what the machine has. every: in rolling order, whether a cohort
+        joins in every pass; None: either."""
         self.cost, self.workload, self.rolling, spec = cost, workload, rolling, cost.spec
+        self.every = bool(every)
+        either = (True, False) if rolling and every is None else ()
+        self.orders = [Relaxation(cost, workload, budgets, True, order) for order in either]
         self.tier = cost.hardware.compute_tier
         self.budget = {t: budgets.get(t, tier.capacity_bytes) for t, tier in cost.hardware.tiers.items()}
         self.passes = workload.gen_len - 1  # of decode, per group
@@ -127,7 +140,7 @@ class Relaxation:
         """``least_us`` of one number of groups, with what prefill in parts takes: few parts keep the states of many prompts at once, many
         read the weights as often. Intervals of their number are bounded; where one adds nothing, the others need no look."""
         least = self.least_us(groups, groups)
-        if self.rolling:
+        if self.rolling:  # where prefill's parts are the cohorts
             return least
         found, parts, low = inf, 1, -(-self.workload.num_sequences // groups)
         while not isinf(least):
@@ -142,6 +155,8 @@ class Relaxation:
     def least_us(self, first: int, last: int, parts: int = 1, most_parts: int = 0) -> float:
         """Lower bound on load plus all groups, for every number of groups in first .. last, and of prefill's parts from parts to
         most_parts (0: any); infinite if nothing fits."""
+        if self.orders:
+            return min(order.least_us(first, last, parts, most_parts) for order in self.orders)
         total, prompt = self.workload.num_sequences, self.workload.prompt_len
         low, high = -(-total // last), -(-total // first)
         room = self.room(low)
@@ -193,7 +208,7 @@ class Relaxation:
         for i, weight in enumerate(weights):
             kept, near = share(f"kept[{i}]"), f"near[{i}]"
             if helped[i]:
-                row(f"once[{i}]", {kept: 1.0, share(f"cpu[{i}]"): 1.0}, upper=1.0)
+                row(f"once[{i}]", {kept: 1.0, share(f"cpu[{i}]", 0.0 if self.every else 1.0): 1.0}, upper=1.0)
             here[kept] = weight.nbytes / GIB
             load[kept] = weight.nbytes * disk_us
             if on_gpu:
@@ -218,7 +233,10 @@ class Relaxation:
             least = {f"decode[{j}]": NEGLIGIBLE / 8 - 1 for j in range(spans)}
             row("spans", {"decode": 1.0, **least}, lower=0.0)
         if self.rolling:  # "prefill" is all until the last cohort has joined, "decode" what is left then
-            both = [plus(*resource) for resource in zip(work["prefill"], work["decode"], strict=True)]
+            prefill, decode = work["prefill"], work["decode"]
+            both = [plus(*resource) for resource in zip(prefill, decode, strict=True)]
+            if not self.every:
+                both += [plus(one, times(0.5, other)) for one, other in product(prefill, decode)]
             work |= {"decode": [self._leaving(weights)], "prefill decode": both}
         for phase, resources in work.items():
             for number, terms in enumerate(resources):
@@ -372,10 +390,15 @@ class Relaxation:
     # ------------------------------------------------------------------------------------------------------- compute
 
     def _least(self, per_pass: Callable[[int], float], tokens: int, first: int, low: int, high: int) -> float:
-        """Of what every group does on all its sequences, ``tokens`` of each; in rolling order an op may work on prompts as well."""
+        """Of what every group does on all its sequences, ``tokens`` of each. In rolling order an op may work on prompts as well: those of
+        one cohort of gen_len where one joins in every pass; else half of what decodes does so without any."""
         if self.rolling:
-            most = high * self.workload.prompt_len
-            return self.workload.num_sequences * tokens * per_pass(most) / most
+            gen_len, prompt = self.workload.gen_len, self.workload.prompt_len
+            most = -(-high * (prompt + gen_len - 1) // gen_len) if self.every else high * prompt
+            each = per_pass(most) / most
+            if tokens == 1 and not self.every:
+                each = (each + per_pass(high) / high) / 2
+            return self.workload.num_sequences * tokens * each
         return max(first * per_pass(low * tokens), self.workload.num_sequences * per_pass(high * tokens) / high)
 
     def _least_decode(self, per_pass: Callable[[int], float], first: int, low: int, high: int) -> float:
