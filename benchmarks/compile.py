@@ -108,11 +108,7 @@ def peak_bytes(command: list[str]) -> int:
 def children(pid: int) -> list[int]:
     """All processes that a process has started, and theirs."""
     try:
-        own = [
-            int(word)
-            for task in Path(f"/proc/{pid}/task").iterdir()
-            for word in (task / "children").read_text().split()
-        ]
+        own = [int(word) for task in Path(f"/proc/{pid}/task").iterdir() for word in (task / "children").read_text().split()]
     except OSError:  # it has ended meanwhile
         return []
     return [*own, *(other for child in own for other in children(child))]
