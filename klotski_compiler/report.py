@@ -329,14 +329,14 @@ def bubbles(plan: Plan) -> str:
     f = plan.forecast
     total = sum(f.bubble_us.values())
     lines = [f"Bubbles: computing waits {f.bubble_fraction:.1%} of the time ({span(total)})"]
-    lines += [f"  {span(us):>10}  {us / total:4.0%}  for {cause}" for cause, us in bubble_causes(plan)]
+    for cause, us in bubble_causes(plan):
+        lines.append(f"  {span(us):>10}  {us / total:4.0%}  for {CAUSES.get(cause, cause)}")
     return "\n".join(lines)
 
 
 def bubble_causes(plan: Plan) -> list[tuple[str, int]]:
-    """What is waited for, in words, and for how many microseconds of the whole workload; the worst first."""
-    causes = sorted(plan.forecast.bubble_us.items(), key=lambda item: -item[1])
-    return [(CAUSES.get(cause, cause), us) for cause, us in causes if us]
+    """Why computing waits, and for how many microseconds of the whole workload; the worst first."""
+    return [(cause, us) for cause, us in sorted(plan.forecast.bubble_us.items(), key=lambda item: -item[1]) if us]
 
 
 # --------------------------------------------------------------------------------------------------------------- timeline
