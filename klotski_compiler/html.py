@@ -245,7 +245,7 @@ def _tier(plan: Plan, tier: str, held: Sequence[report.Holding]) -> str:
     )
     title = f"{tier}: {report.size(plan.forecast.peak_bytes[tier])} of {report.size(plan.budgets[tier])}"
     return (
-        f'<h3>{escape(title)}</h3><div class="columns"><table class="bars">{"".join(bars)}</table>'
+        f'<div><h3>{escape(title)}</h3><table class="bars">{"".join(bars)}</table>'
         f"<table><tr><th></th>{heads}</tr>{rows}</table></div>"
     )
 
