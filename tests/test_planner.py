@@ -256,11 +256,7 @@ def test_a_large_file_of_prompts_is_taken_in_rolling_order() -> None:
     """Four layers of Mixtral: where there are many groups, prompts that are taken in while weights travel for decode beat any
     schedule with phases apart; one group alone is done sooner in phases."""
     spec = read_model("mixtral-8x7b")
-    spec, hardware, budgets = (
-        replace(spec, layers=spec.layers[:4]),
-        read_hardware("rtx3090"),
-        {"gpu": 6 << 30, "host": 16 << 30},
-    )
+    spec, hardware, budgets = replace(spec, layers=spec.layers[:4]), read_hardware("rtx3090"), {"gpu": 6 << 30, "host": 16 << 30}
     rolling = []
     for num_sequences in (32, 4096):
         workload = Workload(prompt_len=512, gen_len=32, num_sequences=num_sequences)
