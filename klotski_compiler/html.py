@@ -1,7 +1,7 @@
 """A plan as one HTML file that needs nothing else: to open in a browser, and to attach to a mail.
 
-Words and numbers are the report's. What is drawn is drawn by the script in ``report.html`` from the lines of the plan themselves,
-which travel packed: they repeat so much that a tenth of their size is left.
+Words and numbers are the report's. What is drawn is drawn by the script in ``report.html`` from the lines of the plan
+themselves, which travel packed: they repeat so much that a quarter of their size is left.
 """
 
 from __future__ import annotations
@@ -52,8 +52,14 @@ _OF_TENSOR = {
     "kv": "kv",
 }
 _OF_ROLE = {
-    "resident": "resident", "kept": "dense", "KV": "kv", "slots": "named", "states": "exchange", "workspace": "router", "free": "band",
-}  # fmt: skip
+    "resident": "resident",
+    "kept": "dense",
+    "KV": "kv",
+    "slots": "named",
+    "states": "exchange",
+    "workspace": "router",
+    "free": "band",
+}
 _OF_CAUSE = {"intra_layer": "late", "inter_layer": "attention", "kv": "kv"}
 
 
@@ -78,7 +84,7 @@ def page(plan: Plan, phase: str, layer: int | None = None) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], TEMPLATE.read_text(encoding="utf-8"))
 
 
-# ------------------------------------------------------------------------------------------------------------ what is drawn
+# ---------------------------------------------------------------------------------------------------- what is drawn
 
 
 def _packed(plan: Plan, phase: str, layer: int) -> str:
@@ -137,7 +143,7 @@ def _tensor_kinds(plan: Plan) -> list[str]:
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------- sections
+# --------------------------------------------------------------------------------------------------------- sections
 
 
 def _headline(plan: Plan) -> str:
