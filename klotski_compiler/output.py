@@ -6,12 +6,18 @@ import os
 import sys
 from pathlib import Path
 
-from klotski_compiler.errors import ExecError
+from klotski_compiler.errors import ConfigError, ExecError
 
 
 def is_device(path: Path) -> bool:
     """Whether a path is there and not a plain file, as /dev/stdout is: such a thing cannot be replaced by a file."""
     return path.exists() and not path.is_file()
+
+
+def check_file(option: str, path: Path) -> None:
+    """Refuse, before any work, what cannot be written after it. Raises ConfigError."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ConfigError(option, "", f"{path} cannot be a file: give a file name in a folder that exists")
 
 
 def write_whole(path: str | Path, text: str) -> None:

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from textwrap import wrap
 
-from klotski_compiler.plan import Bind, Compute, Load, Op, Phase, Plan, Step, Store, step_text
+from klotski_compiler.plan import Bind, Candidate, Compute, Load, Op, Phase, Plan, Step, Store, step_text
 
 WIDTH = 100  # columns of a timeline
+
+Row = tuple[str, str]  # a subject, empty where the line goes on about the one before, and what is said about it
 
 # What the compute stream waits for, by the simulator's name of the cause.
 CAUSES = {
@@ -101,6 +103,11 @@ def headline(plan: Plan) -> str:
 
 def decision(plan: Plan) -> str:
     """What was decided, in words."""
+    return "\n".join([f"Decided (policy {plan.policy})", *_table(decision_rows(plan))])
+
+
+def decision_rows(plan: Plan) -> list[Row]:
+    """What was decided, subject by subject."""
     d = plan.decision
     groups = -(-plan.workload.num_sequences // d.sequences)
     whole = "the whole workload is one group" if groups == 1 else f"{groups} groups run one after another"
@@ -129,10 +136,10 @@ def decision(plan: Plan) -> str:
     rows.append(("prefill", f"{passes}; attention over {_count(d.attention_batch, 'prompt')} at a time"))
     head = "resident" if d.head_pages == 0 else f"streamed in {_count(d.head_pages, 'page')}"
     rows.append(("vocabulary", f"head {head}, embedding {'resident' if d.embedding else 'gathered row by row'}"))
-    return "\n".join([f"Decided (policy {plan.policy})", *_table(rows)])
+    return rows
 
 
-def _on_cpu(plan: Plan) -> Iterator[tuple[str, str]]:
+def _on_cpu(plan: Plan) -> Iterator[Row]:
     """What the CPU computes beside a GPU in decode."""
     d = plan.decision
     experts = sum(len(layer.cpu) + layer.cpu_picks for layer in d.layers)
@@ -143,7 +150,7 @@ def _on_cpu(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "CPU", f"{' and '.join(parts)} in decode, where their KV and weights are"
 
 
-def _table(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
+def _table(rows: Iterable[Row]) -> Iterator[str]:
     return (f"  {name:<12}{text}" for name, text in rows)
 
 
@@ -170,7 +177,7 @@ def _residents(plan: Plan) -> str:
     return ", ".join(texts)
 
 
-def _streamed(plan: Plan) -> Iterator[tuple[str, str]]:
+def _streamed(plan: Plan) -> Iterator[Row]:
     """Experts and modules that travel in every pass."""
     steps = plan.steps[plan.phases[-1].name]
     moved = {
@@ -220,6 +227,11 @@ def _kv_places(plan: Plan) -> str:
 
 def forecast(plan: Plan) -> str:
     """Predicted speed, both bounds, and what the planner says would change it."""
+    return "\n".join(["Predicted", *_table(forecast_rows(plan))])
+
+
+def forecast_rows(plan: Plan) -> list[Row]:
+    """What is predicted, subject by subject."""
     f = plan.forecast
     phases = [f"{phase.name} {span(_phase_us(plan, phase.name))}{_passes(plan, phase)}" for phase in plan.phases]
     bound = f"this decision cannot take less than {span(f.bound_us)}; its schedule takes {span(f.makespan_us)}"
@@ -241,7 +253,7 @@ def forecast(plan: Plan) -> str:
     ]
     if plan.truncated:
         rows.append(("", "the search was cut short by its time limit; --time-limit gives it more"))
-    return "\n".join(["Predicted", *_table(rows)])
+    return rows
 
 
 def _phase_us(plan: Plan, name: str) -> int:
@@ -262,15 +274,20 @@ def _groups(plan: Plan) -> str:
 
 def candidates(plan: Plan) -> str:
     """Every policy's best schedule."""
-    best = max((c.tokens_per_s for c in plan.candidates), default=0.0)
     lines = [f"Policies{'batches':>20}{'tokens/s':>12}{'against best':>15}"]
     for c in plan.candidates:
         if not c.feasible:
             lines.append(f"  {c.policy:<16}{c.why_not}")
             continue
-        against = "best" if c.tokens_per_s == best else f"{c.tokens_per_s / best - 1:+.1%}"
-        lines.append(f"  {c.policy:<16}{f'{c.num_batches} x {c.batch_size}':>10}{c.tokens_per_s:>12.2f}{against:>15}")
+        batches = f"{c.num_batches} x {c.batch_size}"
+        lines.append(f"  {c.policy:<16}{batches:>10}{c.tokens_per_s:>12.2f}{against_best(plan, c):>15}")
     return "\n".join(lines)
+
+
+def against_best(plan: Plan, candidate: Candidate) -> str:
+    """A feasible candidate's speed beside the fastest one's."""
+    best = max(c.tokens_per_s for c in plan.candidates)
+    return "best" if candidate.tokens_per_s == best else f"{candidate.tokens_per_s / best - 1:+.1%}"
 
 
 def busy(plan: Plan) -> str:
@@ -278,32 +295,33 @@ def busy(plan: Plan) -> str:
     lines = ["Where the time of a pass goes"]
     for phase in plan.phases[1:]:
         length = plan.forecast.pass_us[phase.name] or 1
-        work = _work(plan.steps[phase.name])
-        tightest = max(work, key=lambda s: work[s].total)
-        for stream, spent in sorted(work.items(), key=lambda item: -item[1].total):
-            title, binds = (f"{phase.name} {span(length)}", "  <- binds") if stream == tightest else ("", "")
-            copies = f", {spent.copying / length:.0%} in copies that block it" if spent.copying else ""
-            share = spent.total / length
-            lines.append(f"  {title:<18}{stream:<11}{_bar(share)} {share:4.0%}{copies}{binds}")
+        title, binds = f"{phase.name} {span(length)}", "  <- binds"
+        for work in stream_work(plan.steps[phase.name]):
+            copies = f", {work.copying / length:.0%} in copies that block it" if work.copying else ""
+            share = work.total / length
+            lines.append(f"  {title:<18}{work.stream:<11}{_bar(share)} {share:4.0%}{copies}{binds}")
+            title = binds = ""
     return "\n".join(lines)
 
 
 @dataclass
-class _Work:
+class StreamWork:
     """Microseconds of a stream in one pass; those in which a compute stream copies."""
 
+    stream: str
     total: int = 0
     copying: int = 0
 
 
-def _work(steps: Sequence[Step]) -> dict[str, _Work]:
-    work: dict[str, _Work] = defaultdict(_Work)
+def stream_work(steps: Sequence[Step]) -> list[StreamWork]:
+    """What each stream does in one pass, the busiest, which binds, first."""
+    found: dict[str, StreamWork] = {}
     for step in steps:
-        spent = work[step.op.stream]
-        spent.total += step.end_us - step.start_us
+        work = found.setdefault(step.op.stream, StreamWork(step.op.stream))
+        work.total += step.end_us - step.start_us
         if isinstance(step.op, Load | Store) and step.op.link != step.op.stream:
-            spent.copying += step.end_us - step.start_us
-    return work
+            work.copying += step.end_us - step.start_us
+    return sorted(found.values(), key=lambda work: -work.total)
 
 
 def bubbles(plan: Plan) -> str:
@@ -311,10 +329,14 @@ def bubbles(plan: Plan) -> str:
     f = plan.forecast
     total = sum(f.bubble_us.values())
     lines = [f"Bubbles: computing waits {f.bubble_fraction:.1%} of the time ({span(total)})"]
-    for cause, us in sorted(f.bubble_us.items(), key=lambda item: -item[1]):
-        if us:
-            lines.append(f"  {span(us):>10}  {us / total:4.0%}  for {CAUSES.get(cause, cause)}")
+    for cause, us in bubble_causes(plan):
+        lines.append(f"  {span(us):>10}  {us / total:4.0%}  for {CAUSES.get(cause, cause)}")
     return "\n".join(lines)
+
+
+def bubble_causes(plan: Plan) -> list[tuple[str, int]]:
+    """Why computing waits, and for how many microseconds of the whole workload; the worst first."""
+    return [(cause, us) for cause, us in sorted(plan.forecast.bubble_us.items(), key=lambda item: -item[1]) if us]
 
 
 # --------------------------------------------------------------------------------------------------------------- timeline
@@ -350,9 +372,8 @@ def timeline(plan: Plan, phase: str, layer: int | None = None, width: int = WIDT
         title = f"Timeline of {phase}, layer {shown} (L0 to L{len(plan.decision.layers) - 1}): {of}"
     column = max(1e-9, (end - begin) / width)
     lines = [f"{title}; a column is {span(column)}", _axis(begin, end, width)]
-    lanes = sorted({s.op.stream for s in steps}, key=lambda name: (">" not in name, name))
     spent = []
-    for lane in lanes:
+    for lane in lanes(steps):
         runs = _runs(plan, [s for s in steps if s.op.stream == lane], begin, end, column)
         total = sum(run.busy for run in runs)
         lines.append(f"  {lane:<10}{_lane(runs, begin, column, width)} {total / max(1, end - begin):4.0%}")
@@ -360,6 +381,11 @@ def timeline(plan: Plan, phase: str, layer: int | None = None, width: int = WIDT
         spent += wrap(sums, WIDTH + 12, subsequent_indent=" " * 12)
     lines += spent
     return "\n".join(lines)
+
+
+def lanes(steps: Sequence[Step]) -> list[str]:
+    """The streams of a pass from top to bottom: links, then processors."""
+    return sorted({s.op.stream for s in steps}, key=lambda name: (">" not in name, name))
 
 
 def _axis(begin: float, end: float, width: int) -> str:
@@ -438,57 +464,76 @@ def _lane(runs: Sequence[_Run], begin: float, column: float, width: int) -> str:
 # ----------------------------------------------------------------------------------------------------------------- memory
 
 
+@dataclass(frozen=True)
+class Holding:
+    """What one thing takes of a tier, phase by phase. ``role``: resident, kept (for streaming), KV, slots, states (and what
+    processors exchange), workspace or free."""
+
+    name: str
+    role: str
+    nbytes: list[int]
+
+
 def memory(plan: Plan) -> str:
     """Who holds how much of each tier: residents, KV, streaming slots, hidden states, workspace, free."""
-    phases = plan.phases
     lines = []
-    for tier in (tier for tier in plan.budgets if tier in plan.forecast.peak_bytes):
-        peak = plan.forecast.peak_bytes[tier]
-        resident = Counter[str]()
-        for kind, held in _places(plan, tier).items():
-            verb = "resident" if tier == plan.compute_tier else "kept for streaming"
-            resident[_label(kind, verb)] += sum(plan.tensors[t].slot_bytes for t in held)
-        streamed = [_streaming(plan, phase, tier) for phase in phases]
-        workspace = plan.workspace.get(tier, {})
-        rows = [(name, [nbytes] * len(phases)) for name, nbytes in resident.most_common()]
-        kinds = sorted({name for found in streamed for name in found}, key=lambda name: -max(f[name] for f in streamed))
-        rows += [(name, [found[name] for found in streamed]) for name in kinds]
-        rows += [
-            (f"workspace: {name}", [nbytes] * len(phases))
-            for name, nbytes in sorted(workspace.items(), key=lambda i: -i[1])
-        ]
-        budget = plan.budgets[tier]
-        title = f"Memory of {tier}: {size(peak)} of {size(budget)}"
-        lines.append(f"{title:<40}" + "".join(f"{p.name:>14}" for p in phases))
-        used = [sum(sizes[n] for _, sizes in rows) for n in range(len(phases))]
-        rows.append(("free", [budget - nbytes for nbytes in used]))
-        for name, sizes in rows:
-            if any(sizes):
-                lines.append(f"  {name:<38}" + "".join(f"{size(n) if n else '-':>14}" for n in sizes))
+    for tier, held in holdings(plan).items():
+        title = f"Memory of {tier}: {size(plan.forecast.peak_bytes[tier])} of {size(plan.budgets[tier])}"
+        lines.append(f"{title:<40}" + "".join(f"{phase.name:>14}" for phase in plan.phases))
+        lines += [f"  {h.name:<38}" + "".join(f"{size(n) if n else '-':>14}" for n in h.nbytes) for h in held]
     return "\n".join(lines)
 
 
+def holdings(plan: Plan) -> dict[str, list[Holding]]:
+    """What ``memory`` tells, tier by tier; what takes nothing is left out, what is free comes last."""
+    phases = plan.phases
+    found = {}
+    for tier in (tier for tier in plan.budgets if tier in plan.forecast.peak_bytes):
+        resident = Counter[tuple[str, str]]()
+        for kind, held in _places(plan, tier).items():
+            verb, role = ("resident", "resident") if tier == plan.compute_tier else ("kept for streaming", "kept")
+            label = ("KV cache", "KV") if kind == "kv" else (_label(kind, verb), role)
+            resident[label] += sum(plan.tensors[t].slot_bytes for t in held)
+        streamed = [_streaming(plan, phase, tier) for phase in phases]
+        workspace = plan.workspace.get(tier, {})
+        rows = [Holding(*label, [nbytes] * len(phases)) for label, nbytes in resident.most_common()]
+        labels = {label for slots in streamed for label in slots}
+        passing = [Holding(*label, [slots[label] for slots in streamed]) for label in sorted(labels)]
+        rows += sorted(passing, key=lambda holding: -max(holding.nbytes))
+        rows += [
+            Holding(f"workspace: {name}", "workspace", [nbytes] * len(phases))
+            for name, nbytes in sorted(workspace.items(), key=lambda i: -i[1])
+        ]
+        used = [sum(row.nbytes[n] for row in rows) for n in range(len(phases))]
+        rows.append(Holding("free", "free", [plan.budgets[tier] - nbytes for nbytes in used]))
+        found[tier] = [row for row in rows if any(row.nbytes)]
+    return found
+
+
 def _label(kind: str, verb: str) -> str:
-    return "KV cache" if kind == "kv" else f"{_PLURAL.get(kind, kind)}, {verb}"
+    return f"{_PLURAL.get(kind, kind)}, {verb}"
 
 
-def _streaming(plan: Plan, phase: Phase, tier: str) -> Counter[str]:
-    """Bytes of the slots that a phase alone uses, by what passes through them."""
+def _streaming(plan: Plan, phase: Phase, tier: str) -> Counter[tuple[str, str]]:
+    """Bytes of the slots that a phase alone uses, by name and role of what passes through them."""
     permanent = {slot for _, slot in plan.placed}
-    kept = {"state": "hidden states"}
-    through = {slot: kept.get(plan.tensors[t].kind, "exchanged with the CPU") for t, slot in phase.placed}
+    names = {"state": "hidden states"}
+    through = {slot: (names.get(plan.tensors[t].kind, "exchanged with the CPU"), "states") for t, slot in phase.placed}
     for step in plan.steps[phase.name]:
         if not isinstance(step.op, Load | Compute):
             continue
         for tensor, slot in zip(step.op.tensors, step.slots, strict=True):
             kind = plan.tensors[tensor].kind
-            through.setdefault(
-                slot, "KV, slots" if kind == "kv" else _label("expert" if kind == "pick" else kind, "slots")
+            label = (
+                ("KV, slots", "KV")
+                if kind == "kv"
+                else (_label("expert" if kind == "pick" else kind, "slots"), "slots")
             )
-    nbytes = Counter[str]()
-    for slot, name in through.items():
+            through.setdefault(slot, label)
+    nbytes = Counter[tuple[str, str]]()
+    for slot, label in through.items():
         if slot not in permanent and plan.slots[slot].tier == tier:
-            nbytes[name] += plan.slots[slot].nbytes
+            nbytes[label] += plan.slots[slot].nbytes
     return nbytes
 
 

@@ -137,7 +137,9 @@ def test_the_graph_of_a_pass() -> None:
     [
         (["missing.json"], 4, "missing.json cannot be read"),
         (["PLAN", "--layer", "4"], 2, "tiny has 0 to 3"),
-        (["PLAN", "--trace", "/nowhere/t.json"], 2, "/nowhere/t.json cannot be written"),
+        (["PLAN", "--trace", "/nowhere/t.json"], 2, "/nowhere/t.json cannot be a file"),
+        (["PLAN", "--html", "/nowhere/r.html"], 2, "/nowhere/r.html cannot be a file"),
+        (["PLAN", "--html", "/proc/r.html"], 2, "/proc/r.html cannot be written"),
         (["PLAN", "--compare", "missing.json"], 4, "missing.json"),
     ],
 )

@@ -43,6 +43,10 @@ def test_every_module_is_installed(unpacked: Path) -> None:
             assert (unpacked / source.relative_to(package.parent)).is_file(), source
 
 
+def test_the_page_finds_its_template(unpacked: Path) -> None:
+    assert (unpacked / "klotski_compiler" / "report.html").is_file()
+
+
 def test_profiles_are_found_beside_the_installed_package(unpacked: Path, tmp_path: Path) -> None:
     script = (
         "import json; from klotski_compiler.shipped import shipped, shipped_names;"

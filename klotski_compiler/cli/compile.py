@@ -19,7 +19,7 @@ from klotski_compiler.errors import ConfigError
 from klotski_compiler.hardware import Hardware, read_hardware
 from klotski_compiler.model import ModelSpec, read_model
 from klotski_compiler.outcome import outcome
-from klotski_compiler.output import write_whole
+from klotski_compiler.output import check_file, write_whole
 from klotski_compiler.pipeline import PASSES, lower
 from klotski_compiler.plan import Plan, Workload
 from klotski_compiler.policies import POLICIES
@@ -183,8 +183,8 @@ class Asked:
 
 def _run(arguments: argparse.Namespace) -> str:
     output: Path | None = arguments.output
-    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
-        raise ConfigError("--output", "", f"{output} cannot be a file: give a file name in a folder that exists")
+    if output is not None:
+        check_file("--output", output)
     if arguments.sweep and (arguments.json or arguments.dump_after):
         raise ConfigError("--sweep", "", "prints a table; leave out --json and --dump-after")
     if arguments.json and arguments.dump_after:

@@ -7,10 +7,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from klotski_compiler import report
+from klotski_compiler import html, report
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.outcome import outcome
-from klotski_compiler.output import write_whole
+from klotski_compiler.output import check_file, write_whole
 from klotski_compiler.plan import Plan, load
 from klotski_compiler.trace import chrome_trace, predicted
 
@@ -20,6 +20,7 @@ examples:
   klotski-inspect plan.json --phase prefill --layer 3  the timeline of another layer
   klotski-inspect plan.json --ops 100:140              the plan itself: decode ops 100 to 139
   klotski-inspect plan.json --compare other.json       two plans side by side
+  klotski-inspect plan.json --html report.html         all of it and every op's place in a pass, in one file for a browser
   klotski-inspect plan.json --trace trace.json         open it at https://ui.perfetto.dev
 
 A line of --ops reads: number, stream, what, tensors, >slot, ^source slot, <op that must have ended (' in the pass before),
@@ -48,6 +49,12 @@ def _parser() -> argparse.ArgumentParser:
         "--layer", type=int, metavar="N", help="the layer that the timeline shows (default: the middle one)"
     )
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write a predicted pass as a Chrome trace (JSON)")
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write all of it as one page, with a timeline of every op, to open in a browser",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--json", action="store_true", help="print one JSON object instead")
     what.add_argument("--ops", type=_range, metavar="A:B", help="print ops A to B - 1 of the phase instead")
@@ -64,13 +71,19 @@ def _range(text: str) -> tuple[int, int]:
 
 
 def _run(arguments: argparse.Namespace) -> str:
+    for option in ("trace", "html"):
+        path: Path | None = getattr(arguments, option)
+        if path:
+            check_file(f"--{option}", path)
     plan = load(arguments.plan)
     phase = _phase(plan, arguments.phase)
     layers = len(plan.decision.layers)
     if arguments.layer is not None and not 0 <= arguments.layer < layers:
         raise ConfigError("--layer", "", f"{arguments.layer} is not a layer: {plan.model} has 0 to {layers - 1}")
     if arguments.trace:
-        _write(arguments.trace, json.dumps(chrome_trace(predicted(plan))))
+        _write("--trace", arguments.trace, json.dumps(chrome_trace(predicted(plan))))
+    if arguments.html:
+        _write("--html", arguments.html, html.page(plan, phase, arguments.layer))
     if arguments.json:
         return json.dumps(report.summary(plan)) + "\n"
     if arguments.ops:
@@ -87,11 +100,11 @@ def _phase(plan: Plan, asked: str | None) -> str:
     return asked or names[-1]
 
 
-def _write(path: Path, text: str) -> None:
+def _write(option: str, path: Path, text: str) -> None:
     try:
         write_whole(path, text)
     except OSError as error:
-        raise ConfigError("--trace", "", f"{path} cannot be written ({error.strerror}); name another file") from None
+        raise ConfigError(option, "", f"{path} cannot be written ({error.strerror}); name another file") from None
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.hardware import Hardware, numbers, to_json
 from klotski_compiler.outcome import outcome
-from klotski_compiler.output import write_whole
+from klotski_compiler.output import check_file, write_whole
 from klotski_runtime.memory import tune_libraries
 
 EPILOG = """\
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 def _hardware(arguments: argparse.Namespace) -> str:
     output: Path | None = arguments.output
     if output is not None:
-        _check_output(output)
+        check_file("--output", output)
     tune_libraries()
     # torch takes seconds to import, and --help and usage errors need none of it
     from klotski_runtime.profile import measure, processor_seconds
@@ -107,18 +107,12 @@ def _hardware(arguments: argparse.Namespace) -> str:
 
 
 def _routing(arguments: argparse.Namespace) -> str:
-    _check_output(arguments.output)
+    check_file("--output", arguments.output)
     measure: Callable[[str, Path, Report], str] = import_module("klotski_runtime.routing").measure
     with _progress() as report:
         text = measure(arguments.model, arguments.input, report)
     _write(arguments.output, text)
     return f"written to {arguments.output}\n"
-
-
-def _check_output(path: Path) -> None:
-    """Refuses before a minute of measuring what could not be written after it."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ConfigError("--output", "", f"{path} cannot be a file: give a file name in a folder that exists")
 
 
 def _write(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from klotski_compiler.errors import ConfigError, ExecError
 from klotski_compiler.outcome import outcome
-from klotski_compiler.output import write_whole
+from klotski_compiler.output import check_file, write_whole
 from klotski_compiler.plan import Plan, load, op_text
 from klotski_compiler.trace import chrome_trace
 from klotski_runtime.memory import PeakRss, rss_bytes, storage_read_bytes, tune_libraries
@@ -158,8 +158,8 @@ def _check_usage(arguments: argparse.Namespace) -> None:
         raise ConfigError("--json", "", "takes standard output for itself: give --output FILE for the results")
     for option in ("output", "trace"):
         path: str | Path | None = getattr(arguments, option)
-        if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-            raise ConfigError(f"--{option}", "", f"{path} cannot be a file: give a file name in a folder that exists")
+        if path:
+            check_file(f"--{option}", Path(path))
     if not arguments.scratch.is_dir():
         raise ConfigError("--scratch", "", f"{arguments.scratch} is not a folder; name one with room for the KV cache")
 
