@@ -256,6 +256,11 @@ def micro_batches(d: Decision, least_rows: int = LEAST_ROWS) -> Iterator[Decisio
             yield d.model_copy(update={size: other})
 
 
+def fitted_sizes(d: Decision) -> tuple[int, ...]:
+    """What ``micro_batches`` changes."""
+    return d.prefill_groups, d.attention_batch, d.decode_batch, d.expert_rows
+
+
 def shape_of(d: Decision) -> tuple[int, ...]:
     """What two decisions must share to be the same candidate."""
     return d.num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups, d.rolling

@@ -20,6 +20,10 @@ from klotski_compiler.verify import verify
 
 __all__ = ["Request", "compile_plan"]
 
+WORTH_A_PROCESS = (
+    200  # experts of a model for which searching takes longer than to begin a process and to hand over what it found
+)
+
 
 @uncollected()
 def compile_plan(request: Request, progress: Callable[[str, float], None] | None = None) -> Plan:
@@ -54,9 +58,9 @@ def compile_plan(request: Request, progress: Callable[[str, float], None] | None
 
 
 def _side_by_side(search: Search, names: Sequence[str]) -> Iterator[tuple[str, list[Rated] | Infeasible]]:
-    """What each policy finds, in the order of their names; those of a large model in processes of their own."""
+    """What each policy finds, in the order of their names; where it takes seconds, in processes of their own."""
     workers = min(len(names), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
-    if workers < 2 or not search.is_large:
+    if workers < 2 or search.num_experts < WORTH_A_PROCESS:
         yield from ((name, _timed(search, name)) for name in names)
         return
     search.sizes(OURS)  # their bounds, once for all processes

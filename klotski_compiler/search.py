@@ -17,7 +17,7 @@ from itertools import count, product
 from math import inf
 
 from klotski_compiler.bounds import Relaxation
-from klotski_compiler.candidates import MANY_EXPERTS, Request, micro_batches, shape_of
+from klotski_compiler.candidates import MANY_EXPERTS, Request, fitted_sizes, micro_batches, shape_of
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.fill import SAMPLED, Fills, slot_bytes
 from klotski_compiler.milp.problem import EXACT_EXPERTS
@@ -33,7 +33,9 @@ FINE_PLACES = 4  # places in each part of prefill, so many of which a layer may 
 KEPT_FINER = 2  # sizes that are tried with so many
 WORTH = 0.002  # what another decision must save of simulated time
 WORTH_SCORED = 0.0002  # what another micro-batch must save by its score, which is exact: several small steps add up
+WORTH_ROLLING = 0.005  # what rolling order must gain: a schedule in phases apart is simpler, and its groups end one by one
 KEPT_FITTED = 4  # decisions per size whose micro-batches are fitted to the memory that they leave
+FITTING_GAIN = 0.1  # how much that may gain
 IMPROVEMENTS = 8  # decisions near the best one that are tried
 KEPT_SCORED = 2  # sizes per policy that are timed on short models
 KEPT_SOLVED = 6  # and of the policy whose residency is solved
@@ -93,7 +95,9 @@ class Search(Fills):
             best = max(rated, key=lambda r: r.tokens_per_s)
             if (better := self.improved(best)) is not best:
                 rated.append(better)
-        rated = sorted((r for r in rated if r.tokens_per_s > 0), key=lambda r: -r.tokens_per_s)
+        least = max((r.tokens_per_s for r in rated if not r.decision.rolling), default=0.0) * (1 + WORTH_ROLLING)
+        rated = [r for r in rated if r.tokens_per_s > (least if r.decision.rolling and solved else 0.0)]
+        rated.sort(key=lambda r: -r.tokens_per_s)
         kept_whole = (self.retimed(rated) if solved else rated)[:KEPT_WHOLE]
         if not kept_whole:
             raise self._too_slow()
@@ -119,9 +123,12 @@ class Search(Fills):
                     refusals.append(fault)
             fitting.sort(key=lambda entry: entry[0])
             plain += fitting[:1]
-            scored += (
-                self.fitted(name, one_each(fitting)[:KEPT_FITTED]) if policy(name).EXPERTS == "solved" else fitting
-            )
+            if policy(name).EXPERTS == "solved":
+                hopeful = min((us for us, _ in (*scored, *fitting)), default=0.0) * (1 + FITTING_GAIN)
+                fitting = self.fitted(
+                    name, [(us, base) for us, base in one_each(fitting)[:KEPT_FITTED] if us <= hopeful]
+                )
+            scored += fitting
         if not scored:
             least = min(refusals, key=lambda fault: sum(fault.shortfalls.values()), default=None)
             raise least or self._too_slow()
@@ -205,16 +212,16 @@ class Search(Fills):
         weights and KV do not."""
         found: list[tuple[float, Decision]] = []
         for us, base in scored:
-            best, improved = (us, base), True
+            best, improved, known = (us, base), True, set[tuple[int, ...]]()
             while improved:
                 improved = False
                 for other in micro_batches(best[1], self.least_rows):
-                    try:
-                        tried = self.score(name, other)
-                    except Infeasible:
+                    if (sizes := fitted_sizes(other)) in known:
                         continue
-                    if tried < best[0] * (1 - WORTH_SCORED):
-                        best, improved = (tried, other), True
+                    known.add(sizes)
+                    with suppress(Infeasible):
+                        if (tried := self.score(name, other)) < best[0] * (1 - WORTH_SCORED):
+                            best, improved = (tried, other), True
             if best[1] not in [base for _, base in found]:
                 found.append(best)
         return sorted(found, key=lambda entry: entry[0])
