@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from klotski_compiler.plan import Plan, op_text
 
-Row = tuple[str, str, str, float, float]  # phase, stream, name, start and duration in microseconds
+
+class Row(NamedTuple):
+    """An op that ran, or would. Times in microseconds. where: of a measured one the run of the phase, the pass and the op's number."""
+
+    phase: str
+    stream: str
+    name: str
+    start_us: float
+    duration_us: float
+    where: dict[str, int] | None = None
 
 
 def chrome_trace(rows: Iterable[Row]) -> dict[str, object]:
@@ -15,7 +25,7 @@ def chrome_trace(rows: Iterable[Row]) -> dict[str, object]:
     threads: dict[tuple[str, str], int] = {}
     names: list[dict[str, object]] = []
     events: list[dict[str, object]] = []
-    for phase, stream, name, start_us, duration_us in rows:
+    for phase, stream, name, start_us, duration_us, where in rows:
         if phase not in processes:
             processes[phase] = len(processes)
             names.append({"ph": "M", "name": "process_name", "pid": processes[phase], "args": {"name": phase}})
@@ -25,7 +35,8 @@ def chrome_trace(rows: Iterable[Row]) -> dict[str, object]:
             tid = threads[phase, stream]
             names.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": stream}})
         place = {"pid": pid, "tid": threads[phase, stream]}
-        events.append({"ph": "X", "name": name, **place, "ts": start_us, "dur": duration_us})
+        shown = {"args": where} if where else {}
+        events.append({"ph": "X", "name": name, **place, "ts": start_us, "dur": duration_us, **shown})
     return {"traceEvents": [*names, *events], "displayTimeUnit": "ms"}
 
 
@@ -34,4 +45,4 @@ def predicted(plan: Plan) -> Iterator[Row]:
     for phase in plan.phases:
         for step in plan.steps[phase.name]:
             name = op_text(step.op, plan.names).removeprefix(f"{step.op.stream} ")
-            yield phase.name, step.op.stream, name, step.start_us, step.end_us - step.start_us
+            yield Row(phase.name, step.op.stream, name, step.start_us, step.end_us - step.start_us)

@@ -13,7 +13,7 @@ import pytest
 from klotski_compiler import report
 from klotski_compiler.cli.inspect import main
 from klotski_compiler.plan import Plan, load
-from klotski_compiler.trace import chrome_trace, predicted
+from klotski_compiler.trace import Row, chrome_trace, predicted
 from plans import edited, tiny_plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,7 +120,7 @@ def test_the_trace_holds_every_op_of_a_pass(path: Path, tmp_path: Path) -> None:
 
 
 def test_a_trace_of_measured_rows() -> None:
-    trace = chrome_trace([("decode", "cpu", "attention L0 b0", 1.5, 2.0)])
+    trace = chrome_trace([Row("decode", "cpu", "attention L0 b0", 1.5, 2.0)])
     assert trace["traceEvents"][-1] == {"ph": "X", "name": "attention L0 b0", "pid": 0, "tid": 0, "ts": 1.5, "dur": 2.0}  # type: ignore[index]
 
 

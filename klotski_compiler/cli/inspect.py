@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from klotski_compiler import html, report
+from klotski_compiler import actual, html, report
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.outcome import outcome
 from klotski_compiler.output import check_file, write_whole
@@ -20,6 +20,7 @@ examples:
   klotski-inspect plan.json --phase prefill --layer 3  the timeline of another layer
   klotski-inspect plan.json --ops 100:140              the plan itself: decode ops 100 to 139
   klotski-inspect plan.json --compare other.json       two plans side by side
+  klotski-inspect plan.json --compare trace.json       a run of it (klotski-run --trace) beside the plan: where time went
   klotski-inspect plan.json --html report.html         all of it and every op's place in a pass, in one file for a browser
   klotski-inspect plan.json --trace trace.json         open it at https://ui.perfetto.dev
 
@@ -58,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--json", action="store_true", help="print one JSON object instead")
     what.add_argument("--ops", type=_range, metavar="A:B", help="print ops A to B - 1 of the phase instead")
-    what.add_argument("--compare", type=Path, metavar="OTHER", help="print two plans side by side instead")
+    what.add_argument(
+        "--compare", type=Path, metavar="OTHER", help="print two plans, or a plan and its measured trace, instead"
+    )
     return parser
 
 
@@ -89,6 +92,8 @@ def _run(arguments: argparse.Namespace) -> str:
     if arguments.ops:
         return report.ops(plan, phase, *arguments.ops)
     if arguments.compare:
+        if actual.is_trace(arguments.compare):
+            return actual.compare(plan, actual.read(plan, arguments.compare))
         return report.compare(plan, load(arguments.compare))
     return report.overview(plan, phase, arguments.layer)
 

@@ -8,19 +8,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from klotski_compiler.plan import Bind, Compute, Step
+from klotski_compiler.simulate import cause_of
 from klotski_runtime.streams import Ran
 
 
 @dataclass(slots=True)
 class Measured:
-    """What a run took. busy_s: per stream, loading apart. log: per phase run (group, phase, finished ops), where kept."""
+    """What a run took. busy_s: per stream, loading apart. bubble_s: idle compute time by cause, as the forecast splits it
+    (``simulate.bubbles``). log: per phase run (group, phase, finished ops), where kept."""
 
     load_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     passes_us: dict[str, list[float]] = field(default_factory=dict)
     busy_s: dict[str, float] = field(default_factory=dict)
-    bubble_s: float = 0.0
+    bubble_s: dict[str, float] = field(default_factory=dict)
     log: list[tuple[int, str, list[Ran]]] = field(default_factory=list)
 
     def pass_us(self, phase: str) -> float:
@@ -34,30 +36,35 @@ class Measured:
         self.passes_us.setdefault(phase, []).extend(spans)
         for stream, busy in watch.busy_s.items():
             self.busy_s[stream] = self.busy_s.get(stream, 0.0) + busy
-        self.bubble_s += watch.ended - watch.began - watch.computed_s
+        for cause, idle in watch.bubble_s.items():
+            self.bubble_s[cause] = self.bubble_s.get(cause, 0.0) + idle
 
 
 class Watch:
     """The times of one run of a phase, added up as ops end; ``note`` is called from every stream's thread.
 
-    busy_s: per stream. computed_s: of it, what the compute stream did not spend on transfers. samples: when each pass ended.
+    busy_s: per stream. bubble_s: idle time of the compute stream, copies that block it included, by what it waited for. samples: when
+    each pass ended.
     """
 
     def __init__(self, steps: Sequence[Step], compute: str, keep_log: bool) -> None:
         self._steps, self._compute, self._keep_log = steps, compute, keep_log
-        self.began = self.ended = time.perf_counter()
+        self.began = time.perf_counter()
         self.busy_s: dict[str, float] = {}
-        self.computed_s = 0.0
+        self.bubble_s: dict[str, float] = {}
+        self._computed = self.began
         self.samples: list[float] = []
         self.log: list[Ran] = []
 
     def note(self, ran: Ran) -> None:
         """An op has ended."""
-        op, took = self._steps[ran.number].op, ran.end - ran.start
+        step, took = self._steps[ran.number], ran.end - ran.start
+        op = step.op
         self.busy_s[ran.stream] = self.busy_s.get(ran.stream, 0.0) + took
-        self.ended = max(self.ended, ran.end)
         if ran.stream == self._compute and isinstance(op, Compute | Bind):
-            self.computed_s += took
+            cause = cause_of(step)
+            self.bubble_s[cause] = self.bubble_s.get(cause, 0.0) + max(0.0, ran.start - self._computed)
+            self._computed = ran.end
             if isinstance(op, Compute) and op.fn == "sample":
                 self.samples.append(ran.end)
         if self._keep_log:

@@ -9,10 +9,13 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
+from klotski_compiler.actual import read
+from klotski_compiler.calibrate import calibrated
 from klotski_compiler.errors import ConfigError
-from klotski_compiler.hardware import Hardware, numbers, to_json
+from klotski_compiler.hardware import Hardware, numbers, read_hardware, to_json
 from klotski_compiler.outcome import outcome
 from klotski_compiler.output import check_file, write_whole
+from klotski_compiler.plan import load
 from klotski_runtime.memory import tune_libraries
 
 EPILOG = """\
@@ -21,6 +24,7 @@ examples:
   klotski-profile -o hw.json --device cuda:0          also GPU 0 and the link to it
   klotski-profile -o hw.json --scratch /mnt/nvme      the disk that will hold the weights
   klotski-profile routing MODEL --input prompts.jsonl -o routing.json
+  klotski-profile --from-trace trace.json plan.json hw.json -o hw2.json     corrected by what a run measured
 
 Then solve for a schedule:  klotski-compile MODEL hw.json -o plan.json
 
@@ -62,6 +66,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--scratch", type=Path, default=Path(), metavar="DIR", help="folder on the disk to measure; 1 GiB for a moment"
     )
+    parser.add_argument(
+        "--from-trace",
+        nargs=3,
+        type=Path,
+        metavar=("TRACE", "PLAN", "HARDWARE"),
+        help="measure nothing: correct HARDWARE, with which PLAN was made, by the TRACE of a run of it (klotski-run --trace)",
+    )
     parser.add_argument("--json", action="store_true", help="print the profile as one JSON object instead of a table")
 
     commands = parser.add_subparsers(dest="command", metavar="[routing ...]", title="other measurements")
@@ -82,6 +93,10 @@ def _hardware(arguments: argparse.Namespace) -> str:
     output: Path | None = arguments.output
     if output is not None:
         check_file("--output", output)
+    if arguments.from_trace:
+        trace, plan_path, base = arguments.from_trace
+        plan = load(plan_path)
+        return _shown(arguments, calibrated(read_hardware(base), plan, read(plan, trace), trace))
     tune_libraries()
     # torch takes seconds to import, and --help and usage errors need none of it
     from klotski_runtime.profile import measure, processor_seconds
@@ -98,6 +113,12 @@ def _hardware(arguments: argparse.Namespace) -> str:
             "measure again when the machine is idle",
             file=sys.stderr,
         )
+    return _shown(arguments, hardware)
+
+
+def _shown(arguments: argparse.Namespace, hardware: Hardware) -> str:
+    """Writes the profile, if it is asked for, and says what is in it."""
+    output: Path | None = arguments.output
     if output is not None:
         _write(output, to_json(hardware))
     if arguments.json:

@@ -16,6 +16,8 @@ from klotski_compiler.errors import ConfigError, ExecError
 from klotski_compiler.outcome import outcome
 from klotski_compiler.output import check_file, write_whole
 from klotski_compiler.plan import Plan, load, op_text
+from klotski_compiler.report import CAUSES
+from klotski_compiler.trace import Row as Event
 from klotski_compiler.trace import chrome_trace
 from klotski_runtime.memory import PeakRss, rss_bytes, storage_read_bytes, tune_libraries
 from klotski_runtime.prompts import Limits, Tokenizer, read_requests
@@ -315,8 +317,10 @@ def _report(engine: Engine, rows: Sequence[Row], wall_s: float) -> dict[str, Any
             phase: {"measured": measured.pass_us(phase), "predicted": predicted}
             for phase, predicted in forecast.pass_us.items()
         },
-        "bubble_fraction": measured.bubble_s / passes_s,
+        "bubble_fraction": sum(measured.bubble_s.values()) / passes_s,
         "predicted_bubble_fraction": forecast.bubble_fraction,
+        "bubble_s": dict(sorted(measured.bubble_s.items())),
+        "predicted_bubble_s": {cause: us / 1e6 for cause, us in forecast.bubble_us.items()},
         "busy_s": dict(sorted(measured.busy_s.items())),
         "predicted_busy_s": {stream: busy / 1e6 for stream, busy in forecast.busy_us.items()},
         "bytes_per_link": engine.bytes_per_link,
@@ -335,6 +339,10 @@ def _table(plan: Plan, report: dict[str, Any]) -> str:
     for phase, us in report["pass_us"].items():
         lines.append((f"{phase} pass", _seconds(us["predicted"] / 1e6), _seconds(us["measured"] / 1e6)))
     lines.append(("compute waits", f"{report['predicted_bubble_fraction']:.1%}", f"{report['bubble_fraction']:.1%}"))
+    for cause, words in CAUSES.items():
+        planned, waited = (report[which].get(cause, 0.0) for which in ("predicted_bubble_s", "bubble_s"))
+        if planned or waited:
+            lines.append((f"  for {words}", _seconds(planned), _seconds(waited)))
     for stream, busy in report["busy_s"].items():
         lines.append((f"{stream} busy", _seconds(report["predicted_busy_s"].get(stream, 0.0)), _seconds(busy)))
     for link, nbytes in report["bytes_per_link"].items():
@@ -365,12 +373,19 @@ def _write_trace(path: Path, engine: Engine) -> None:
     began = min((ran.start for _, _, ops in log for ran in ops), default=0.0)
     text = {phase: [op_text(step.op, plan.names) for step in steps] for phase, steps in plan.steps.items()}
     rows = (
-        (phase, ran.stream, text[phase][ran.number], 1e6 * (ran.start - began), 1e6 * (ran.end - ran.start))
-        for _, phase, ops in log
+        Event(
+            phase,
+            ran.stream,
+            text[phase][ran.number],
+            1e6 * (ran.start - began),
+            1e6 * (ran.end - ran.start),
+            {"run": number, "pass": ran.at, "op": ran.number},
+        )
+        for number, (_, phase, ops) in enumerate(log)
         for ran in ops
     )
     try:
-        write_whole(path, json.dumps(chrome_trace(rows)))
+        write_whole(path, json.dumps(chrome_trace(rows) | {"plan": plan.digest}))
     except OSError as error:
         raise ExecError(f"{path} cannot be written: {error.strerror}") from error
 

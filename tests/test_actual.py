@@ -1,0 +1,128 @@
+"""Planned against actual: what a measured trace says beside the plan, and a profile corrected by it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from klotski_compiler import actual
+from klotski_compiler.actual import Log
+from klotski_compiler.calibrate import calibrated
+from klotski_compiler.cli.inspect import main
+from klotski_compiler.errors import ConfigError
+from klotski_compiler.execute import execute
+from klotski_compiler.hardware import to_json
+from klotski_compiler.plan import Plan, op_text
+from klotski_compiler.simulate import Simulation
+from klotski_compiler.trace import Row, chrome_trace, predicted
+from klotski_runtime.cli.profile import main as profile
+from plans import tiny_hardware, tiny_plan
+
+PASSES = 3
+
+
+def ran(plan: Plan, phase: str, slower: dict[str, float]) -> Log:
+    """A run of a phase in which the ops of some streams take so many times as long as planned."""
+    steps = plan.steps[phase]
+    clock = Simulation([(s.end_us - s.start_us) * slower.get(s.op.stream, 1.0) for s in steps])
+    execute(steps, PASSES if phase == "decode" else 1, clock)
+    return clock.log
+
+
+def write_trace(plan: Plan, path: Path, slower: dict[str, float]) -> Path:
+    rows = [
+        Row(
+            phase,
+            steps[n].op.stream,
+            op_text(steps[n].op, plan.names),
+            start,
+            end - start,
+            {"run": 0, "pass": at, "op": n},
+        )
+        for phase, steps in plan.steps.items()
+        for (at, n), (start, end) in ran(plan, phase, slower).items()
+    ]
+    path.write_text(json.dumps(chrome_trace(rows) | {"plan": plan.digest}))
+    return path
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("policy", ["joint", "klotski", "accelerate"])
+def test_the_parts_of_the_compute_stream_add_up_to_the_pass(policy: str, gpu: bool, tmp_path: Path) -> None:
+    plan = tiny_plan(policy, gpu)
+    link = "host>gpu" if gpu else "disk>host"
+    logs = actual.read(plan, write_trace(plan, tmp_path / "trace.json", {link: 2.0}))
+    found = {p.phase: p for p in actual.passes(plan, logs)}
+    assert set(found) == {"prefill", "decode"} and found["decode"].number == PASSES
+    compute = "gpu" if gpu else "cpu"
+    for phase in found.values():
+        own = [part for part in phase.parts if part.stream == compute]
+        assert sum(part.measured_us for part in own) == pytest.approx(phase.measured_us, rel=1e-6)
+        for part in phase.parts:  # what was not slower took what was planned
+            if part.stream == compute and not part.waits:
+                assert part.measured_us == pytest.approx(part.planned_us)
+            if part.stream == link and part.planned_us:
+                assert part.measured_us == pytest.approx(2 * part.planned_us, rel=0.35)  # the last pass opens no other
+    decode = found["decode"]
+    planned = sum(part.planned_us for part in decode.parts if part.stream == compute)
+    assert planned == pytest.approx(decode.planned_us, rel=0.02)
+
+
+def test_a_run_beside_its_plan_is_read_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = tiny_plan()
+    plan.save(tmp_path / "plan.json")
+    trace = write_trace(plan, tmp_path / "trace.json", {"disk>host": 3.0})
+    assert main([str(tmp_path / "plan.json"), "--compare", str(trace)]) == 0
+    out = capsys.readouterr().out
+    assert "decode: a pass takes" in out and "waits for experts that have not arrived" in out and "load experts" in out
+
+
+def test_a_forecast_or_the_trace_of_another_plan_is_refused(tmp_path: Path) -> None:
+    plan, path = tiny_plan(), tmp_path / "trace.json"
+    path.write_text(json.dumps(chrome_trace(predicted(plan))))
+    assert actual.is_trace(path)
+    with pytest.raises(ConfigError, match="a forecast, not a measurement"):
+        actual.read(plan, path)
+    write_trace(plan, path, {})
+    with pytest.raises(ConfigError, match="another plan"):
+        actual.read(tiny_plan("flexgen"), path)
+    path.write_text("[]")
+    assert not actual.is_trace(path)
+    with pytest.raises(ConfigError, match="klotski-run --trace"):
+        actual.read(plan, path)
+
+
+def test_a_profile_is_corrected_by_what_was_slower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan, hardware = tiny_plan(gpu=True), tiny_hardware(True)
+    trace = write_trace(plan, tmp_path / "trace.json", {"host>gpu": 2.0, "gpu": 1.25})
+    found = calibrated(hardware, plan, actual.read(plan, trace), trace)
+    before, after = hardware.links["host>gpu"], found.links["host>gpu"]
+    assert after.bandwidth_bytes_per_s == pytest.approx(before.bandwidth_bytes_per_s / 2)
+    gpu, corrected = hardware.processors["gpu"], found.processors["gpu"]
+    assert corrected.kv_bytes_per_s == pytest.approx(gpu.kv_bytes_per_s / 1.25)
+    for (_, rate), (_, now) in zip(gpu.matmul["bf16"], corrected.matmul["bf16"], strict=True):
+        assert now == pytest.approx(rate / 1.25)
+    assert found.links["disk>host"] == hardware.links["disk>host"]
+    assert "x 0.500 by trace.json" in found.sources["links.host>gpu.bandwidth_bytes_per_s"]
+
+    plan.save(tmp_path / "plan.json")
+    (tmp_path / "hw.json").write_text(to_json(hardware))
+    files = [str(trace), str(tmp_path / "plan.json"), str(tmp_path / "hw.json")]
+    assert profile(["--from-trace", *files, "-o", str(tmp_path / "hw2.json")]) == 0
+    assert "written to" in capsys.readouterr().out
+    assert json.loads((tmp_path / "hw2.json").read_text())["links"]["host>gpu"] == after.model_dump(exclude_unset=True)
+
+
+def test_a_profile_of_another_machine_is_refused(tmp_path: Path) -> None:
+    plan, trace = tiny_plan(gpu=True), tmp_path / "trace.json"
+    logs = actual.read(plan, write_trace(plan, trace, {}))
+    with pytest.raises(ConfigError, match="the plan was made for"):
+        calibrated(tiny_hardware(True).model_copy(update={"name": "other"}), plan, logs, trace)
+
+
+def test_kinds_of_ops_are_words() -> None:
+    plan = tiny_plan(gpu=True)
+    found = {actual.kind(plan, step.op) for steps in plan.steps.values() for step in steps}
+    assert {"experts", "late experts", "load experts", "load late experts", "attention", "bind"} <= found
