@@ -1,0 +1,1 @@
+"""What makes a plan legal: the checks that ``verify`` names, by what they look at."""

@@ -1,0 +1,175 @@
+"""Whether everything is where an op looks for it, and nothing takes more memory than there is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from klotski_compiler.checks.common import LOAD, UNROLLED, Fault, phases_of
+from klotski_compiler.execute import execute
+from klotski_compiler.plan import NOWHERE, Bind, Compute, Load, Phase, Plan, Step, Store
+
+
+def arena(plan: Plan) -> None:
+    """Slots that exist at the same time, the permanent ones and those of one phase, share no byte."""
+    permanent = {slot for _, slot in plan.placed}
+    for phase, steps in phases_of(plan):
+        used = permanent | {slot for _, slot in phase.placed}
+        for step in steps:
+            used.update(step.slots, step.sources)
+        used.discard(NOWHERE)
+        ordered = sorted((plan.slots[slot] for slot in used), key=lambda s: (s.tier, s.offset))
+        for low, high in pairwise(ordered):
+            if low.tier == high.tier and low.offset + low.nbytes > high.offset:
+                end = low.offset + low.nbytes
+                raise Fault(
+                    f"slots {low.id} and {high.id} of phase {phase.name} share the bytes {high.offset}..{end} of {low.tier}"
+                )
+        if ordered and min(slot.offset for slot in ordered) < 0:
+            raise Fault(f"a slot of phase {phase.name} starts before its arena")
+
+
+def budget(plan: Plan) -> None:
+    """Arena and workspace stay within the forecast peak, and that within the budget, in every tier."""
+    ends = dict.fromkeys((*plan.workspace, *(slot.tier for slot in plan.slots)), 0)
+    for slot in plan.slots:
+        ends[slot.tier] = max(ends[slot.tier], slot.offset + slot.nbytes)
+    for tier, end in ends.items():
+        need, peak = end + sum(plan.workspace.get(tier, {}).values()), plan.forecast.peak_bytes.get(tier, 0)
+        if need > peak:
+            raise Fault(f"{tier} needs {need:,} bytes (arena {end:,}), its forecast peak is {peak:,}")
+    for tier, peak in plan.forecast.peak_bytes.items():
+        if peak > plan.budgets.get(tier, 0):
+            raise Fault(f"{tier} peaks at {peak:,} bytes, its budget is {plan.budgets.get(tier, 0):,}")
+
+
+def residents(plan: Plan) -> None:
+    """A permanent slot holds one tensor that fits it; the experts in those of the compute tier are the resident ones."""
+    if len({slot for _, slot in plan.placed}) != len(plan.placed):
+        raise Fault("two tensors share a permanent slot")
+    for tensor, slot in (*plan.placed, *(pair for phase in plan.phases for pair in phase.placed)):
+        if why := _misfit(plan, tensor, slot):
+            raise Fault(why)
+    found = {
+        (plan.tensors[t].layer, plan.tensors[t].index)
+        for t, slot in plan.placed
+        if plan.tensors[t].kind == "expert" and plan.slots[slot].tier == plan.compute_tier
+    }
+    decided = {(number, e) for number, layer in enumerate(plan.decision.layers) for e in layer.resident_experts}
+    for layer, expert in sorted(found ^ decided):
+        where = "has a permanent slot but is not" if (layer, expert) in found else "has no permanent slot but is"
+        raise Fault(f"L{layer}.E{expert} {where} decided to be resident")
+
+
+def _misfit(plan: Plan, tensor: int, slot: int) -> str:
+    held, room = plan.tensors[tensor], plan.slots[slot].nbytes
+    # Hidden states never come from a file, so that they need no room for the pages around a segment.
+    need = held.nbytes if held.kind == "state" else held.slot_bytes
+    return f"{held.name} needs {need:,} bytes, slot {slot} has {room:,}" if need > room else ""
+
+
+def residency(plan: Plan) -> None:
+    """Every tensor is in its slot whenever an op reads it, in every pass; nothing is written over a resident."""
+    for phase, steps in phases_of(plan):
+        memory = _Memory(plan, phase)
+        execute(steps, min(phase.passes, UNROLLED), memory)
+        for tensor, slot in plan.placed if phase.name == LOAD else ():
+            if memory.content.get(slot) != tensor:
+                raise Fault(f"{plan.names[tensor]} is never loaded into its permanent slot {slot}")
+
+
+class _Memory:
+    """A backend that remembers which tensor each slot holds. It is its own only stream: what a slot holds depends on the order
+    of the lines alone once ``race`` has proved that conflicting ops keep it."""
+
+    def __init__(self, plan: Plan, phase: Phase) -> None:
+        self.plan, self.phase = plan, phase
+        self.permanent = {slot: tensor for tensor, slot in plan.placed}
+        # Before the load phase no weight is anywhere but at home; a KV cache needs only its place, as what is exchanged does.
+        self.content = {
+            slot: tensor
+            for slot, tensor in self.permanent.items()
+            if phase.name != LOAD or plan.tensors[tensor].kind == "kv"
+        } | {slot: tensor for tensor, slot in phase.placed}
+        self.ends = {
+            link: tuple(link.split(">"))
+            for link in {s.op.link for s in plan.steps[phase.name] if isinstance(s.op, Load | Store)}
+        }
+
+    def stream(self, name: str) -> _Memory:
+        return self
+
+    def begin(self, at: int) -> bool:
+        # A pick means another expert in every pass: what is left of it is of no use.
+        self.content = {slot: t for slot, t in self.content.items() if self.plan.tensors[t].kind != "pick"}
+        return True
+
+    def wait(self, event: None) -> None:
+        pass
+
+    def record(self) -> None:
+        pass
+
+    def run(self, number: int, step: Step, at: int) -> None:
+        match step.op:
+            case Compute(tensors=tensors):
+                why = self._read(tensors, step.slots, self.plan.processors[step.op.stream])
+            case Load():
+                why = self._load(step.op, step)
+            case Store():
+                why = self._store(step.op, step)
+            case Bind():
+                return
+        if why:
+            raise Fault(why, self.phase.name, number)
+
+    def _read(self, tensors: Sequence[int], slots: Sequence[int], tier: str) -> str:
+        for tensor, slot in zip(tensors, slots, strict=True):
+            if slot == NOWHERE:
+                if self.plan.tensors[tensor].home != tier:
+                    return f"reads {self.plan.names[tensor]} where it lives, which is not {tier}"
+                continue
+            if self.content.get(slot) != tensor:
+                held = self.content.get(slot)
+                name = "nothing" if held is None else self.plan.names[held]
+                return f"reads {self.plan.names[tensor]} in slot {slot}, which holds {name}"
+            if self.plan.slots[slot].tier != tier:
+                return f"reads slot {slot} in {tier}, but it is in {self.plan.slots[slot].tier}"
+        return ""
+
+    def _load(self, op: Load, step: Step) -> str:
+        source, target = self.ends[op.link]
+        if step.sources and (why := self._read(op.tensors, step.sources, source)):
+            return why
+        for number, slot in zip(op.tensors, step.slots, strict=True):
+            tensor = self.plan.tensors[number]
+            home = "disk" if self.phase.name == LOAD else tensor.home  # at first there is only the checkpoint
+            if not step.sources and home != source:
+                return f"brings {tensor.name} from {source}, but it lives in {home}"
+            # Only the binding knows the source of a pick; every other tensor that memory holds has a slot there.
+            if not step.sources and source != "disk" and tensor.kind != "pick":
+                return f"brings {tensor.name} from {source} without naming its slot there"
+            if self.plan.slots[slot].tier != target:
+                return f"brings {tensor.name} to {target}, but slot {slot} is in {self.plan.slots[slot].tier}"
+            if slot in self.permanent and (self.phase.name != LOAD or self.permanent[slot] != number):
+                return f"writes {tensor.name} over {self.plan.names[self.permanent[slot]]}, which is resident in slot {slot}"
+            if op.wraps and tensor.kind in ("pick", "kv"):
+                return f"brings {tensor.name} for the next pass, before its expert or contents are known"
+            if why := _misfit(self.plan, number, slot):
+                return why
+            self.content[slot] = number
+        return ""
+
+    def _store(self, op: Store, step: Step) -> str:
+        source, target = self.ends[op.link]
+        for number in op.tensors:
+            tensor = self.plan.tensors[number]
+            if tensor.home not in (target, "none"):
+                return f"writes {tensor.name} to {target}, but it lives in {tensor.home}"
+            if not step.sources and tensor.kind != "rows":
+                return f"writes {tensor.name} without naming where it is"
+            if not step.slots and target != "disk":
+                return f"writes {tensor.name} to {target} without naming its slot there"
+        if why := self._read(op.tensors, step.sources, source) if step.sources else "":
+            return why
+        return self._read(op.tensors, step.slots, target) if step.slots else ""

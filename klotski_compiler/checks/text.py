@@ -1,0 +1,89 @@
+"""Whether what a plan says exists: ids, batches, streams, and waits that point backwards."""
+
+from __future__ import annotations
+
+from klotski_compiler.checks.common import Fault, is_sent, phases_of
+from klotski_compiler.plan import ALL, FUNCTIONS, NOWHERE, RULES, Bind, Compute, Load, Phase, Plan, Step, Store
+
+
+def ids(plan: Plan) -> None:
+    """Every line parses, and every id that it or a table names exists."""
+    tensors, slots = len(plan.tensors), len(plan.slots)
+    for what, found in (("tensor", [t.id for t in plan.tensors]), ("slot", [s.id for s in plan.slots])):
+        if found != list(range(len(found))):
+            raise Fault(f"a {what} id is not its position")
+    if len(set(plan.names)) != tensors:
+        raise Fault("two tensors have one name")
+    if len({phase.name for phase in plan.phases}) != len(plan.phases):
+        raise Fault("two phases have one name")
+    for owner, placed in (("the plan", plan.placed), *((phase.name, phase.placed) for phase in plan.phases)):
+        for tensor, slot in placed:
+            if not (0 <= tensor < tensors and 0 <= slot < slots):
+                raise Fault(
+                    f"{owner} places tensor {tensor} in slot {slot}: there are {tensors} tensors and {slots} slots"
+                )
+    for phase, steps in phases_of(plan):
+        for number, step in enumerate(steps):
+            if why := _out_of_range(plan, phase, step):
+                raise Fault(why, phase.name, number)
+
+
+def parts(plan: Plan) -> None:
+    """What prefill's sub-groups all run, with batches of their own, is the same for all of them: where a batch's KV lives. In rolling
+    order they are equally large."""
+    decision = plan.decision
+    if decision.rolling and (decision.prefill_groups < 2 or decision.num_batches % decision.prefill_groups):
+        raise Fault(f"{decision.num_batches} batches cannot roll in {decision.prefill_groups} sub-groups of equal size")
+    homes: dict[tuple[int, int], str] = {}
+    for tensor in plan.tensors:
+        if tensor.kind == "kv":
+            place = tensor.layer, tensor.index % plan.decision.part_batches
+            if homes.setdefault(place, tensor.home) != tensor.home:
+                raise Fault(f"{plan.names[tensor.id]} lives in {tensor.home}, a batch in its place in {homes[place]}")
+
+
+def _out_of_range(plan: Plan, phase: Phase, step: Step) -> str:
+    op = step.op
+    if op.stream not in plan.streams:
+        return f"stream {op.stream} is not among {', '.join(plan.streams)}"
+    if any(not 0 <= slot < len(plan.slots) for slot in (*step.slots, *step.sources) if slot != NOWHERE):
+        return f"names a slot beyond the {len(plan.slots)} of the plan"
+    if NOWHERE in step.slots and any(
+        slot == NOWHERE and plan.tensors[t].kind != "pick"
+        for t, slot in zip(op.tensors, step.slots, strict=False)  # type: ignore[union-attr]
+    ):
+        return "has a tensor without a slot that is no pick"
+    wanted = 0 if isinstance(op, Bind) else len(op.tensors)
+    slots, sources = ({0, wanted} if isinstance(op, Store) else {wanted}), {0, wanted}
+    if len(step.slots) not in slots or len(step.sources) not in sources:
+        return f"has {len(step.slots)} slots and {len(step.sources)} source slots for {wanted} tensors"
+    if isinstance(op, Load | Store):
+        return "" if op.link.count(">") == 1 else f"link {op.link} is not of the form tier>tier"
+    if op.stream not in plan.processors:
+        return f"computes on {op.stream}, which is no processor"
+    if not (-1 <= op.layer < len(plan.decision.layers) and (op.batch == ALL or 0 <= op.batch < phase.batches)):
+        return f"layer {op.layer} or batch {op.batch} does not exist"
+    if isinstance(op, Bind):
+        return "" if op.rule in RULES and op.count > 0 else f"binds {op.count} picks by {op.rule}"
+    return "" if op.fn in FUNCTIONS else f"there is no function {op.fn}"
+
+
+def streams(plan: Plan) -> None:
+    """Every wait points backwards, so FIFO streams cannot deadlock; kernels and binds share one stream, so that hidden states
+    and routing are read and written in the order of the lines: another processor has only what it is sent."""
+    for phase, steps in phases_of(plan):
+        compute = {
+            step.op.stream for step in steps if isinstance(step.op, Compute | Bind) and not is_sent(plan, step.op)
+        }
+        if len(compute) > 1:
+            raise Fault(
+                f"phase {phase.name} computes on {' and '.join(sorted(compute))}: hidden states would have no order"
+            )
+        for number, step in enumerate(steps):
+            for wait in step.waits:
+                if not 0 <= wait.op < len(steps) or wait.back not in (0, 1):
+                    raise Fault(
+                        f"waits for op {wait.op}, {wait.back} passes back, which does not exist", phase.name, number
+                    )
+                if wait.back == 0 and wait.op >= number:
+                    raise Fault(f"waits for op {wait.op}, which does not come before it", phase.name, number)
