@@ -141,7 +141,8 @@ class Search(Fills):
         whole: list[Best] = []
         for rated in sorted(timed, key=lambda r: -r.tokens_per_s):
             enough = any(self.num_experts > size and len(whole) >= most for size, most in MOST_WHOLE.items())
-            if whole and (enough or rated.tokens_per_s < max(b.tokens_per_s for b in whole) * (1 - ESTIMATE_ERROR)):
+            best = max((b.tokens_per_s for b in whole), default=0.0)
+            if whole and rated.tokens_per_s < best * (1.0 if enough else 1 - ESTIMATE_ERROR):
                 break
             try:
                 lowered, fitted = self.whole(rated)
@@ -285,7 +286,7 @@ class Search(Fills):
         found = dict[tuple[int, ...], Decision]()
         for d in decisions:
             parts = max(1, d.num_batches // FINE_PLACES)
-            if parts < d.prefill_groups and any(layer.kv != self.tier for layer in d.layers):
+            if not d.rolling and parts < d.prefill_groups and any(layer.kv != self.tier for layer in d.layers):
                 base = self.bare(OURS, d, d.num_batches).model_copy(update={"prefill_groups": parts})
                 found.setdefault(shape_of(base), base)
         return list(found.values())[:KEPT_FINER]
