@@ -142,8 +142,10 @@ class Search(Fills):
         for rated in sorted(timed, key=lambda r: -r.tokens_per_s):
             enough = any(self.num_experts > size and len(whole) >= most for size, most in MOST_WHOLE.items())
             best = max((b.tokens_per_s for b in whole), default=0.0)
-            if whole and rated.tokens_per_s < best * (1.0 if enough else 1 - ESTIMATE_ERROR):
+            if rated.tokens_per_s < best * (1 - ESTIMATE_ERROR):
                 break
+            if enough and (rated.tokens_per_s < best or rated.policy in [b.policy for b in whole]):
+                continue
             try:
                 lowered, fitted = self.whole(rated)
                 whole.append(Best(rated.policy, fitted, self.rate(lowered), lowered))
