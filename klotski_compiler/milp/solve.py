@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ortools.math_opt import model_pb2
 from ortools.math_opt.python import mathopt
 
 from klotski_compiler.cost import Cost
@@ -143,26 +144,42 @@ class Solver:
 
     def __init__(self, model: Model) -> None:
         """Copies variables, rows and objective."""
-        self.built = mathopt.Model(name="residency")
-        self.integers = [v.name for v in model.variables.values() if v.integer]
         self.unit = {v.name: v.unit for v in model.variables.values()}
-        self.variables = {
-            v.name: self.built.add_variable(lb=v.lower / self.unit[v.name], ub=v.upper / self.unit[v.name], name=v.name)
-            for v in model.variables.values()
-        }
-        self.rows, self.row_unit = {}, dict[str, float]()
-        for row in model.rows:
-            terms = {name: value * self.unit[name] for name, value in row.terms.items()}
+        self.row_unit = dict[str, float]()
+        self.goal_unit = 1.0
+        self.built = mathopt.Model.from_model_proto(self._proto(model))
+        self.variables = dict(zip(model.variables, self.built.variables(), strict=True))
+        self.rows = dict(zip(self.row_unit, self.built.linear_constraints(), strict=True))
+        self.integers = [self.variables[v.name] for v in model.variables.values() if v.integer]
+
+    def _proto(self, model: Model) -> model_pb2.ModelProto:
+        """The model as a message, column by column: adding variables and coefficients one by one takes longer than most solves.
+        Variables count in their own units; of a row and of the objective, the largest coefficient is one."""
+        built = model_pb2.ModelProto(name="residency")
+        number = {name: i for i, name in enumerate(model.variables)}
+        columns, rows, matrix = built.variables, built.linear_constraints, built.linear_constraint_matrix
+        columns.ids.extend(range(len(number)))
+        columns.names.extend(number)
+        columns.integers.extend([False] * len(number))
+        columns.lower_bounds.extend([v.lower / v.unit for v in model.variables.values()])
+        columns.upper_bounds.extend([v.upper / v.unit for v in model.variables.values()])
+        rows.ids.extend(range(len(model.rows)))
+        for row_number, row in enumerate(model.rows):
+            terms = {number[name]: value * self.unit[name] for name, value in row.terms.items() if value}
             unit = self.row_unit[row.name] = max(map(abs, terms.values()), default=1.0)
-            made = self.built.add_linear_constraint(lb=row.lower / unit, ub=row.upper / unit, name=row.name)
-            self.rows[row.name] = made
-            for name, value in terms.items():
-                made.set_coefficient(self.variables[name], value / unit)
-        goal = {name: value * self.unit[name] for name, value in model.objective.items() if name}
+            rows.names.append(row.name)
+            rows.lower_bounds.append(row.lower / unit)
+            rows.upper_bounds.append(row.upper / unit)
+            columns_used = sorted(terms)
+            matrix.row_ids.extend([row_number] * len(columns_used))
+            matrix.column_ids.extend(columns_used)
+            matrix.coefficients.extend([terms[n] / unit for n in columns_used])
+        goal = {number[name]: value * self.unit[name] for name, value in model.objective.items() if name and value}
         self.goal_unit = max(map(abs, goal.values()), default=1.0)
-        self.built.objective.offset = model.objective.get("", 0.0) / self.goal_unit
-        for name, value in goal.items():
-            self.built.objective.set_linear_coefficient(self.variables[name], value / self.goal_unit)
+        built.objective.offset = model.objective.get("", 0.0) / self.goal_unit
+        built.objective.linear_coefficients.ids.extend(sorted(goal))
+        built.objective.linear_coefficients.values.extend([goal[n] / self.goal_unit for n in sorted(goal)])
+        return built
 
     def relaxed(self) -> Answer:
         """The linear relaxation, with duals; without them where the simplex method loses its precision."""
@@ -175,8 +192,8 @@ class Solver:
 
     def _run(self, solver: mathopt.SolverType, relax: bool) -> Answer:
         """Raises KlotskiError with the solver's own words where it fails."""
-        for name in self.integers:
-            self.variables[name].integer = not relax
+        for variable in self.integers:
+            variable.integer = not relax
         try:
             result = mathopt.solve(self.built, solver, params=_parameters(relax))
         except (AttributeError, RuntimeError, ValueError) as fault:
@@ -194,9 +211,13 @@ class Solver:
             status="optimal" if end.reason == mathopt.TerminationReason.OPTIMAL else "feasible",
             objective=result.objective_value() * self.goal_unit,
             bound=end.objective_bounds.dual_bound * self.goal_unit,
-            values={name: result.variable_values(v) * self.unit[name] for name, v in self.variables.items()},
+            values={
+                name: value * self.unit[name]
+                for name, value in zip(self.variables, result.variable_values(self.variables.values()), strict=True)
+            },
             duals={
-                name: result.dual_values(row) * self.goal_unit / self.row_unit[name] for name, row in self.rows.items()
+                name: value * self.goal_unit / self.row_unit[name]
+                for name, value in zip(self.rows, result.dual_values(self.rows.values()), strict=True)
             }
             if with_duals
             else {},
