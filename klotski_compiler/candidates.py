@@ -112,6 +112,8 @@ class Candidates:
                     for parts in ages or self.prefill_parts(num_batches, batch_size):
                         base = self.base(module.EXPERTS, num_batches, batch_size, lead, unit, parts)
                         base = base.model_copy(update={"rolling": bool(ages)})
+                        if ages and base.cohorts(request.workload.num_sequences) < parts:
+                            continue  # they would never all be there
                         for cpu_batches in self.cpu_batches(module, num_batches):
                             yield base.model_copy(update={"cpu_batches": cpu_batches})
 
@@ -238,27 +240,34 @@ class Candidates:
                 yield base.model_copy(update={"unit": unit})
 
 
-def micro_batches(d: Decision, least_rows: int = LEAST_ROWS) -> Iterator[Decision]:
-    """A decision with one of its micro-batches, or the number of prefill's parts, half or twice as large; with one transfer unit in
+FITTED = ("expert_rows", "lead", "attention_batch", "decode_batch", "prefill_groups")
+"""What is fitted to memory, in the order in which it is tried."""
+
+
+def resized(d: Decision, size: str, least_rows: int = LEAST_ROWS) -> Iterator[Decision]:
+    """A decision with one of its micro-batches, or the number of prefill's parts, half or twice as large; or with one transfer unit in
     flight in place of two, and back."""
-    limits = {
-        "lead": (d.unit, 2 * d.unit) if d.lead <= 2 * d.unit else (d.lead, d.lead),
-        "prefill_groups": (1, d.num_batches),
+    now: int = getattr(d, size)
+    least, most = {
+        "expert_rows": (min(least_rows, now), now),
+        "lead": (d.unit, 2 * d.unit) if d.lead <= 2 * d.unit else (now, now),
         "attention_batch": (1, d.batch_size),
         "decode_batch": (1, d.batch_size),
-        "expert_rows": (min(least_rows, d.expert_rows), d.expert_rows),
-    }
-    if d.rolling:  # its sub-groups are a matter of order, not of memory
-        del limits["prefill_groups"]
-    for size, (least, most) in limits.items():
-        now = getattr(d, size)
-        for other in {max(least, -(-now // 2)), min(most, 2 * now)} - {now}:
-            yield d.model_copy(update={size: other})
+        # in rolling order its sub-groups are a matter of order, not of memory
+        "prefill_groups": (now, now) if d.rolling else (1, d.num_batches),
+    }[size]
+    for other in sorted({max(least, -(-now // 2)), min(most, 2 * now)} - {now}):
+        yield d.model_copy(update={size: other})
+
+
+def lean(d: Decision, least_rows: int) -> Decision:
+    """A decision with the smallest buffers."""
+    return d.model_copy(update={"lead": d.unit, "attention_batch": 1, "expert_rows": min(least_rows, d.expert_rows)})
 
 
 def fitted_sizes(d: Decision) -> tuple[int, ...]:
-    """What ``micro_batches`` changes."""
-    return d.prefill_groups, d.attention_batch, d.decode_batch, d.expert_rows
+    """What ``resized`` changes."""
+    return tuple(getattr(d, size) for size in FITTED)
 
 
 def shape_of(d: Decision) -> tuple[int, ...]:

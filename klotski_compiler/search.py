@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import count, product
-from math import inf
+from itertools import count, cycle, product
+from math import inf, isinf
 
-from klotski_compiler.bounds import Relaxation
-from klotski_compiler.candidates import MANY_EXPERTS, Request, fitted_sizes, micro_batches, shape_of
+from klotski_compiler.bounds import relaxations
+from klotski_compiler.candidates import FITTED, MANY_EXPERTS, Request, fitted_sizes, lean, resized, shape_of
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.fill import SAMPLED, Fills, slot_bytes
 from klotski_compiler.milp.problem import EXACT_EXPERTS
@@ -25,6 +25,7 @@ from klotski_compiler.milp.solve import relaxed_us
 from klotski_compiler.pipeline import Lowered, lower
 from klotski_compiler.plan import Decision
 from klotski_compiler.policies import OURS, policy
+from klotski_compiler.relaxation import Relaxation
 from klotski_compiler.rough import busiest_us, load_us, rough_us
 
 __all__ = ["Best", "Rated", "Request", "Search"]
@@ -126,15 +127,32 @@ class Search(Fills):
             fitting.sort(key=lambda entry: entry[0])
             plain += fitting[:1]
             if policy(name).EXPERTS == "solved":
-                hopeful = min((us for us, _ in (*scored, *fitting)), default=0.0) * (1 + FITTING_GAIN)
-                fitting = self.fitted(
-                    name, [(us, base) for us, base in one_each(fitting)[:KEPT_FITTED] if us <= hopeful]
-                )
+                bases = self.bases_of(name, [size], rolling) if not fitting else (d for _, d in one_each(fitting))
+                best_us = min((us for us, _ in (*scored, *fitting)), default=inf)
+                fitting = self.fitted(name, self._hopeful(name, fitting, list(bases)[:KEPT_FITTED], best_us))
             scored += fitting
         if not scored:
-            least = min(refusals, key=lambda fault: sum(fault.shortfalls.values()), default=None)
-            raise least or self._too_slow()
-        return sorted(scored, key=lambda entry: entry[0]), min(plain, key=lambda entry: entry[0])[1]
+            nearest = min(refusals, key=lambda fault: sum(fault.shortfalls.values()), default=None)
+            raise nearest or self._too_slow()
+        scored.sort(key=lambda entry: entry[0])
+        return scored, min(plain or scored, key=lambda entry: entry[0])[1]
+
+    def _hopeful(
+        self, name: str, scored: Sequence[tuple[float, Decision]], bases: Sequence[Decision], best_us: float
+    ) -> list[tuple[float, Decision]]:
+        """Where to begin fitting, where that is near the best: decisions as they are or, where they are not, with the smallest buffers.
+        What little memory holds may be worth more than how well it is used."""
+        known, found = {shape_of(base): us for us, base in scored}, list[tuple[float, Decision]]()
+        for base in bases:
+            us, start = known.get(shape_of(base), inf), base
+            if us > best_us * (1 + FITTING_GAIN) or isinf(us):
+                start = lean(base, self.least_rows)
+                with suppress(Infeasible):
+                    us = self.score(name, start)
+            if us <= best_us * (1 + FITTING_GAIN) and us < inf:
+                best_us = min(best_us, us)
+                found.append((us, start))
+        return found
 
     def whole_best(self, timed: list[Rated], refusals: dict[str, Infeasible]) -> list[Best]:
         """Candidates lowered whole, fastest first: all that may win given how far an estimate can be off. Raises Infeasible."""
@@ -191,9 +209,12 @@ class Search(Fills):
     # ---------------------------------------------------------------------------------------------------------- sizes
 
     @cached_property
-    def _bounds(self) -> dict[bool, Relaxation]:
+    def _bounds(self) -> dict[bool, list[Relaxation]]:
         request = self.request
-        return {order: Relaxation(self.cost, request.workload, request.budgets, order) for order in (False, True)}
+        return {
+            order: relaxations(self.cost, request.workload, request.budgets, order, coarse=True)
+            for order in (False, True)
+        }
 
     def sizes(self, name: str) -> list[tuple[float, int, bool]]:
         """Sequences per group and whether in rolling order, with the least time that any such schedule takes, most promising first."""
@@ -201,7 +222,7 @@ class Search(Fills):
         for size, rolling in product(self.group_sizes(), self.orders(name)):
             groups = -(-total // size)
             if (size, rolling) not in self._least:
-                self._least[size, rolling] = self._bounds[rolling].least_us(groups, groups)
+                self._least[size, rolling] = min(bound.least_us(groups, groups) for bound in self._bounds[rolling])
             found.append((self._least[size, rolling], size, rolling))
         return sorted(found, key=lambda entry: (entry[0], -entry[1], entry[2]))
 
@@ -217,19 +238,32 @@ class Search(Fills):
         weights and KV do not."""
         found: list[tuple[float, Decision]] = []
         for us, base in scored:
-            best, improved, known = (us, base), True, set[tuple[int, ...]]()
-            while improved:
-                improved = False
-                for other in micro_batches(best[1], self.least_rows):
-                    if (sizes := fitted_sizes(other)) in known:
-                        continue
-                    known.add(sizes)
-                    with suppress(Infeasible):
-                        if (tried := self.score(name, other)) < best[0] * (1 - WORTH_SCORED):
-                            best, improved = (tried, other), True
+            best, known, idle = (us, base), {fitted_sizes(base)}, 0
+            for size in cycle(FITTED):
+                idle = 0 if (better := self._resized(name, best, size, known)) is not best else idle + 1
+                if idle == len(FITTED):
+                    break
+                best = better
             if best[1] not in [base for _, base in found]:
                 found.append(best)
         return sorted(found, key=lambda entry: entry[0])
+
+    def _resized(
+        self, name: str, best: tuple[float, Decision], size: str, known: set[tuple[int, ...]]
+    ) -> tuple[float, Decision]:
+        """The best of a decision and those that differ in one size; ``known`` ones are not looked at again."""
+        climbing = True
+        while climbing:
+            climbing = False
+            for other in resized(best[1], size, self.least_rows):
+                if (sizes := fitted_sizes(other)) in known:
+                    continue
+                known.add(sizes)
+                with suppress(Infeasible):
+                    if (tried := self.score(name, other)) < best[0] * (1 - WORTH_SCORED):
+                        best, climbing = (tried, other), True
+                        break
+        return best
 
     def improved(self, best: Rated) -> Rated:
         """The best of a decision and what is near it, by hill climbing on simulated time: how far ahead, in which units and in how many

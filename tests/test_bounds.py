@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
-from klotski_compiler.bounds import SPANS, Relaxation, bound_tokens_per_s
+from klotski_compiler.bounds import bound_tokens_per_s, intervals, relaxations
 from klotski_compiler.cost import Cost
 from klotski_compiler.hardware import read_hardware
 from klotski_compiler.milp.solve import Solver, residency
+from klotski_compiler.mixed import Mixed
 from klotski_compiler.model import read_model
 from klotski_compiler.pipeline import Lowered, lower
 from klotski_compiler.plan import Decision, LayerDecision, Workload
 from klotski_compiler.policies import POLICIES, policy
+from klotski_compiler.relaxation import SPANS, Relaxation
 from klotski_compiler.routing import uniform
 from plans import tiny_decision, tiny_hardware, tiny_spec
 
@@ -38,7 +40,7 @@ def random_schedule(policy_name: str, seed: int) -> tuple[Cost, Workload, Decisi
     routing = uniform(spec).model_copy(update={"popularity": tuple(popularity)})
     cost = Cost(spec, hardware, routing, "bf16")
     workload = Workload(
-        prompt_len=rng.choice([1, 8, 64]), gen_len=rng.choice([1, 2, 9]), num_sequences=rng.choice([1, 7, 24])
+        prompt_len=rng.choice([1, 8, 64]), gen_len=rng.choice([1, 2, 9]), num_sequences=rng.choice([1, 7, 24, 60])
     )
     kv = hardware.compute_tier if rng.random() < 0.6 else ("host" if gpu else "disk")
     layers, disk = [], rng.choice([0.0, 0.5, 1.0])
@@ -61,10 +63,12 @@ def random_schedule(policy_name: str, seed: int) -> tuple[Cost, Workload, Decisi
     batch_size = rng.choice([1, 2, 5])
     base = tiny_decision(policy_name, spec, kv, rng.choice([1, 2, 4]), batch_size)
     unit, ages = rng.choice([1, 2]), rng.choice([2, 4])
-    if base.num_batches % ages == 0 and workload.gen_len > 2 and rng.random() < 0.6:
-        base = base.model_copy(update={"rolling": True, "prefill_groups": ages})
-    elif base.rolling:  # moe_lens with too few batches or tokens
-        base = base.model_copy(update={"rolling": False})
+    cohort = -(-base.num_batches // ages) * batch_size
+    rolling = base.num_batches % ages == 0 and workload.gen_len > 2 and (base.rolling or rng.random() < 0.6)
+    rolling = rolling and -(-workload.num_sequences // cohort) >= ages
+    base = base.model_copy(
+        update={"rolling": rolling, "prefill_groups": ages if rolling else rng.choice([1, base.num_batches])}
+    )
     decision = base.model_copy(
         update={
             "layers": tuple(layers),
@@ -72,7 +76,6 @@ def random_schedule(policy_name: str, seed: int) -> tuple[Cost, Workload, Decisi
             "lead": max(unit * rng.choice([1, 2, 4]), spec.layers[-1].num_experts if module.EXPERTS != "solved" else 0),
             "head_pages": rng.choice([0, 2, 5]),
             "embedding": rng.random() < 0.5,
-            "prefill_groups": rng.choice([1, base.num_batches]),
         }
     )
     return cost, workload, decision, lower(cost, policy_name, decision, workload)
@@ -134,11 +137,26 @@ def test_an_interval_bounds_all_that_it_contains() -> None:
     cost = Cost(spec, tiny_hardware(True), uniform(spec), "bf16")
     workload = Workload(prompt_len=16, gen_len=8, num_sequences=24)
     whole = spec.nbytes
-    relaxation = Relaxation(cost, workload, {"gpu": whole // 3 + (60 << 20), "host": whole})
-    single = [relaxation.least_us(k, k) for k in range(1, 25)]
-    for first, last in product(range(1, 25), repeat=2):
-        if first <= last:
-            assert relaxation.least_us(first, last) <= min(single[first - 1 : last]) * (1 + 1e-9)
+    budgets = {"gpu": whole // 3 + (60 << 20), "host": whole}
+    for relaxation in (*relaxations(cost, workload, budgets, False), *relaxations(cost, workload, budgets, True)):
+        single = [relaxation.least_us(k, k) for k in range(1, 25)]
+        for first, last in product(range(1, 25), repeat=2):
+            if first <= last:
+                assert relaxation.least_us(first, last) <= min(single[first - 1 : last]) * (1 + 1e-9)
+
+
+def test_an_interval_of_strides_bounds_all_that_it_contains() -> None:
+    """However far apart cohorts join: each interval by itself, and all of them together, is no tighter than what lies in it."""
+    spec = tiny_spec()
+    cost = Cost(spec, tiny_hardware(True), uniform(spec), "bf16")
+    workload = Workload(prompt_len=64, gen_len=33, num_sequences=96)
+    budgets = {"gpu": spec.nbytes // 3 + (60 << 20), "host": spec.nbytes}
+    for groups in (1, 2, 5):
+        single = {s: Mixed(cost, workload, budgets, (s, s)).least_us(groups, groups) for s in range(1, 18)}
+        for coarse in (False, True):
+            for first, last in intervals(workload.gen_len, coarse):
+                least = Mixed(cost, workload, budgets, (first, last)).least_us(groups, groups)
+                assert least <= min(single[s] for s in range(first, last + 1)) * (1 + 1e-9)
 
 
 def test_more_memory_never_lowers_the_bound_and_none_is_infeasible() -> None:
@@ -184,7 +202,7 @@ def test_everything_resident_needs_no_link() -> None:
     rich, poor = (Relaxation(cost, workload, {"host": 1 << 30}), Relaxation(cost, workload, {"host": 1 << 30}))
     poor.room = lambda sequences: spec.nbytes / 2  # type: ignore[method-assign]
     once = 1e6 * spec.nbytes / cost.hardware.links["disk>host"].bandwidth_bytes_per_s
-    modules, *_ = rich.compute_us(1, 4, 4)
-    compute = sum(modules) + sum(sum(weight.compute_us) for weight in rich.weights(1, 4, 4))
+    compute = sum(rich.compute_us(1, 4, 4)) + rich.cores_us(4)[0]
+    compute += sum(sum(weight.compute_us) for weight in rich.weights(1, 4, 4))
     assert compute <= rich.least_us(1, 1) <= once + compute
     assert poor.least_us(1, 1) > rich.least_us(1, 1)

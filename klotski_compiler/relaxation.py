@@ -1,0 +1,381 @@
+"""Phases apart: a lower bound on time over all decisions (design 7.2), as a relaxation in which only work and memory count."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from math import floor, inf, isinf, log
+
+from klotski_compiler.cost import Cost
+from klotski_compiler.hardware import Processor, matmul_us
+from klotski_compiler.milp.formulation import SCALE_US, Model, Row, Terms, Variable, plus, times
+from klotski_compiler.milp.solve import Solver
+from klotski_compiler.model import Layer
+from klotski_compiler.plan import CPU, Decision, Workload
+from klotski_compiler.simulate import NEGLIGIBLE
+from klotski_compiler.tensors import MODULES, state_bytes
+from klotski_compiler.workspace import workspace
+
+EXACT_SHARES = 256  # so many different experts are bounded one by one
+ROUNDING = 1.01
+GIB = 1 << 30  # of memory in the linear program
+TOLERANCE = 1e-6  # of its solver
+CLOSE = 1e-4  # bounds that differ by less are equal
+SPANS, GROWN = 4, 1.2  # decode whose context grows by more than that factor is bounded in so many spans
+PREFILL, DECODE = 0, 1  # kinds of passes, as indices of a weight's work
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """What a tier may keep. nbytes: room. Then, per kind of passes (prefill, decode), what the whole workload takes: moved_bytes, what
+    crosses a link if it is not kept; far_bytes, what crosses the disk's link if it lives on disk before a GPU, empty where it cannot;
+    compute_us, work of the compute tier's processor; cpu_us, of the CPU, were it computed there, infinite where it cannot be."""
+
+    nbytes: float
+    moved_bytes: tuple[float, ...]
+    compute_us: tuple[float, ...]
+    cpu_us: tuple[float, ...] = (inf, inf, inf)
+    far_bytes: tuple[float, ...] = ()
+
+
+class Relaxation:
+    """The least work on every resource if the workload runs in ``first`` to ``last`` groups (design 7.2), as a linear program.
+
+    With S sequences per group, S between low = ceil(N / last) and high = ceil(N / first):
+
+    *Phases* follow one another, so each takes as long as its own busiest resource.
+    *Compute.* An op's time grows with its tokens and falls per token (``hardware.matmul_us``; for an expert, tokens per
+    touch grow with tokens), so k groups take at least first f(low) and N f(high) / high, however they are split into
+    batches, prefill parts or chunks. On a machine with a GPU, in decode, the CPU may compute any share of an expert that lives in
+    host memory, and attend to any share of the KV that does.
+    *Links.* What is not kept in the tier crosses its link in every pass: weights whole, experts at least if they are
+    touched, which is least likely at low; KV as written and read back. Latencies are left out.
+    *Spans.* What is decided is decided for all of decode: while contexts grow, no share can follow what is busiest. Decode takes
+    at least what the busiest resource of each of its spans does (op times are affine in the position).
+    *Disk.* Before a GPU only experts may live on disk, and those travel by name, whole, in every pass.
+    *Parts.* Prefill in p parts keeps the states of a p-th of the prompts, and reads what is not kept p times (``refined_us``).
+    *Memory* at S = low: states, least workspace, one expert slot, KV. Keeping is relaxed to fractions. Where host memory cannot hold
+    all experts, some pass through it, to be kept on the GPU or to be streamed: one place in it is theirs, or two; with one,
+    disk and link take turns.
+    *Load.* What memory keeps is read from disk once, before all else.
+    """
+
+    def __init__(self, cost: Cost, workload: Workload, budgets: dict[str, int]) -> None:
+        """budgets: bytes of each tier; a tier that is not named has what the machine has."""
+        self.cost, self.workload, spec = cost, workload, cost.spec
+        self.tier = cost.hardware.compute_tier
+        self.budget = {t: budgets.get(t, tier.capacity_bytes) for t, tier in cost.hardware.tiers.items()}
+        self.passes = workload.gen_len - 1  # of decode, per group
+        prompt = workload.prompt_len
+        self.contexts = (prompt + 1, prompt + self.passes)  # first and last; phases are timed at both (``simulate``)
+        self.layers = list(Counter(spec.layers).items())
+        self.experts = self._experts()
+        width = cost.compute_bytes
+        self.kv_position = sum(layer.kv_elements for layer in spec.layers) * width
+        self.mixed_position = sum(layer.attention_flops // 4 for layer in spec.layers) * width
+        modules = [m for layer in spec.layers for kind in MODULES if (m := getattr(layer, kind))]
+        self.module_bytes = sum(m.nbytes for m in modules) + spec.head.nbytes
+        grows = self.passes >= SPANS and self.contexts[1] > GROWN * self.contexts[0]
+        self.spans = SPANS if grows else 0
+        self.expert_bytes = sum(layer.num_experts * layer.expert.nbytes for layer in spec.layers if layer.expert)
+
+    def _experts(self) -> list[tuple[Layer, float, int]]:
+        """(layer, q, count): experts that a token picks with probability q, rounded down to a percent where many
+        differ."""
+        found: Counter[tuple[Layer, float]] = Counter()
+        pairs = zip(self.cost.spec.layers, self.cost.picked, strict=True)
+        shares = [(layer, q) for layer, popular in pairs for q in popular]
+        rounded = len(set(shares)) > EXACT_SHARES
+        for layer, q in shares:
+            if q > 0:
+                found[layer, ROUNDING ** floor(log(q, ROUNDING)) if rounded else q] += 1
+        return [(layer, q, count) for (layer, q), count in found.items()]
+
+    def refined_us(self, groups: int) -> float:
+        """``least_us`` of one number of groups, with what prefill in parts takes: few parts keep the states of many prompts at once, many
+        read the weights as often. Intervals of their number are bounded; where one adds nothing, the others need no look."""
+        least = self.least_us(groups, groups)
+        found, parts, low = inf, 1, -(-self.workload.num_sequences // groups)
+        while not isinf(least):
+            found = min(found, self.least_us(groups, groups, parts, 2 * parts - 1))
+            if found <= least * (1 + CLOSE):
+                return least
+            if 2 * parts > low:
+                break
+            parts *= 2
+        return max(least, found)
+
+    def least_us(self, first: int, last: int, parts: int = 1, most_parts: int = 0) -> float:
+        """Lower bound on load plus all groups, for every number of groups in first .. last, and of prefill's parts from parts to
+        most_parts (0: any); infinite if nothing fits."""
+        prompt, (low, high) = self.workload.prompt_len, self.sizes(first, last)
+        room = self.room(low)
+        if most_parts:
+            decoding = low if self.passes else 0
+            states = [max(decoding, n * prompt) for n in (1, -(-low // most_parts))]
+            room -= state_bytes(self.cost.spec, states[1] - states[0], self.cost.dtype)
+        if room < 0:
+            return inf
+        places = (1, 2) if self.tier == "gpu" and self.budget["host"] < self.expert_bytes else (0,)
+        answers = [Solver(self.program(first, low, high, room, staging, parts)).relaxed() for staging in places]
+        found = [answer.objective for answer in answers if answer.status != "infeasible"]
+        return SCALE_US * min(found) * (1 - TOLERANCE) if found else inf
+
+    def sizes(self, first: int, last: int) -> tuple[int, int]:
+        """Least sequences of a group if there are ``last`` groups, and if there are ``first``."""
+        total = self.workload.num_sequences
+        return -(-total // last), -(-total // first)
+
+    def program(self, first: int, low: int, high: int, room: float, staging: int = 0, parts: int = 1) -> Model:
+        """min load + sum over phases of T, subject to T >= the work of each resource, and to the memory of each tier.
+
+        Variables, all shares of a weight i or of the KV cache: kept[i] in the compute tier, near[i] in host memory before a GPU
+        (the rest lives on disk), cpu[i] computed there in decode; kept[kv], cpu[kv]. T of decode's spans: decode[j].
+        staging: places of an expert in host memory on its way to a GPU; 0 where none is needed for sure. parts: of prefill, at least.
+        """
+        model = Model()
+        links, on_gpu = self.cost.hardware.links, self.tier == "gpu"
+        weights = self.weights(first, low, high, parts)
+        kv_bytes = low * self.positions * self.kv_position
+        helped = [min(weight.cpu_us) < inf for weight in weights]
+
+        def share(name: str, most: float = 1.0) -> str:
+            model.variables[name] = Variable(name, 0.0, most, False)
+            return name
+
+        def row(name: str, terms: Terms, lower: float = -inf, upper: float = inf) -> None:
+            constant = terms.pop("", 0.0)
+            model.rows.append(Row(name, terms, lower - constant, upper - constant))
+
+        for name in ("load", "prefill", "decode"):
+            share(name, inf)
+            model.objective[name] = 1.0
+        share("kept[kv]")
+        share("cpu[kv]", 1.0 if self.cost.cpu_attends else 0.0)
+        row("kv", {"kept[kv]": 1.0, "cpu[kv]": 1.0}, upper=1.0)
+        if self.cost.links[1] not in links:
+            row("kv_stays", {"kept[kv]": 1.0}, lower=1.0)
+
+        here: Terms = {"kept[kv]": kv_bytes / GIB}
+        host: Terms = {"": kv_bytes / GIB, "kept[kv]": -kv_bytes / GIB}
+        disk_us = 1e6 / links["disk>host"].bandwidth_bytes_per_s / SCALE_US
+        load: Terms = {"": 0.0}
+        for i, weight in enumerate(weights):
+            kept, near = share(f"kept[{i}]"), f"near[{i}]"
+            if helped[i]:
+                row(f"once[{i}]", {kept: 1.0, share(f"cpu[{i}]"): 1.0}, upper=1.0)
+            here[kept] = weight.nbytes / GIB
+            load[kept] = weight.nbytes * disk_us
+            if on_gpu:
+                row(f"one_place[{i}]", {kept: 1.0, share(near): 1.0}, 0.0 if weight.far_bytes else 1.0, 1.0)
+                if helped[i]:
+                    row(f"near[{i}]", {near: 1.0, f"cpu[{i}]": -1.0}, lower=0.0)
+                host[near] = weight.nbytes / GIB
+                load[near] = weight.nbytes * disk_us
+        row("memory", here, upper=room / GIB)
+        if on_gpu:
+            passing = min(layer.expert.nbytes for layer in self.cost.spec.layers if layer.expert) * staging
+            row("host", host, upper=(self.budget["host"] - passing) / GIB)
+        for j in range(self.spans):
+            share(f"decode[{j}]", inf)
+        if self.spans:  # what grows little is simulated at its middle only, which may take this much less
+            least = {f"decode[{j}]": NEGLIGIBLE / 8 - 1 for j in range(self.spans)}
+            row("spans", {"decode": 1.0, **least}, lower=0.0)
+        row("work[load]", {"load": 1.0} | times(-1.0, load), lower=0.0)
+        for phases, resources in self.demands(first, low, high, weights, staging):
+            for number, terms in enumerate(resources):
+                row(f"work[{phases}.{number}]", dict.fromkeys(phases.split(), 1.0) | times(-1.0, terms), lower=0.0)
+        return model
+
+    def demands(
+        self, first: int, low: int, high: int, weights: list[Weight], staging: int
+    ) -> Iterator[tuple[str, list[Terms]]]:
+        """What each resource must do in a phase, or in several together, by what is kept."""
+        prefill, decode = self.compute_us(first, low, high)
+        yield "prefill", self.work(PREFILL, prefill, (0.0, inf), 0.0, weights, staging)
+        cores, middle = self.cores_us(high), sum(self.contexts) / 2
+        yield "decode", self.work(DECODE, decode, cores, self.passes, weights, staging, middle)
+        for j in range(self.spans):
+            begin, end = j / self.spans, (j + 1) / self.spans
+            context = (begin + end) / 2 * (self.contexts[1] - self.contexts[0]) + self.contexts[0]
+            passes, cores = self.passes / self.spans, self.cores_us(high, (begin, end))
+            yield (
+                f"decode[{j}]",
+                self.work(DECODE, decode / self.spans, cores, passes, weights, staging, context, 1 / self.spans),
+            )
+
+    def work(
+        self,
+        kind: int,
+        other_us: float,
+        cores_us: tuple[float, float],
+        passes: float,
+        weights: list[Weight],
+        staging: int,
+        context: float = 0.0,
+        part: float = 1.0,
+    ) -> list[Terms]:
+        """What link, processor, CPU, link back and disk do in passes of a kind, by what is kept.
+
+        other_us: of the processor, beside experts and cached keys and values. cores_us: reading those, here and on the CPU. passes: in
+        which a sequence decodes, 0 for prefill. context: positions seen then. part: of the kind's passes; a part leaves out what
+        sharing a memory costs, which is a matter of whole phases.
+        """
+        total, links = self.workload.num_sequences, self.cost.hardware.links
+        read = total * passes * (context - 1) * self.kv_position if passes else 0.0  # the new position is not sent
+        new = total * self.kv_position * (self.workload.prompt_len if kind == PREFILL else passes)
+        link_us, back_us = (
+            1e6 / links[n].bandwidth_bytes_per_s / SCALE_US if n in links else 0.0 for n in self.cost.links
+        )
+        disk_us = 1e6 / links["disk>host"].bandwidth_bytes_per_s / SCALE_US
+        core_here, core_cpu = cores_us
+        compute: Terms = {"": (other_us + core_here) / SCALE_US}
+        enter: Terms = {"": read * link_us, "kept[kv]": -read * link_us, "cpu[kv]": -read * link_us}
+        leave: Terms = {"": new * back_us, "kept[kv]": -new * back_us}
+        cpu: Terms = {"": 0.0}
+        far: Terms = {"": 0.0}
+        if passes and core_cpu < inf:
+            enter["cpu[kv]"] += total * passes * self.mixed_position * link_us
+            leave["cpu[kv]"] = total * passes * self.mixed_position * back_us
+            compute["cpu[kv]"] = -core_here / SCALE_US
+            cpu["cpu[kv]"] = core_cpu / SCALE_US
+        for i, weight in enumerate(weights):
+            moved_us = weight.moved_bytes[kind] * part * link_us
+            compute_us = weight.compute_us[kind] * part / SCALE_US
+            enter[""] += moved_us
+            enter[f"kept[{i}]"] = -moved_us
+            compute[""] += compute_us
+            if weight.cpu_us[kind] < inf:
+                enter[f"cpu[{i}]"] = -moved_us
+                compute[f"cpu[{i}]"] = -compute_us
+                cpu[f"cpu[{i}]"] = weight.cpu_us[kind] * part / SCALE_US
+            if self.tier == "gpu" and weight.far_bytes:
+                far_us = weight.far_bytes[kind] * part * (disk_us + (link_us if staging == 1 else 0.0))
+                far[""] += far_us
+                far |= {f"kept[{i}]": -far_us, f"near[{i}]": -far_us}
+        shared = (enter, compute, cpu) if part < 1 else self._shared(enter, compute, cpu)
+        return [*shared, leave, far]
+
+    def _shared(self, enter: Terms, compute: Terms, cpu: Terms) -> tuple[Terms, Terms, Terms]:
+        """The link into the compute tier, its processor and the CPU, each with what sharing host memory costs it (``Cost.drag``)."""
+        into, cost = self.cost.links[0], self.cost
+        if CPU not in cost.hardware.processors:
+            return enter, compute, cpu
+        beside = compute if cost.processor_name == CPU else cpu
+        slower = plus(beside, times(cost.drag(CPU, into), enter))
+        link = plus(enter, times(cost.drag(into, CPU), beside))
+        return (link, slower, cpu) if beside is compute else (link, compute, slower)
+
+    # -------------------------------------------------------------------------------------------------------- memory
+
+    @property
+    def positions(self) -> int:
+        """Positions that a sequence's KV is reserved for."""
+        return self.workload.prompt_len + self.workload.gen_len
+
+    def room(self, sequences: int) -> float:
+        """Bytes of the compute tier for residents and KV: without states, the least workspace and, unless all fit, an
+        expert."""
+        spec, cost = self.cost.spec, self.cost
+        least = Decision(
+            num_batches=1,
+            batch_size=1,
+            lead=1,
+            unit=max(layer.num_experts for layer in spec.layers) or 1,
+            head_pages=spec.vocab_size,
+            prefill_groups=1,
+            attention_batch=1,
+            decode_batch=1,
+            expert_rows=1,
+            hot=0,
+            embedding=True,
+            layers=(),
+        )
+        taken = sum(workspace(cost, least, self.workload)[self.tier].values())
+        taken += state_bytes(spec, max(sequences if self.passes else 0, self.workload.prompt_len), cost.dtype)
+        free = self.budget[self.tier] - taken
+        if self.expert_bytes > free:
+            free -= max(layer.expert.nbytes for layer in spec.layers if layer.expert)
+        return free
+
+    # --------------------------------------------------------------------------------------------------------- links
+
+    def weights(self, first: int, low: int, high: int, parts: int = 1) -> list[Weight]:
+        """Every weight, by kind: modules and head cross in every pass, of which prefill has ``parts`` or more; an expert if it is
+        touched: in all parts together, with more of them, more often."""
+        modules, prompt = float(self.module_bytes), low * self.workload.prompt_len / parts
+        passes = first * parts, first * self.passes
+        out = [Weight(modules, (passes[0] * modules, passes[1] * modules), (0.0, 0.0))]
+        for layer, q, count in self.experts:
+            assert layer.expert is not None
+            nbytes = float(count * layer.expert.nbytes)
+            moved = passes[0] * (1 - (1 - q) ** prompt) * nbytes, passes[1] * (1 - (1 - q) ** low) * nbytes
+            per_pass = partial(self._expert_us, layer, q, count, "")
+            compute = (
+                self._least(per_pass, self.workload.prompt_len, first, low, high),
+                self.passes * self._least(per_pass, 1, first, low, high),
+            )
+            on_cpu = partial(self._expert_us, layer, q, count, CPU)
+            cpu = self.passes * self._least(on_cpu, 1, first, low, high) if self.cost.cpu_helps else inf
+            out.append(Weight(nbytes, moved, compute, (inf, cpu), (passes[0] * nbytes, passes[1] * nbytes)))
+        return out
+
+    # ------------------------------------------------------------------------------------------------------- compute
+
+    def _least(self, per_pass: Callable[[int], float], tokens: int, first: int, low: int, high: int) -> float:
+        """Of what every group does on all its sequences, ``tokens`` of each."""
+        return max(first * per_pass(low * tokens), self.workload.num_sequences * per_pass(high * tokens) / high)
+
+    def compute_us(self, first: int, low: int, high: int) -> tuple[float, float]:
+        """Least work of the processor beside experts and cached keys and values, in all prefills and in all decodes."""
+        head = self._least(partial(self.cost.module_us, self.cost.spec.head), 1, first, low, high)
+        prefill = self._least(self._pass_us, self.workload.prompt_len, first, low, high) + head + self.pairs_us()
+        return prefill, self.passes * (self._least(self._pass_us, 1, first, low, high) + head)
+
+    def cores_us(self, high: int, span: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float]:
+        """What reading keys and values takes the processor in decode or a span of it, and what it takes the CPU; infinite where it
+        cannot."""
+        cost, cpu = self.cost, self.cost.hardware.processors.get(CPU)
+        here = sum(n * self._core_us(layer, high, cost.processor, span) for layer, n in self.layers)
+        if not cpu or not cost.cpu_attends:
+            return here, inf
+        return here, sum(n * self._core_us(layer, high, cpu, span) for layer, n in self.layers)
+
+    def pairs_us(self) -> float:
+        """Attention of all prompts to themselves."""
+        total, prompt = self.workload.num_sequences, self.workload.prompt_len
+        flops = total * prompt * prompt * sum(count * layer.attention_flops for layer, count in self.layers)
+        return 1e6 * flops / self.cost.processor.prefill_attention_flops_per_s
+
+    def _pass_us(self, tokens: int) -> float:
+        """A pass over so many tokens, without experts, head and what attention does with keys and values."""
+        time_us = 4 * self.cost.processor.op_us + self.cost.embed_us(tokens, True)
+        return time_us + sum(count * self._layer_us(layer, tokens) for layer, count in self.layers)
+
+    def _layer_us(self, layer: Layer, tokens: int) -> float:
+        """Projections of attention, then router and shared expert, or the dense MLP."""
+        op_us, processor = self.cost.processor.op_us, self.cost.processor
+        time_us = processor.attention_op_us + self.cost.projections_us(layer, tokens)
+        return time_us + (
+            self.cost.router_us(layer, tokens) + op_us if layer.expert else self.cost.dense_us(layer, tokens)
+        )
+
+    def _core_us(self, layer: Layer, high: int, processor: Processor, span: tuple[float, float]) -> float:
+        """Keys and values of all sequences in a span of decode, times being affine between its first and its last pass: linear in
+        sequences, but for the expansion of latent ones."""
+        if not self.passes:
+            return 0.0
+        seen = [min(c, layer.sliding_window or c) for c in self.contexts]
+        middle = sum(span) / 2
+        read = self.workload.num_sequences * self.passes * (span[1] - span[0])
+        read *= seen[0] + middle * (seen[1] - seen[0])
+        time_us = 1e6 * read * layer.kv_elements * self.cost.compute_bytes / processor.kv_bytes_per_s
+        if layer.expand_flops:
+            rows = high * seen[1]
+            time_us += read * matmul_us(processor, self.cost.dtype, rows, layer.expand_flops // 2, 0) / rows
+        return time_us
+
+    def _expert_us(self, layer: Layer, q: float, count: int, processor: str, tokens: int) -> float:
+        return count * self.cost._expert_us(layer, tokens * q, 1.0 - (1.0 - q) ** tokens, processor)
