@@ -32,12 +32,12 @@ def intervals(gen_len: int, coarse: bool = False) -> list[tuple[int, int]]:
 def bound_tokens_per_s(cost: Cost, workload: Workload, budgets: dict[str, int], rolling: bool = False) -> float:
     """No schedule of its class generates tokens faster: phases apart, or mixed in rolling order.
 
-    A schedule in k groups has at least ceil(N / k) sequences in each, so all that matters is k and, in rolling order, the stride.
-    Intervals of both are bounded (``Relaxation.least_us``), best first, and the most promising one is split until it is a single k.
-    0 if nothing fits.
+    All that matters is the number of groups k, since each has at least ceil(N / k) sequences; in rolling order the number of sequences
+    that are there at once, and the stride. Intervals of these are bounded (``Relaxation.least_us``), best first, and the most promising
+    one is split until it is a single number. 0 if nothing fits.
     """
     total, known = workload.num_sequences, relaxations(cost, workload, budgets, rolling)
-    queue = [(0.0, number, 1, total, False) for number in range(len(known))]
+    queue = [(0.0, number, *one.sizes, False) for number, one in enumerate(known)]
     while True:
         time_us, number, first, last, refined = heappop(queue)
         if isinf(time_us):

@@ -30,6 +30,7 @@ LEAST_BATCH, BATCH_TOKENS = (
     4096,
 )  # sequences of a batch, or prompt tokens: fewer leave a processor little to do at a time
 UNEVEN = 1.1  # passes from a sequence's first to the last that its cohort is given, over those that it needs, at most
+MOST_AGES = 32  # batches of different age
 MANY_EXPERTS = 8000  # a model of more: loads bring twice as much, for the sake of the plan's length
 
 
@@ -127,7 +128,7 @@ class Candidates:
             return [max(1, sequences // request.batch_size)]
         least = max(1, min(LEAST_BATCH, BATCH_TOKENS // request.workload.prompt_len))
         if rolling and sequences > 1:
-            return [n for n in (2, 4, 8, 16, 32) if n == 2 or sequences // n >= least]
+            return [n for n in (2, 4, 8, 16, MOST_AGES) if n == 2 or sequences // n >= least]
         return [n for n in (1, 2, 4, 8, 16) if n == 1 or sequences // n >= least]
 
     def ages(self, num_batches: int) -> list[int]:

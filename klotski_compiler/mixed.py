@@ -11,21 +11,27 @@ from klotski_compiler.milp.formulation import Terms, plus
 from klotski_compiler.plan import CPU, Workload
 from klotski_compiler.relaxation import DECODE, PREFILL, Relaxation, Weight
 
-BESIDE = 2  # a further kind of passes: what decodes in passes in which others join
+BESIDE, AFTER = (
+    2,
+    3,
+)  # further kinds of passes: what decodes in passes in which others join, and passes in which no more join
 
 
 class Mixed(Relaxation):
     """The least work on every resource in rolling order, where S sequences, in A >= 2 cohorts of S / A, are there at once, and one
     cohort joins every s = ceil(gen_len / A) passes, s in an interval [a, b]; there are at least A cohorts.
 
-    *Joining passes*, "prefill" here, are at least N A / S, and A - 1 more until the last cohort is done, in which ever fewer decode. In
-    them weights travel as they do for prompts, and the CPU computes no experts. *Passes between*, "decode", follow them after a drain.
-    A sequence decodes in gen_len - 1 passes, at most floor((gen_len - 1) / s) of which are joining ones; the others take their time
-    beside all joining passes. Together they take what the one busiest resource does; for that, as many as may lie between are taken to.
+    *Joining passes*, "prefill" here, are at least N A / S, and after them come A - 1 of the same ops until the last cohort is done, in
+    which ever fewer decode. In both the CPU computes no experts, since it would have to for prompts. *Passes between*, "decode", follow
+    them after a drain. A sequence decodes in gen_len - 1 passes, at most floor((gen_len - 1) / s) of which are joining ones; the others
+    take their time beside all joining passes. All of them together take what the one busiest resource does; for that, the CPU may
+    help with whatever decodes.
 
     An op works on the prompts of one cohort and on one token of each other sequence at most. With x <= S sequences in a pass, an expert
     is touched with at least x / S of the probability for S.
     """
+
+    phases = ("load", "prefill", "decode", "after")
 
     def __init__(self, cost: Cost, workload: Workload, budgets: dict[str, int], strides: tuple[int, int]) -> None:
         """budgets: as before. strides: the interval of s."""
@@ -40,39 +46,38 @@ class Mixed(Relaxation):
         joined = max(m * workload.prompt_len + s * m * (m + 1) / 2 for s, m in enumerate(beside, strides[0]))
         self.seen = positions - joined, joined  # positions that attention sees in both, summed over passes
 
-    def refined_us(self, groups: int) -> float:
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Least and most sequences that are there at once: all ages are, if only for a pass."""
+        total, least = self.workload.num_sequences, self.ages[0]
+        return least, max(least, -(-total * least // (least - 1)))
+
+    def sequences(self, first: int, last: int) -> tuple[int, int]:
+        """The same numbers: cohorts follow one another, so that S need not divide N."""
+        return first, last
+
+    def refined_us(self, size: int) -> float:
         """Prefill's parts are the cohorts."""
-        return self.least_us(groups, groups)
+        return self.least_us(size, size)
 
     def least_us(self, first: int, last: int, parts: int = 1, most_parts: int = 0) -> float:
-        """As before; infinite also where cohorts would be less than a sequence."""
-        return super().least_us(first, last) if self.ages[0] <= self.sizes(first, last)[1] else inf
-
-    def sizes(self, first: int, last: int) -> tuple[int, int]:
-        """Least and most that are there at once, S. Cohorts follow one another, so that S need not divide N: ``first`` S may be more
-        than N, but ``first`` - 1 may not; and with one, all ages are there at once, if only for a pass."""
-        total, least = self.workload.num_sequences, self.ages[0]
-        most = -(-total // (first - 1)) - 1 if first > 1 else -(-total * least // (least - 1))
-        return -(-total // last), most
+        """Lower bound on everything, for ``first`` to ``last`` sequences at once; infinite where cohorts would be less than one."""
+        return super().least_us(first, last) if self.ages[0] <= last else inf
 
     def demands(
         self, first: int, low: int, high: int, weights: list[Weight], staging: int
     ) -> Iterator[tuple[str, list[Terms]]]:
-        """Joining passes, those between, and all of them together."""
-        join, between, beside = (
-            self.work(kind, other_us, cores, passes, weights, staging, seen / passes if passes else 0.0)
-            for kind, other_us, cores, passes, seen in zip(
-                (PREFILL, DECODE, BESIDE),
-                self._passes_us(high),
-                ((0.0, inf), *self._cores_us(high)),
-                (0, self.between, self.passes - self.between),
-                (0.0, *self.seen),
-                strict=True,
-            )
-        )
-        yield "prefill", join
-        yield "decode", between
-        yield "prefill decode", [plus(*resource) for resource in zip(join, between, beside, strict=True)]
+        """Joining passes, those between, those after, and all of them together."""
+        other_us, cores_us = (*self._passes_us(high), 0.0), ((0.0, inf), *self._cores_us(high), (0.0, inf))
+        passes, seen = (0, self.between, self.passes - self.between, 0), (0.0, *self.seen, 0.0)
+        work = [
+            self.work(kind, other_us[kind], cores_us[kind], n, weights, staging, seen[kind] / n if n else 0.0)
+            for kind, n in enumerate(passes)
+        ]
+        yield "prefill", work[PREFILL]
+        yield "decode", work[DECODE]
+        yield "after", work[AFTER]
+        yield "prefill decode after", [plus(*resource) for resource in zip(*work, strict=True)]
 
     def weights(self, first: int, low: int, high: int, parts: int = 1) -> list[Weight]:
         """Every weight, by kind: modules and head cross in every pass; an expert if it is touched."""
@@ -80,20 +85,25 @@ class Mixed(Relaxation):
         cohort, joins, after = max(1, low // most), max(least, total * least / high), least - 1
         between = total * self.between / high
         modules = float(self.module_bytes)
-        moved = ((joins + after) * modules, (between + after * (self.strides[0] - 1)) * modules, 0.0)
-        out = [Weight(modules, moved, (0.0, 0.0, 0.0))]
+        passes = joins, between + after * (self.strides[0] - 1), 0.0, after
+        out = [Weight(modules, tuple(n * modules for n in passes), (0.0,) * 4)]
         for layer, q, count in self.experts:
             assert layer.expert is not None
             nbytes = float(count * layer.expert.nbytes)
-            touched = joins * (1 - (1 - q) ** (cohort * prompt))
             missed = (1 - q) ** cohort  # by one cohort's tokens; summed over 1, 2, ... cohorts that are left
-            touched += after - (missed * (1 - missed**after) / (1 - missed) if missed < 1 else after)
-            each = self._each_us(partial(self._expert_us, layer, q, count, ""), high)
+            left = after - (missed * (1 - missed**after) / (1 - missed) if missed < 1 else after)
+            touched = joins * (1 - (1 - q) ** (cohort * prompt)), between * (1 - (1 - q) ** high), 0.0, left
             cpu = total * self._expert_us(layer, q, count, CPU, high) / high if self.cost.cpu_helps else inf
-            helped = inf, *(n * cpu if n else inf for n in (self.between, self.between and self.passes - self.between))
-            moved = (touched * nbytes, between * (1 - (1 - q) ** high) * nbytes, 0.0)
-            far = ((joins + after) * nbytes, between * nbytes, 0.0)
-            out.append(Weight(nbytes, moved, each, helped, far))
+            helped = (n * cpu if n else inf for n in (self.between, self.between and self.passes - self.between))
+            out.append(
+                Weight(
+                    nbytes,
+                    tuple(n * nbytes for n in touched),
+                    (*self._each_us(partial(self._expert_us, layer, q, count, ""), high), 0.0),
+                    (inf, *helped, inf),
+                    tuple(n * nbytes for n in (joins, between, 0.0, after)),
+                )
+            )
         return out
 
     def _each_us(self, per_pass: Callable[[int], float], high: int) -> tuple[float, float, float]:

@@ -36,7 +36,7 @@ class Weight:
     nbytes: float
     moved_bytes: tuple[float, ...]
     compute_us: tuple[float, ...]
-    cpu_us: tuple[float, ...] = (inf, inf, inf)
+    cpu_us: tuple[float, ...] = (inf, inf, inf, inf)
     far_bytes: tuple[float, ...] = ()
 
 
@@ -61,6 +61,8 @@ class Relaxation:
     disk and link take turns.
     *Load.* What memory keeps is read from disk once, before all else.
     """
+
+    phases: tuple[str, ...] = ("load", "prefill", "decode")
 
     def __init__(self, cost: Cost, workload: Workload, budgets: dict[str, int]) -> None:
         """budgets: bytes of each tier; a tier that is not named has what the machine has."""
@@ -110,7 +112,7 @@ class Relaxation:
     def least_us(self, first: int, last: int, parts: int = 1, most_parts: int = 0) -> float:
         """Lower bound on load plus all groups, for every number of groups in first .. last, and of prefill's parts from parts to
         most_parts (0: any); infinite if nothing fits."""
-        prompt, (low, high) = self.workload.prompt_len, self.sizes(first, last)
+        prompt, (low, high) = self.workload.prompt_len, self.sequences(first, last)
         room = self.room(low)
         if most_parts:
             decoding = low if self.passes else 0
@@ -123,7 +125,12 @@ class Relaxation:
         found = [answer.objective for answer in answers if answer.status != "infeasible"]
         return SCALE_US * min(found) * (1 - TOLERANCE) if found else inf
 
-    def sizes(self, first: int, last: int) -> tuple[int, int]:
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Least and most of what ``least_us`` takes intervals of: the number of groups."""
+        return 1, self.workload.num_sequences
+
+    def sequences(self, first: int, last: int) -> tuple[int, int]:
         """Least sequences of a group if there are ``last`` groups, and if there are ``first``."""
         total = self.workload.num_sequences
         return -(-total // last), -(-total // first)
@@ -149,7 +156,7 @@ class Relaxation:
             constant = terms.pop("", 0.0)
             model.rows.append(Row(name, terms, lower - constant, upper - constant))
 
-        for name in ("load", "prefill", "decode"):
+        for name in self.phases:
             share(name, inf)
             model.objective[name] = 1.0
         share("kept[kv]")

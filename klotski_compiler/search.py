@@ -17,7 +17,7 @@ from itertools import count, cycle, product
 from math import inf, isinf
 
 from klotski_compiler.bounds import relaxations
-from klotski_compiler.candidates import FITTED, MANY_EXPERTS, Request, fitted_sizes, lean, resized, shape_of
+from klotski_compiler.candidates import FITTED, MANY_EXPERTS, MOST_AGES, Request, fitted_sizes, lean, resized, shape_of
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.fill import SAMPLED, Fills, slot_bytes
 from klotski_compiler.milp.problem import EXACT_EXPERTS
@@ -220,9 +220,9 @@ class Search(Fills):
         """Sequences per group and whether in rolling order, with the least time that any such schedule takes, most promising first."""
         total, found = self.request.workload.num_sequences, []
         for size, rolling in product(self.group_sizes(), self.orders(name)):
-            groups = -(-total // size)
             if (size, rolling) not in self._least:
-                self._least[size, rolling] = min(bound.least_us(groups, groups) for bound in self._bounds[rolling])
+                interval = (size, size + MOST_AGES) if rolling else (-(-total // size),) * 2
+                self._least[size, rolling] = min(bound.least_us(*interval) for bound in self._bounds[rolling])
             found.append((self._least[size, rolling], size, rolling))
         return sorted(found, key=lambda entry: (entry[0], -entry[1], entry[2]))
 
