@@ -8,7 +8,7 @@ from math import ceil, inf
 
 from klotski_compiler.cost import Cost
 from klotski_compiler.milp.formulation import Terms, plus
-from klotski_compiler.plan import CPU, Workload
+from klotski_compiler.plan import Workload
 from klotski_compiler.relaxation import DECODE, PREFILL, Relaxation, Weight
 
 BESIDE, AFTER = (
@@ -93,7 +93,7 @@ class Mixed(Relaxation):
             missed = (1 - q) ** cohort  # by one cohort's tokens; summed over 1, 2, ... cohorts that are left
             left = after - (missed * (1 - missed**after) / (1 - missed) if missed < 1 else after)
             touched = joins * (1 - (1 - q) ** (cohort * prompt)), between * (1 - (1 - q) ** high), 0.0, left
-            cpu = total * self._expert_us(layer, q, count, CPU, high) / high if self.cost.cpu_helps else inf
+            cpu = total * self._on_cpu_us(layer, q, count, high) / high if self.cost.cpu_helps else inf
             helped = (n * cpu if n else inf for n in (self.between, self.between and self.passes - self.between))
             out.append(
                 Weight(

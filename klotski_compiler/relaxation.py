@@ -15,7 +15,7 @@ from klotski_compiler.milp.solve import Solver
 from klotski_compiler.model import Layer
 from klotski_compiler.plan import CPU, Decision, Workload
 from klotski_compiler.simulate import NEGLIGIBLE
-from klotski_compiler.tensors import MODULES, state_bytes
+from klotski_compiler.tensors import MODULES, rows_bytes, state_bytes, sums_bytes
 from klotski_compiler.workspace import workspace
 
 EXACT_SHARES = 256  # so many different experts are bounded one by one
@@ -49,7 +49,8 @@ class Relaxation:
     *Compute.* An op's time grows with its tokens and falls per token (``hardware.matmul_us``; for an expert, tokens per
     touch grow with tokens), so k groups take at least first f(low) and N f(high) / high, however they are split into
     batches, prefill parts or chunks. On a machine with a GPU, in decode, the CPU may compute any share of an expert that lives in
-    host memory, and attend to any share of the KV that does.
+    host memory, and attend to any share of the KV that does. It computes a layer's experts over all tokens at once, so that it has
+    nothing to do between attention and those, and between those and the next attention; a layer counts by the share of its experts.
     *Links.* What is not kept in the tier crosses its link in every pass: weights whole, experts at least if they are
     touched, which is least likely at low; KV as written and read back. Latencies are left out.
     *Spans.* What is decided is decided for all of decode: while contexts grow, no share can follow what is busiest. Decode takes
@@ -324,7 +325,7 @@ class Relaxation:
                 self._least(per_pass, self.workload.prompt_len, first, low, high),
                 self.passes * self._least(per_pass, 1, first, low, high),
             )
-            on_cpu = partial(self._expert_us, layer, q, count, CPU)
+            on_cpu = partial(self._on_cpu_us, layer, q, count)
             cpu = self.passes * self._least(on_cpu, 1, first, low, high) if self.cost.cpu_helps else inf
             out.append(Weight(nbytes, moved, compute, (inf, cpu), (passes[0] * nbytes, passes[1] * nbytes)))
         return out
@@ -383,6 +384,15 @@ class Relaxation:
             rows = high * seen[1]
             time_us += read * matmul_us(processor, self.cost.dtype, rows, layer.expand_flops // 2, 0) / rows
         return time_us
+
+    def _on_cpu_us(self, layer: Layer, q: float, count: int, tokens: int) -> float:
+        """Experts on the CPU, and their share of the time for which it has nothing to do in a layer where it computes any: from the last
+        attention until their input has come, and from their last sum until it may attend in the next layer."""
+        cost, (into, back) = self.cost, self.cost.links
+        waits = cost.transfer_us(back, rows_bytes(cost.spec, tokens, cost.dtype)) + cost.sums_us(tokens)
+        waits += cost.transfer_us(into, sums_bytes(cost.spec, tokens, cost.dtype))
+        waits += cost.processor.op_us + cost.processor.attention_op_us + cost.processor.router_op_us
+        return self._expert_us(layer, q, count, CPU, tokens) + waits * count / layer.num_experts
 
     def _expert_us(self, layer: Layer, q: float, count: int, processor: str, tokens: int) -> float:
         return count * self.cost._expert_us(layer, tokens * q, 1.0 - (1.0 - q) ** tokens, processor)
