@@ -99,6 +99,40 @@ def test_no_schedule_beats_the_bounds(policy_name: str) -> None:
             assert phase.times.total_us >= phase.critical_us * (1 - 1e-9), f"seed {seed}, {name}"
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_no_schedule_that_leans_on_the_cpu_beats_the_bound(share: float) -> None:
+    """Behind a slow link the CPU computes most of a layer's experts, or all, and attends: no faster than the bound, nor much slower."""
+    spec = tiny_spec(layers=4, experts=8)
+    hardware = tiny_hardware(True)
+    quick = {"bandwidth_bytes_per_s": 1e12}
+    links = {name: link.model_copy(update=quick) for name, link in hardware.links.items()}
+    links["host>gpu"] = hardware.links["host>gpu"].model_copy(update={"bandwidth_bytes_per_s": 6e8})
+    cpu = hardware.processors["cpu"].model_copy(
+        update={"memory_bytes_per_s": 1e15}
+    )  # so that links do not slow it down
+    processors = {**hardware.processors, "cpu": cpu}
+    cost = Cost(spec, hardware.model_copy(update={"links": links, "processors": processors}), uniform(spec), "bf16")
+    workload = Workload(prompt_len=1, gen_len=128, num_sequences=8)
+    cut = round(8 * (1 - share))
+    layers = tuple(
+        LayerDecision(
+            resident=("attention", "router"), resident_experts=tuple(range(cut)), cpu=tuple(range(cut, 8)), kv="host"
+        )
+        for _ in spec.layers
+    )
+    bound = Relaxation(cost, workload, {"gpu": 1 << 30, "host": 1 << 30})
+    kept = bound.module_bytes + cut / 8 * bound.expert_bytes
+    bound.room = lambda sequences: kept  # type: ignore[method-assign]
+    least_us, taken = bound.refined_us(1), list[float]()
+    for num_batches, attended in ((1, 0), (1, 1), (2, 1), (2, 2), (4, 4)):
+        decision = tiny_decision("joint", spec, "host", num_batches, 8 // num_batches)
+        decision = decision.model_copy(update={"layers": layers, "cpu_batches": attended, "head_pages": 0})
+        lowered = lower(cost, "joint", decision, workload)
+        taken.append(lowered.load_us + lowered.group_us)
+    assert least_us <= min(taken) * (1 + 1e-9)
+    assert min(taken) < 2.2 * least_us  # a bound that says little would show little
+
+
 def test_what_is_decided_once_is_bounded_where_contexts_grow() -> None:
     """A share of attention that suits the middle of decode suits neither its beginning nor its end: the bound knows."""
     spec = tiny_spec()
