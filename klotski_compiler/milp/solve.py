@@ -245,12 +245,14 @@ def johnson(experts: Sequence[int], load_us: dict[int, float], compute_us: dict[
     return sorted(first, key=lambda e: load_us[e]) + sorted(rest, key=lambda e: -compute_us[e])
 
 
-def woven(experts: Sequence[int], far: frozenset[int]) -> list[int]:
-    """Those that come from disk evenly among the others, each kind in its order: the disk is never the one that is waited for while
-    the link behind it has nothing else to send."""
-    near, away = [e for e in experts if e not in far], [e for e in experts if e in far]
-    places = [((i + 0.5) / len(kind), e) for kind in (near, away) for i, e in enumerate(kind)]
-    return [e for _, e in sorted(places, key=lambda place: place[0])] if near and away else list(experts)
+def woven(experts: Sequence[int], far: frozenset[int], unit: int = 1) -> list[int]:
+    """Those that come from disk evenly among the others, by transfer units, each kind in its order: the disk is never the one that is
+    waited for while the link behind it has nothing else to send."""
+    places = []
+    for kind in ([e for e in experts if e not in far], [e for e in experts if e in far]):
+        units = [kind[first : first + unit] for first in range(0, len(kind), unit)]
+        places += [((i + 0.5) / len(units), chosen) for i, chosen in enumerate(units)]
+    return [e for _, chosen in sorted(places, key=lambda place: place[0]) for e in chosen]
 
 
 def spread(total: int, rooms: Sequence[int], burden_us: list[float], relief_us: float) -> list[int]:
@@ -327,7 +329,7 @@ def _group_layers(
             LayerDecision(
                 resident=tuple(kind for kind in g.modules if modules[kind][j]),
                 resident_experts=tuple(kept),
-                static=tuple(woven(johnson(streamed, load, compute), frozenset(far))),
+                static=tuple(woven(johnson(streamed, load, compute), frozenset(far), decision.unit)),
                 late=tuple(late_ones),
                 cpu=tuple(apart),
                 on_disk=tuple(sorted(far)),

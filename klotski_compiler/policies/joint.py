@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 from klotski_compiler.plan import ALL, CPU, Bind, Compute, Load, Store
@@ -50,7 +51,7 @@ def build(p: Program) -> None:
 
 def experts(p: Program, queue: Queue, layer: int) -> None:
     """List scheduling: a streamed unit as soon as it has arrived, which frees its slots for the link; residents while it has not."""
-    coming = units(p.static_experts(layer), p.decision.unit) + units(p.picks(layer), p.decision.unit)
+    coming = transfer_units(p, p.static_experts(layer)) + transfer_units(p, p.picks(layer))
     residents = p.resident_experts(layer)
     here = units(residents, max(p.decision.unit, -(-len(residents) // (len(coming) + 1))))  # as many as there are gaps
     while here or coming:
@@ -62,8 +63,14 @@ def experts(p: Program, queue: Queue, layer: int) -> None:
             p.compute("experts", layer, ALL, *here.popleft())
 
 
+def transfer_units(p: Program, experts: Sequence[int]) -> deque[list[int]]:
+    """What is loaded together: experts that come from the same tier."""
+    homes = (list(alike) for _, alike in groupby(experts, key=lambda t: p.table.all[t].home))
+    return deque(unit for alike in homes for unit in units(alike, p.decision.unit))
+
+
 def units(experts: Sequence[int], size: int) -> deque[list[int]]:
-    """Experts in transfer units."""
+    """Experts, so many at a time."""
     return deque(list(experts[first : first + size]) for first in range(0, len(experts), size))
 
 
@@ -122,7 +129,7 @@ class Queue:
         yield from (Unit(layer, "kv", (batch,)) for batch in p.sent_batches(layer))
         yield from (Unit(layer, "module", (tensor,)) for tensor in p.router_weights(layer))
         for kind, experts in (("named", p.static_experts(layer)), ("late", p.picks(layer))):
-            for chosen in units(experts, p.decision.unit):
+            for chosen in transfer_units(p, experts):
                 yield Unit(layer, kind, tuple(chosen), len(chosen))
 
     def advance(self, layer: int) -> None:
