@@ -51,6 +51,7 @@ class Program:
             [frozenset(self.decision.attended(layer)) for layer in self.layers] if self._cpu_attends else []
         )
         self._staged: deque[tuple[int, ...]] = deque()
+        self._fetched: set[tuple[int, ...]] = set()
         self._given_up: set[int] = set()
         self._sent: set[tuple[int, int]] = set()
         self._sent_batches: dict[int, list[int]] = {}
@@ -180,10 +181,23 @@ class Program:
 
     def _transfer(self, group: tuple[int, ...], next_pass: bool, sync: bool) -> None:
         hops = self._hops(self.table.all[group[0]].home)
-        for link in hops:
+        for link in hops[1:] if group in self._fetched else hops:
             self.entries.append(Load(self.processor if sync else link, link, group, next_pass))
-        if len(hops) > 1:
+        if group in self._fetched:
+            self._fetched.discard(group)
+            self.entries.append(Evict("host", group))
+        elif len(hops) > 1:
             self._stage(group)
+
+    def is_far(self, tensor: int) -> bool:
+        """Whether it passes through host memory on its way to a GPU."""
+        return len(self._hops(self.table.all[tensor].home)) > 1
+
+    def fetch(self, *tensors: int) -> None:
+        """Brings what is far as near as host memory, where it takes a staging slot until it is loaded, all of it together."""
+        link = self._hops(self.table.all[tensors[0]].home)[0]
+        self.entries.append(Load(link, link, tensors))
+        self._fetched.add(tensors)
 
     def embed(self) -> None:
         """Hidden states of all batches from their token ids."""

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import NamedTuple
 
-from klotski_compiler.plan import ALL, CPU, Bind, Compute, Load, Store
-from klotski_compiler.program import HEAD_SLOTS, URGENT, Evict, Program
+from klotski_compiler.plan import ALL, CPU, Bind, Load
+from klotski_compiler.program import HEAD_SLOTS, URGENT, Evict, Program, staging_slots
 
 ONE_BATCH = False
 EXPERTS = "solved"
@@ -50,23 +49,25 @@ def build(p: Program) -> None:
 
 
 def experts(p: Program, queue: Queue, layer: int) -> None:
-    """List scheduling: a streamed unit as soon as it has arrived, which frees its slots for the link; residents while it has not."""
-    coming = transfer_units(p, p.static_experts(layer)) + transfer_units(p, p.picks(layer))
+    """List scheduling: a streamed unit as soon as it has arrived, which frees its slots for the link; residents while none has."""
+    kinds = [*p.static_experts(layer)], [*p.picks(layer)]
+    far = [expert for expert in kinds[0] if p.is_far(expert)]
+    near = [expert for expert in kinds[0] if expert not in far]
+    coming = [units(experts, p.decision.unit) for experts in (near, far, kinds[1])]
     residents = p.resident_experts(layer)
-    here = units(residents, max(p.decision.unit, -(-len(residents) // (len(coming) + 1))))  # as many as there are gaps
-    while here or coming:
-        if coming and (not here or queue.clock.has(coming[0])):
-            unit = coming.popleft()
+    gaps = sum(map(len, coming)) + 1
+    here = units(residents, max(p.decision.unit, -(-len(residents) // gaps)))  # in as many ops as there are gaps
+    while here or any(coming):
+        loaded = [kind for kind in coming if kind and queue.loaded.issuperset(kind[0])]
+        first = min(loaded, key=lambda kind: queue.clock.arrival(kind[0]), default=None)
+        if first and (not here or queue.clock.has(first[0])):
+            unit = first.popleft()
             p.experts(layer, unit)
             queue.release(*unit, slots=len(unit))
-        else:
+        elif here:
             p.compute("experts", layer, ALL, *here.popleft())
-
-
-def transfer_units(p: Program, experts: Sequence[int]) -> deque[list[int]]:
-    """What is loaded together: experts that come from the same tier."""
-    homes = (list(alike) for _, alike in groupby(experts, key=lambda t: p.table.all[t].home))
-    return deque(unit for alike in homes for unit in units(alike, p.decision.unit))
+        else:
+            queue.advance(layer, waiting=True)
 
 
 def units(experts: Sequence[int], size: int) -> deque[list[int]]:
@@ -76,23 +77,40 @@ def units(experts: Sequence[int], size: int) -> deque[list[int]]:
 
 class Clock:
     """When what has been written so far would be done, by the ops' expected times: what list scheduling goes by. Streams in order,
-    loads after the ops before them (those gave up their slots), compute after its tensors."""
+    every op after its tensors, loads after the ops before them (those gave up their slots), fetches after staging slots are free."""
 
     def __init__(self, p: Program) -> None:
-        self.p, self.read, self.now = p, 0, dict.fromkeys((p.processor, CPU), 0.0)
+        self.p, self.read, self.now = p, 0, dict.fromkeys((p.processor, CPU, p.cost.links[0]), 0.0)
         self.ready: dict[int, float] = {}
+        self.staging = deque([0.0] * staging_slots(p.decision))  # from when each staging slot is free
 
-    def has(self, tensors: list[int]) -> bool:
+    def has(self, tensors: Sequence[int]) -> bool:
         """Whether these have arrived when the processor is free."""
+        return self.arrival(tensors) <= self.now[self.p.processor]
+
+    def fetched(self, tensors: Sequence[int]) -> bool:
+        """Whether these are in host memory when the link into the compute tier is free, or the processor."""
+        return self.arrival(tensors) <= max(self.now[self.p.cost.links[0]], self.now[self.p.processor])
+
+    def arrival(self, tensors: Sequence[int]) -> float:
+        """When these have come as far as they have been sent."""
         self._catch_up()
-        return max(self.ready.get(t, 0.0) for t in tensors) <= self.now[self.p.processor]
+        return max(self.ready.get(t, 0.0) for t in tensors)
 
     def _catch_up(self) -> None:
         for entry in self.p.entries[self.read :]:
-            if isinstance(entry, Evict) or (isinstance(entry, Load) and entry.wraps):
+            if isinstance(entry, Evict):
+                if entry.tier != self.p.compute_tier:
+                    self.staging.append(max(self.ready.get(t, 0.0) for t in entry.tensors))
                 continue
-            after = 0.0 if isinstance(entry, Compute | Bind) else self.now[self.p.processor]
-            used = entry.tensors if isinstance(entry, Compute | Store) else ()
+            if isinstance(entry, Load) and entry.wraps:
+                continue
+            after = 0.0
+            if isinstance(entry, Load) and entry.link == self.p.cost.links[0]:
+                after = self.now[self.p.processor]
+            elif isinstance(entry, Load):
+                after = self.staging.popleft() if self.staging else 0.0
+            used = () if isinstance(entry, Bind) else entry.tensors
             begin = max(self.now.get(entry.stream, 0.0), after, *(self.ready.get(t, 0.0) for t in used))
             self.now[entry.stream] = end = begin + self.p.expected_us(entry)
             if not isinstance(entry, Bind):
@@ -104,20 +122,25 @@ class Queue:
     """Loads of one pass in order of need, followed by those that open the next pass, written as soon as they can travel.
 
     Modules travel one layer ahead; named experts while slots last; late ones once their router has spoken; keys and values
-    ``KV_AHEAD`` batches ahead. Each kind keeps its order, and what cannot travel yet lets the other kinds pass.
+    ``KV_AHEAD`` batches ahead. Experts from disk are fetched while staging slots last, and let others pass until they have come so far.
+    Each kind keeps its order, and what cannot travel yet lets the other kinds pass.
     """
 
     def __init__(self, p: Program) -> None:
         self.p, self.clock, self.bound, self.layer = p, Clock(p), -1, 0
         self.free, self.free_kv, self.free_pages = p.decision.lead, KV_AHEAD, HEAD_SLOTS
         self.opening: deque[Unit] = deque()  # of the next pass: what fits before its first release
-        self.queues: dict[str, deque[Unit]] = {kind: deque() for kind in ("module", "kv", "named", "late")}
+        self.queues: dict[str, deque[Unit]] = {kind: deque() for kind in ("module", "kv", "named", "far", "late")}
+        self.fetched: deque[Unit] = deque()
+        self.staging = staging_slots(p.decision)
+        self.loaded: set[int] = set()  # experts that are in the compute tier or on their way there
         self.heads = deque(p.head_pages())
         self.unsent = {layer: len(p.sent_batches(layer)) for layer in p.layers}
         for number, unit in enumerate(unit for layer in p.layers for unit in self._units(layer)):
             opens = unit.layer == 0 and unit.kind in ("module", "named") and unit.slots <= self.free
             if opens and not self.queues["named"]:
                 self.opening.append(unit)
+                self.loaded.update(unit.tensors)
                 self.free -= unit.slots
             else:
                 self.queues[unit.kind].append(unit._replace(order=number))
@@ -128,24 +151,42 @@ class Queue:
         yield from (Unit(layer, "module", (tensor,)) for tensor in p.attention_weights(layer))
         yield from (Unit(layer, "kv", (batch,)) for batch in p.sent_batches(layer))
         yield from (Unit(layer, "module", (tensor,)) for tensor in p.router_weights(layer))
-        for kind, experts in (("named", p.static_experts(layer)), ("late", p.picks(layer))):
-            for chosen in transfer_units(p, experts):
+        named = p.static_experts(layer)
+        far = [expert for expert in named if p.is_far(expert)]
+        kinds = {"named": [e for e in named if e not in far], "far": far, "late": p.picks(layer)}
+        for kind, experts in kinds.items():
+            for chosen in units(experts, p.decision.unit):
                 yield Unit(layer, kind, tuple(chosen), len(chosen))
 
-    def advance(self, layer: int) -> None:
-        """Write what can travel now, first what is needed first."""
+    def advance(self, layer: int, waiting: bool = False) -> None:
+        """Write what can travel now, first what is needed first; if the processor is ``waiting``, also what is still to be fetched."""
         self.layer = layer
-        while ready := [queue[0] for queue in self.queues.values() if queue and self._may_go(queue[0])]:
+        self._fetch()
+        while ready := [queue[0] for queue in self._sendable(waiting) if queue and self._may_go(queue[0])]:
             unit = min(ready, key=lambda unit: unit.order)
-            self.queues[unit.kind].popleft()
+            (self.fetched if unit.kind == "far" else self.queues[unit.kind]).popleft()
             self._write(unit)
-        if any(self.queues.values()):
+            self._fetch()
+        if any(self.queues.values()) or self.fetched:
             return
         while self.heads and self.free_pages:
             self.p.load(self.heads.popleft())
             self.free_pages -= 1
         while self.opening and not self.heads and self._may_open(self.opening[0]):
             self._write(self.opening.popleft(), next_pass=True)
+
+    def _sendable(self, waiting: bool) -> Iterator[deque[Unit]]:
+        """Queues by kind; what is fetched only once it has come, since what is sent after it would wait for it."""
+        yield from (queue for kind, queue in self.queues.items() if kind != "far")
+        if self.fetched and (waiting or self.clock.fetched(self.fetched[0].tensors)):
+            yield self.fetched
+
+    def _fetch(self) -> None:
+        """Experts from disk, of this layer and the next, while there are staging slots."""
+        far = self.queues["far"]
+        while far and len(self.fetched) < self.staging and far[0].layer <= self.layer + 1:
+            self.p.fetch(*far[0].tensors)
+            self.fetched.append(far.popleft())
 
     def _may_open(self, unit: Unit) -> bool:
         """Modules for the next pass travel one layer ahead, too: earlier, they would take a third slot."""
@@ -161,10 +202,11 @@ class Queue:
         return unit.kind == "module" or unit.slots + self._kept(unit.layer) <= self.free
 
     def _kept(self, layer: int) -> int:
-        """Slots that named experts of a layer must leave free: one unit for late experts of an earlier one, which would else have
+        """Slots that named experts of a layer must leave free: one unit for what an earlier one still waits for, which would else have
         none, and a share while the layer's KV, which is needed first, is still to be sent."""
-        late, sent = self.queues["late"], len(self.p.sent_batches(layer))
-        kept = late[0].slots if late and late[0].layer < layer else 0
+        waiting = [queue[0] for queue in (*self.queues.values(), self.fetched) if queue]
+        kept = max((unit.slots for unit in waiting if unit.layer < layer), default=0)
+        sent = len(self.p.sent_batches(layer))
         return kept + (round(self.p.decision.lead * self.unsent[layer] / sent) if sent else 0)
 
     def _write(self, unit: Unit, next_pass: bool = False) -> None:
@@ -174,6 +216,7 @@ class Queue:
             self.unsent[unit.layer] -= 1
         else:
             self.p.load(*unit.tensors, next_pass=next_pass)
+            self.loaded.update(unit.tensors)
             self.free -= unit.slots
 
     def attended(self, layer: int, batch: int) -> None:
