@@ -35,18 +35,20 @@ KEPT_FINER = 2  # sizes that are tried with so many
 WORTH = 0.002  # what another decision must save of simulated time
 WORTH_SCORED = 0.0002  # what another micro-batch must save by its score, which is exact: several small steps add up
 WORTH_ROLLING = (
-    0.005  # what rolling order must gain: a schedule in phases apart is simpler, and its groups end one by one
+    0.01  # what rolling order must gain: a schedule in phases apart is simpler, and its groups end one by one
 )
 KEPT_FITTED = 4  # decisions per size whose micro-batches are fitted to the memory that they leave
 FITTING_GAIN = 0.1  # how much that may gain
 IMPROVEMENTS = 8  # decisions near the best one that are tried
 KEPT_SCORED = 2  # sizes per policy that are timed on short models
-KEPT_SOLVED = 6  # and of the policy whose residency is solved
+KEPT_SOLVED, KEPT_OTHER = 6, 3  # and of the policy whose residency is solved, and of these in the other order
+FAR_BEHIND = 0.07  # of an order that is given up
+ORDER_ERROR = 0.3  # how much less well a score may judge one order than the other
 KEPT_WHOLE = 3  # and of those, that may be lowered whole
 ESTIMATE_ERROR = 0.05  # how far a short model's time may be off
 MOST_WHOLE = {2000: 2, MANY_EXPERTS: 1}  # schedules that are lowered whole of a model of more than so many experts
 WHOLE_STEPS = 2500  # a pass of so few ops, about, is timed whole at once
-RETIMED, RETIMED_STEPS = 4, 6000  # estimates, of passes of no more ops, that are timed whole before the best are chosen
+RETIMED_STEPS = 6000  # of an estimate that is timed whole before the best are lowered
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,24 +89,31 @@ class Search(Fills):
             )
         solved = policy(name).EXPERTS == "solved"
         scored, plain = self._scored(name)
-        tried = in_one_order(one_each(scored))[:KEPT_SOLVED] if solved else scored[:KEPT_SCORED]
-        fills = [(kind, decision) for _, base in tried for kind, decision in self.fills(name, base)]
+        tried = in_both_orders(one_each(scored)) if solved else scored[:KEPT_SCORED]
+        rated = list[Rated]()
+        for us, base in tried:
+            # A score leaves out bubbles: where it is no better than what is found of its order, its schedule is not either; and an order
+            # that is found to be far behind stays so.
+            here = max((r.tokens_per_s for r in rated if r.decision.rolling == base.rolling), default=0.0)
+            behind = 0 < here < (1 - FAR_BEHIND) * max(r.tokens_per_s for r in rated)
+            if not solved or (self._rate(us) > here and not behind):
+                rated += self._rated(name, base)
         if solved and not self.is_large:
-            fills += [filled for base in self.finer([d for _, d in fills]) for filled in self.fills(name, base)]
+            for base in self.finer([r.decision for r in rated]):
+                rated += self._rated(name, base)
         if solved and (kept := self.all_kept(plain)):  # with buffers as they come, everything may fit
-            fills.append(("resident", kept))
-        rated = [Rated(self.estimate(name, decision), name, decision, kind) for kind, decision in fills]
-        if solved and rated:
-            best = max(rated, key=lambda r: r.tokens_per_s)
-            if (better := self.improved(best)) is not best:
-                rated.append(better)
-        least = max((r.tokens_per_s for r in rated if not r.decision.rolling), default=0.0) * (1 + WORTH_ROLLING)
-        rated = [r for r in rated if r.tokens_per_s > (least if r.decision.rolling and solved else 0.0)]
+            rated.append(Rated(self.estimate(name, kept), name, kept, "resident"))
+        rated += [self.improved(best) for best in best_of_orders(rated)] if solved else []
         rated.sort(key=lambda r: -r.tokens_per_s)
-        kept_whole = (self.retimed(rated) if solved else rated)[:KEPT_WHOLE]
+        kept_whole = self.retimed(by_order(rated)) if solved else rated[:KEPT_WHOLE]
         if not kept_whole:
             raise self._too_slow()
         return kept_whole
+
+    def _rated(self, name: str, base: Decision) -> list[Rated]:
+        """What sizes may be filled with, with estimated speeds."""
+        fills = self.fills(name, base)
+        return [Rated(self.estimate(name, decision), name, decision, kind) for kind, decision in fills]
 
     def _scored(self, name: str) -> tuple[list[tuple[float, Decision]], Decision]:
         """Scores of a policy's candidates, best first, and the best of them before its micro-batches were fitted. Raises Infeasible
@@ -112,9 +121,11 @@ class Search(Fills):
         scored, plain = list[tuple[float, Decision]](), list[tuple[float, Decision]]()
         refusals: list[Infeasible] = []
         for bound_us, size, rolling in self.sizes(name):
-            # In order of their bounds: what follows cannot be faster than the best so far.
-            if scored and bound_us > min(us for us, _ in scored) * (1 + ESTIMATE_ERROR):
-                break
+            # What cannot be faster than the best so far, in its own order or, since scores compare orders less well, in either.
+            alike = [us for us, base in scored if base.rolling == rolling]
+            most = min(min(alike, default=inf) * (1 + ESTIMATE_ERROR), least(scored) * (1 + ORDER_ERROR))
+            if bound_us > most:
+                continue
             if scored and time.monotonic() > self.deadline:
                 self.truncated = True
                 break
@@ -128,7 +139,7 @@ class Search(Fills):
             plain += fitting[:1]
             if policy(name).EXPERTS == "solved":
                 bases = self.bases_of(name, [size], rolling) if not fitting else (d for _, d in one_each(fitting))
-                best_us = min((us for us, _ in (*scored, *fitting)), default=inf)
+                best_us = min([least(fitting), *alike])
                 fitting = self.fitted(name, self._hopeful(name, fitting, list(bases)[:KEPT_FITTED], best_us))
             scored += fitting
         if not scored:
@@ -162,6 +173,8 @@ class Search(Fills):
             best = max((b.tokens_per_s for b in whole), default=0.0)
             if rated.tokens_per_s < best * (1 - ESTIMATE_ERROR):
                 break
+            if self._steps(rated.decision) <= WHOLE_STEPS and rated.tokens_per_s < best:
+                continue  # it was timed whole
             if enough and (rated.tokens_per_s < best or rated.policy in [b.policy for b in whole]):
                 continue
             try:
@@ -171,7 +184,7 @@ class Search(Fills):
                 refusals[rated.policy] = refusal
         if not whole:
             raise min(refusals.values(), key=lambda r: sum(r.shortfalls.values()))
-        return sorted(whole, key=lambda best: -best.tokens_per_s)
+        return sorted(whole, key=lambda best: -best.tokens_per_s * (1 - WORTH_ROLLING * best.decision.rolling))
 
     def narrow(self, timed: list[Rated]) -> bool:
         """After all these turned out not to fit when lowered whole: go on with smaller groups; False where there are none."""
@@ -328,15 +341,14 @@ class Search(Fills):
         return list(found.values())[:KEPT_FINER]
 
     def retimed(self, rated: list[Rated]) -> list[Rated]:
-        """The fastest of many estimates is the one that errs most: where that takes little, the first few timed whole, and sorted
-        again."""
-        first, rest = list[Rated](), rated[RETIMED:]
-        for one in rated[:RETIMED]:
+        """The fastest of many estimates is the one that errs most: where that takes little, they are timed whole."""
+        found = list[Rated]()
+        for one in rated:
             if WHOLE_STEPS < self._steps(one.decision) <= RETIMED_STEPS and time.monotonic() < self.deadline:
                 lowered = lower(self.cost, one.policy, one.decision, self.request.workload, quick=True)
                 one = replace(one, tokens_per_s=self.rate(lowered))
-            first.append(one)
-        return sorted((r for r in [*first, *rest] if r.tokens_per_s > 0), key=lambda r: -r.tokens_per_s)
+            found.append(one)
+        return sorted((r for r in found if r.tokens_per_s > 0), key=lambda r: -r.tokens_per_s)
 
     def _steps(self, decision: Decision) -> float:
         """About how many ops a pass has."""
@@ -377,6 +389,11 @@ class Search(Fills):
         return Infeasible({}, f"no schedule has a decode pass within --max-latency {self.request.max_latency_s} s")
 
 
+def least(scored: Sequence[tuple[float, Decision]]) -> float:
+    """The best score."""
+    return min((us for us, _ in scored), default=inf)
+
+
 def one_each(scored: Sequence[tuple[float, Decision]]) -> list[tuple[float, Decision]]:
     """Of scored decisions, best first, the best of each order, number and size of batches: what a score cannot tell is how finely work is
     divided."""
@@ -384,7 +401,27 @@ def one_each(scored: Sequence[tuple[float, Decision]]) -> list[tuple[float, Deci
     return sorted(found.values(), key=lambda entry: entry[0])
 
 
-def in_one_order(scored: Sequence[tuple[float, Decision]]) -> list[tuple[float, Decision]]:
-    """Of scored decisions, best first, those in the order of the best, and those in the other order that are about as good."""
-    (least, best), *_ = scored
-    return [(us, base) for us, base in scored if base.rolling == best.rolling or us <= least * (1 + ESTIMATE_ERROR)]
+def in_both_orders(scored: Sequence[tuple[float, Decision]]) -> list[tuple[float, Decision]]:
+    """Of scored decisions, best first, the first few, and fewer of those in the other order than the best one's: bubbles, which differ more
+    between orders than within one, are not seen by the score."""
+    best_us, first = scored[0][0], scored[0][1].rolling
+    same = [entry for entry in scored if entry[1].rolling == first][:KEPT_SOLVED]
+    other = [(us, base) for us, base in scored if base.rolling != first and us <= best_us * (1 + ORDER_ERROR)]
+    return same + other[:KEPT_OTHER]
+
+
+def by_order(rated: Sequence[Rated]) -> list[Rated]:
+    """The first few different ones of each order."""
+    distinct = list({repr(r.decision): r for r in reversed(rated)}.values())[::-1]
+    return [r for rolling in (False, True) for r in [r for r in distinct if r.decision.rolling == rolling][:KEPT_WHOLE]]
+
+
+def best_of_orders(rated: Sequence[Rated]) -> list[Rated]:
+    """The fastest, and the fastest in the other order where that is about as fast."""
+    best = max(rated, key=lambda r: r.tokens_per_s, default=None)
+    if best is None:
+        return []
+    others = [r for r in rated if r.decision.rolling != best.decision.rolling]
+    other = max(others, key=lambda r: r.tokens_per_s, default=best)
+    near = other is not best and other.tokens_per_s > best.tokens_per_s * (1 - ESTIMATE_ERROR)
+    return [best, other] if near else [best]
