@@ -76,6 +76,7 @@ class Mixed(Relaxation):
         ]
         yield "prefill", work[PREFILL]
         yield "decode", work[DECODE]
+        yield "decode", self.beside(self._each_us(self._layers_us, high)[DECODE], cores_us[DECODE], weights)
         yield "after", work[AFTER]
         yield "prefill decode after", [plus(*resource) for resource in zip(*work, strict=True)]
 
@@ -93,17 +94,14 @@ class Mixed(Relaxation):
             missed = (1 - q) ** cohort  # by one cohort's tokens; summed over 1, 2, ... cohorts that are left
             left = after - (missed * (1 - missed**after) / (1 - missed) if missed < 1 else after)
             touched = joins * (1 - (1 - q) ** (cohort * prompt)), between * (1 - (1 - q) ** high), 0.0, left
-            cpu = total * self._on_cpu_us(layer, q, count, high) / high if self.cost.cpu_helps else inf
+            each = (*self._each_us(partial(self._expert_us, layer, q, count, ""), high), 0.0)
+            moved, far = (tuple(n * nbytes for n in times) for times in (touched, (joins, between, 0.0, after)))
+            if not self.cost.cpu_helps:
+                out.append(Weight(nbytes, moved, each, far_bytes=far))
+                continue
+            cpu, *beside = (total * one(high) / high for one in self._shared_us(layer, q, count))
             helped = (n * cpu if n else inf for n in (self.between, self.between and self.passes - self.between))
-            out.append(
-                Weight(
-                    nbytes,
-                    tuple(n * nbytes for n in touched),
-                    (*self._each_us(partial(self._expert_us, layer, q, count, ""), high), 0.0),
-                    (inf, *helped, inf),
-                    tuple(n * nbytes for n in (joins, between, 0.0, after)),
-                )
-            )
+            out.append(Weight(nbytes, moved, each, (inf, *helped, inf), far, *(self.between * us for us in beside)))
         return out
 
     def _each_us(self, per_pass: Callable[[int], float], high: int) -> tuple[float, float, float]:

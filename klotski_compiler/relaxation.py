@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from math import floor, inf, isinf, log
 
 from klotski_compiler.cost import Cost
@@ -24,6 +25,8 @@ GIB = 1 << 30  # of memory in the linear program
 TOLERANCE = 1e-6  # of its solver
 CLOSE = 1e-4  # bounds that differ by less are equal
 SPANS, GROWN = 4, 1.2  # decode whose context grows by more than that factor is bounded in so many spans
+MOST = 0.9  # of a group's sequences: an op of an expert on so many leaves little to attend to beside it
+SPLITS = (0.5, 0.6, 0.7, 0.8, MOST)  # shares of sequences in the larger part of two, between which costs are bounded
 PREFILL, DECODE = 0, 1  # kinds of passes, as indices of a weight's work
 
 
@@ -31,13 +34,19 @@ PREFILL, DECODE = 0, 1  # kinds of passes, as indices of a weight's work
 class Weight:
     """What a tier may keep. nbytes: room. Then, per kind of passes (prefill, decode), what the whole workload takes: moved_bytes, what
     crosses a link if it is not kept; far_bytes, what crosses the disk's link if it lives on disk before a GPU, empty where it cannot;
-    compute_us, work of the compute tier's processor; cpu_us, of the CPU, were it computed there, infinite where it cannot be."""
+    compute_us, work of the compute tier's processor; cpu_us, of the CPU, were it computed there, infinite where it cannot be.
+
+    Of decode beside a CPU, see ``Relaxation``: split_us as compute_us, if no op covers ``MOST`` of the sequences; most_us, of an op that
+    does; alone_us as cpu_us, without waiting for attention."""
 
     nbytes: float
     moved_bytes: tuple[float, ...]
     compute_us: tuple[float, ...]
     cpu_us: tuple[float, ...] = (inf, inf, inf, inf)
     far_bytes: tuple[float, ...] = ()
+    split_us: float = 0.0
+    most_us: float = 0.0
+    alone_us: float = 0.0
 
 
 class Relaxation:
@@ -51,6 +60,10 @@ class Relaxation:
     batches, prefill parts or chunks. On a machine with a GPU, in decode, the CPU may compute any share of an expert that lives in
     host memory, and attend to any share of the KV that does. It computes a layer's experts over all tokens at once, so that it has
     nothing to do between attention and those, and between those and the next attention; a layer counts by the share of its experts.
+    *Beside one another.* While an op computes an expert over all sequences, nobody attends: attention of its layer is done, that of the
+    next has not begun. So the CPU's experts, which are computed so, take their time beside the GPU's attention; and so do the GPU's
+    beside the CPU's attention, but for what that has left to do when an op covers ``MOST`` of them; or an expert is computed by parts,
+    which reads it more than once.
     *Links.* What is not kept in the tier crosses its link in every pass: weights whole, experts at least if they are
     touched, which is least likely at low; KV as written and read back. Latencies are left out.
     *Spans.* What is decided is decided for all of decode: while contexts grow, no share can follow what is busiest. Decode takes
@@ -174,6 +187,7 @@ class Relaxation:
             kept, near = share(f"kept[{i}]"), f"near[{i}]"
             if helped[i]:
                 row(f"once[{i}]", {kept: 1.0, share(f"cpu[{i}]"): 1.0}, upper=1.0)
+                row(f"split[{i}]", {share(f"most[{i}]"): 1.0, share(f"split[{i}]"): 1.0, f"cpu[{i}]": 1.0}, lower=1.0)
             here[kept] = weight.nbytes / GIB
             load[kept] = weight.nbytes * disk_us
             if on_gpu:
@@ -192,9 +206,13 @@ class Relaxation:
             least = {f"decode[{j}]": NEGLIGIBLE / 8 - 1 for j in range(self.spans)}
             row("spans", {"decode": 1.0, **least}, lower=0.0)
         row("work[load]", {"load": 1.0} | times(-1.0, load), lower=0.0)
-        for phases, resources in self.demands(first, low, high, weights, staging):
+        for family, (phases, resources) in enumerate(self.demands(first, low, high, weights, staging)):
             for number, terms in enumerate(resources):
-                row(f"work[{phases}.{number}]", dict.fromkeys(phases.split(), 1.0) | times(-1.0, terms), lower=0.0)
+                row(
+                    f"work[{phases}.{family}.{number}]",
+                    dict.fromkeys(phases.split(), 1.0) | times(-1.0, terms),
+                    lower=0.0,
+                )
         return model
 
     def demands(
@@ -202,17 +220,34 @@ class Relaxation:
     ) -> Iterator[tuple[str, list[Terms]]]:
         """What each resource must do in a phase, or in several together, by what is kept."""
         prefill, decode = self.compute_us(first, low, high)
+        layers = self.passes * self._least(self._layers_us, 1, first, low, high)
         yield "prefill", self.work(PREFILL, prefill, (0.0, inf), 0.0, weights, staging)
         cores, middle = self.cores_us(high), sum(self.contexts) / 2
         yield "decode", self.work(DECODE, decode, cores, self.passes, weights, staging, middle)
+        yield "decode", self.beside(layers, cores, weights)
         for j in range(self.spans):
-            begin, end = j / self.spans, (j + 1) / self.spans
+            begin, end, part = j / self.spans, (j + 1) / self.spans, 1 / self.spans
             context = (begin + end) / 2 * (self.contexts[1] - self.contexts[0]) + self.contexts[0]
-            passes, cores = self.passes / self.spans, self.cores_us(high, (begin, end))
-            yield (
-                f"decode[{j}]",
-                self.work(DECODE, decode / self.spans, cores, passes, weights, staging, context, 1 / self.spans),
-            )
+            passes, cores = self.passes * part, self.cores_us(high, (begin, end))
+            yield f"decode[{j}]", self.work(DECODE, decode * part, cores, passes, weights, staging, context, part)
+            yield f"decode[{j}]", self.beside(layers * part, cores, weights, part)
+
+    def beside(
+        self, layers_us: float, cores_us: tuple[float, float], weights: list[Weight], part: float = 1.0
+    ) -> list[Terms]:
+        """What cannot be done at the same time in decode: the GPU's attention and the CPU's experts; the CPU's attention and the GPU's
+        experts. layers_us: of the GPU around attention."""
+        core_here, core_cpu = cores_us
+        gpu: Terms = {"": (layers_us + core_here) / SCALE_US}
+        cpu: Terms = {"": 0.0}
+        if core_cpu < inf:
+            gpu["cpu[kv]"] = -core_here / SCALE_US
+            cpu = {"": -(1 - MOST) * core_cpu / SCALE_US, "cpu[kv]": core_cpu / SCALE_US}
+        for i, weight in enumerate(weights):
+            if weight.cpu_us[DECODE] < inf:
+                gpu[f"cpu[{i}]"] = weight.alone_us * part / SCALE_US
+                cpu[f"most[{i}]"] = weight.most_us * part / SCALE_US
+        return [gpu, cpu]
 
     def work(
         self,
@@ -254,11 +289,14 @@ class Relaxation:
             compute_us = weight.compute_us[kind] * part / SCALE_US
             enter[""] += moved_us
             enter[f"kept[{i}]"] = -moved_us
-            compute[""] += compute_us
             if weight.cpu_us[kind] < inf:
                 enter[f"cpu[{i}]"] = -moved_us
-                compute[f"cpu[{i}]"] = -compute_us
                 cpu[f"cpu[{i}]"] = weight.cpu_us[kind] * part / SCALE_US
+            if kind == DECODE and weight.cpu_us[kind] < inf:
+                compute |= {f"most[{i}]": compute_us, f"split[{i}]": weight.split_us * part / SCALE_US}
+            else:
+                compute[""] += compute_us
+                compute |= {f"cpu[{i}]": -compute_us} if weight.cpu_us[kind] < inf else {}
             if self.tier == "gpu" and weight.far_bytes:
                 far_us = weight.far_bytes[kind] * part * (disk_us + (link_us if staging == 1 else 0.0))
                 far[""] += far_us
@@ -325,10 +363,28 @@ class Relaxation:
                 self._least(per_pass, self.workload.prompt_len, first, low, high),
                 self.passes * self._least(per_pass, 1, first, low, high),
             )
-            on_cpu = partial(self._on_cpu_us, layer, q, count)
-            cpu = self.passes * self._least(on_cpu, 1, first, low, high) if self.cost.cpu_helps else inf
-            out.append(Weight(nbytes, moved, compute, (inf, cpu), (passes[0] * nbytes, passes[1] * nbytes)))
+            far = passes[0] * nbytes, passes[1] * nbytes
+            if not self.cost.cpu_helps:
+                out.append(Weight(nbytes, moved, compute, far_bytes=far))
+                continue
+            cpu, *beside = (
+                self.passes * self._least(one, 1, first, low, high) for one in self._shared_us(layer, q, count)
+            )
+            out.append(Weight(nbytes, moved, compute, (inf, cpu), far, *beside))
         return out
+
+    def _shared_us(self, layer: Layer, q: float, count: int) -> Iterator[Callable[[int], float]]:
+        """Experts of a decode pass over so many tokens where a CPU may help: on the CPU; by parts, in an op that covers most, and on the
+        CPU without waiting."""
+        here = partial(self._expert_us, layer, q, count, "")
+
+        def split(tokens: int) -> float:
+            return min(here(least * tokens) + here((1 - most) * tokens) for least, most in pairwise(SPLITS))
+
+        yield partial(self._on_cpu_us, layer, q, count)
+        yield split
+        yield lambda tokens: here(MOST * tokens)
+        yield partial(self._on_cpu_us, layer, q, count, waiting=False)
 
     # ------------------------------------------------------------------------------------------------------- compute
 
@@ -359,8 +415,11 @@ class Relaxation:
 
     def _pass_us(self, tokens: int) -> float:
         """A pass over so many tokens, without experts, head and what attention does with keys and values."""
-        time_us = 4 * self.cost.processor.op_us + self.cost.embed_us(tokens, True)
-        return time_us + sum(count * self._layer_us(layer, tokens) for layer, count in self.layers)
+        return 4 * self.cost.processor.op_us + self.cost.embed_us(tokens, True) + self._layers_us(tokens)
+
+    def _layers_us(self, tokens: int) -> float:
+        """Of that, what is before the experts of all layers."""
+        return sum(count * self._layer_us(layer, tokens) for layer, count in self.layers)
 
     def _layer_us(self, layer: Layer, tokens: int) -> float:
         """Projections of attention, then router and shared expert, or the dense MLP."""
@@ -385,14 +444,15 @@ class Relaxation:
             time_us += read * matmul_us(processor, self.cost.dtype, rows, layer.expand_flops // 2, 0) / rows
         return time_us
 
-    def _on_cpu_us(self, layer: Layer, q: float, count: int, tokens: int) -> float:
-        """Experts on the CPU, and their share of the time for which it has nothing to do in a layer where it computes any: from the last
-        attention until their input has come, and from their last sum until it may attend in the next layer."""
+    def _on_cpu_us(self, layer: Layer, q: float, count: int, tokens: int, waiting: bool = True) -> float:
+        """Experts on the CPU, and their share of the time for which it has nothing to do in a layer where it computes any: until their
+        input has come, and from their last sum until that is added; if ``waiting``, also what is around attention."""
         cost, (into, back) = self.cost, self.cost.links
         waits = cost.transfer_us(back, rows_bytes(cost.spec, tokens, cost.dtype)) + cost.sums_us(tokens)
         waits += cost.transfer_us(into, sums_bytes(cost.spec, tokens, cost.dtype))
-        waits += cost.processor.op_us + cost.processor.attention_op_us + cost.processor.router_op_us
+        waits += cost.processor.op_us
+        waits += cost.processor.attention_op_us + cost.processor.router_op_us if waiting else 0.0
         return self._expert_us(layer, q, count, CPU, tokens) + waits * count / layer.num_experts
 
-    def _expert_us(self, layer: Layer, q: float, count: int, processor: str, tokens: int) -> float:
+    def _expert_us(self, layer: Layer, q: float, count: int, processor: str, tokens: float) -> float:
         return count * self.cost._expert_us(layer, tokens * q, 1.0 - (1.0 - q) ** tokens, processor)
