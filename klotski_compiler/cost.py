@@ -373,14 +373,14 @@ class Cost:
         one = self.router_us if layer.expert else self.dense_us
         return shape.beside * sum(one(layer, shape.scope_tokens(batch)) for batch in shape.ages)
 
-    def router_us(self, layer: Layer, tokens: int) -> float:
+    def router_us(self, layer: Layer, tokens: float) -> float:
         """Gate, then the shared expert (part of the same op)."""
         parts = [m for m in (layer.router, layer.shared) if m]
         fixed = self.processor.router_op_us + self.processor.op_us * (len(parts) - 1)
         elementwise = self.elementwise_us(tokens * self.spec.hidden_size)
         return fixed + elementwise + sum(self.module_us(m, tokens) for m in parts)
 
-    def dense_us(self, layer: Layer, tokens: int) -> float:
+    def dense_us(self, layer: Layer, tokens: float) -> float:
         """The MLP of a dense layer."""
         matmuls = self.module_us(layer.dense, tokens) if layer.dense else 0.0
         return self.processor.op_us + self.elementwise_us(tokens * self.spec.hidden_size) + matmuls

@@ -200,13 +200,17 @@ _EXPERT_COUNT_KEYS = ("n_routed_experts", "num_local_experts", "num_experts", "m
 _PLAIN_DTYPES = {"bfloat16": ("bf16", 2), "float16": ("fp16", 2), "float32": ("fp32", 4)}
 
 
+_STORED_BYTES = {"BF16": 2, "F16": 2, "F32": 4}  # by the names of safetensors
+
+
 @dataclass(frozen=True, slots=True)
 class _Weight:
     """One checkpoint tensor. use: what it is for, which decides its precision and whether it multiplies each token."""
 
     rows: int
     columns: int = 1
-    use: str = "vector"  # vector (norms, biases), buffer (kept in fp32), matrix (never quantised), linear, expert
+    # vector (norms, biases), buffer (kept in fp32), gate (as ``gate_bytes`` finds it), matrix (never quantised), linear, expert
+    use: str = "vector"
 
     @property
     def params(self) -> int:
@@ -215,11 +219,13 @@ class _Weight:
 
 @dataclass(frozen=True, slots=True)
 class _Precision:
-    """How a checkpoint stores weights. width: bytes of a plain parameter. block: rows and columns per fp8 scale."""
+    """How a checkpoint stores weights. width: bytes of a plain parameter. block: rows and columns per fp8 scale. gate: bytes of a
+    parameter of a gate, 0 if as any."""
 
     store: str
     width: int = 2
     block: tuple[int, int] = (1, 1)
+    gate: int = 0
 
     def module(self, weights: Sequence[_Weight]) -> Module:
         """The module that consists of these tensors."""
@@ -228,13 +234,15 @@ class _Precision:
             params=sum(weight.params for weight in weights),
             nbytes=sum(nbytes for nbytes, _ in sizes),
             segments=sum(segments for _, segments in sizes),
-            flops_per_token=2 * sum(w.params for w in weights if w.use in ("matrix", "linear", "expert")),
+            flops_per_token=2 * sum(w.params for w in weights if w.use in ("gate", "matrix", "linear", "expert")),
         )
 
     def _stored(self, weight: _Weight) -> tuple[int, int]:
         """Bytes and number of tensors in the file: a quantised weight has its scales in a second tensor."""
         if weight.use == "buffer":
             return 4 * weight.params, 1
+        if self.gate and weight.use == "gate":
+            return self.gate * weight.params, 1
         if self.store == "fp8" and weight.use in ("linear", "expert"):
             scales = ceil(weight.rows / self.block[0]) * ceil(weight.columns / self.block[1])
             return weight.params + 4 * scales, 2
@@ -302,7 +310,25 @@ def read_model(source: str | Path) -> ModelSpec:
         raise ConfigError(path, "", f"is not valid JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(path, "", f"holds a {type(raw).__name__}, not the JSON object of a model's config")
-    return spec_from_config(raw, _name(raw, path), where=path)
+    return spec_from_config(raw, _name(raw, path), where=path, gate=gate_bytes(path.parent))
+
+
+def gate_bytes(folder: Path) -> int:
+    """Bytes of a parameter of a router's gate in a checkpoint folder, 0 where there is none to look at: some families' gates are
+    published in bf16, and written in fp32 by transformers, which computes with them so."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+        files = [folder / file for name, file in found.items() if _is_gate(name)] or [folder / "model.safetensors"]
+        with files[0].open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return next((_STORED_BYTES.get(entry["dtype"], 0) for name, entry in header.items() if _is_gate(name)), 0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
+        return 0  # what is wrong with the files, the runtime says when it reads them
+
+
+def _is_gate(name: str) -> bool:
+    return name.endswith((".gate.weight", ".router.weight"))
 
 
 def _name(raw: Mapping[str, Any], path: Path) -> str:
@@ -318,14 +344,16 @@ def _name(raw: Mapping[str, Any], path: Path) -> str:
     return folder.name
 
 
-def spec_from_config(config: Mapping[str, Any], name: str, where: str | Path = "config.json") -> ModelSpec:
-    """The ModelSpec of a raw ``config.json``. ``where`` is what errors call the file. Raises ConfigError."""
+def spec_from_config(
+    config: Mapping[str, Any], name: str, where: str | Path = "config.json", gate: int = 0
+) -> ModelSpec:
+    """The ModelSpec of a raw ``config.json``. ``where`` is what errors call the file; gate: see ``gate_bytes``. Raises ConfigError."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise _Config(config, str(where)).error("model_type", f"is {model_type!r}, which is not supported")
     family = _FAMILIES[model_type]
     cfg = _Config(config, str(where), {**_ANY_FAMILY, **family.reads})
-    precision = _precision(cfg)
+    precision = replace(_precision(cfg), gate=gate)
     hidden, vocab = cfg.integer("hidden_size"), cfg.integer("vocab_size")
     embedding = precision.module([_Weight(vocab, hidden, "matrix")])
     head_bias = [_Weight(vocab)] if cfg.flag("lm_head_bias") else []
@@ -482,7 +510,7 @@ def _mlp_block(cfg: _Config, family: _Family, precision: _Precision, routed: boo
     if top_k > experts:
         raise cfg.error("num_experts_per_tok", f"is {top_k}, more than the {experts} experts")
     inner = cfg.integer(family.expert_size)
-    gate = [_Weight(experts, hidden, "matrix")]
+    gate = [_Weight(experts, hidden, "gate")]
     if family.correction_bias:
         gate.append(_Weight(experts, use="buffer"))
     if family.fused_experts:

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from klotski_compiler.bounds import bound_tokens_per_s, intervals, relaxations
+from klotski_compiler.bounds.certificate import bound_tokens_per_s, intervals, relaxations
 from klotski_compiler.cost import Cost
 from klotski_compiler.hardware import read_hardware
 from klotski_compiler.milp.solve import Solver, residency
-from klotski_compiler.mixed import Mixed
+from klotski_compiler.bounds.mixed import Mixed
 from klotski_compiler.model import read_model
 from klotski_compiler.pipeline import Lowered, lower
 from klotski_compiler.plan import Decision, LayerDecision, Workload
 from klotski_compiler.policies import POLICIES, policy
-from klotski_compiler.relaxation import SPANS, Relaxation
+from klotski_compiler.bounds.apart import SPANS, Relaxation
 from klotski_compiler.routing import uniform
 from plans import tiny_decision, tiny_hardware, tiny_spec
 
@@ -156,7 +156,18 @@ def test_parts_of_prefill_cost_memory_or_transfers() -> None:
     tight.room = lambda sequences: 0.3 * spec.nbytes  # type: ignore[method-assign]
     assert tight.refined_us(1) > tight.least_us(1, 1) * 1.01
     tight.room = lambda sequences: 1 << 40  # type: ignore[method-assign]
-    assert tight.refined_us(1) == tight.least_us(1, 1)
+    assert tight.refined_us(1) == min(tight.least_us(1, 1, batches=n) for n in (1, 2))
+
+
+def test_batches_cost_ops_and_one_batch_shares_nothing() -> None:
+    """One batch is attended to by one processor at a time, two take twice as many ops: either is no less than what both might do."""
+    spec = tiny_spec()
+    cost = Cost(spec, tiny_hardware(True), uniform(spec), "bf16")
+    bound = Relaxation(cost, Workload(prompt_len=256, gen_len=64, num_sequences=8), {"gpu": 1 << 40, "host": 1 << 40})
+    bound.room = lambda sequences: 1.1 * spec.nbytes  # type: ignore[method-assign]
+    any_number, one, two = (bound.least_us(1, 1, batches=n) for n in (0, 1, 2))
+    assert any_number <= min(one, two)
+    assert bound.refined_us(1) >= min(one, two)
 
 
 def test_host_memory_lends_a_place_to_what_passes_through() -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from klotski_compiler.errors import ConfigError
-from klotski_compiler.model import Module, read_model, spec_from_config
+from klotski_compiler.model import Module, gate_bytes, read_model, spec_from_config
 from klotski_compiler.shipped import shipped, shipped_names
 
 SIZES = {
@@ -97,9 +98,11 @@ def in_parts(sizes: dict[str, int], routed: tuple[int, ...]) -> Counter[tuple[in
     return sums
 
 
-def spec_parts(config: dict[str, Any], field: str) -> tuple[dict[tuple[int | str, str], int], tuple[int, ...]]:
+def spec_parts(
+    config: dict[str, Any], field: str, gate: int = 0
+) -> tuple[dict[tuple[int | str, str], int], tuple[int, ...]]:
     """One field of each Module of the ModelSpec, by (layer, part), all experts of a layer together."""
-    spec = spec_from_config(config, "tiny")
+    spec = spec_from_config(config, "tiny", gate=gate)
     modules: list[tuple[int | str, str, Module | None, int]] = [
         ("", "embed_tokens", spec.embedding, 1), ("", "norm", spec.norm, 1), ("", "lm_head", spec.head, 1)
     ]  # fmt: skip
@@ -156,6 +159,23 @@ def test_parameters_equal_those_that_transformers_builds(family: str, changes: d
     assert [layer.sliding_window for layer in spec.layers] == windows
 
 
+@pytest.mark.parametrize(("dtype", "nbytes"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_gates_may_be_stored_wider_than_the_rest(dtype: torch.dtype, nbytes: int, tmp_path: Path) -> None:
+    """As published, or as transformers writes those that it computes with in fp32: one file, or several by an index."""
+    config = raw_config("deepseek_v3")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    as_any = read_model(tmp_path)
+    save_file({"model.layers.3.mlp.gate.weight": torch.zeros(8, 64, dtype=dtype)}, tmp_path / "model.safetensors")
+    routers = [spec.layers[-1].router for spec in (as_any, read_model(tmp_path))]
+    assert routers[0] and routers[1] and routers[1].nbytes - routers[0].nbytes == (nbytes - 2) * 8 * 64
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-1.safetensors")
+    index = {"weight_map": {"model.layers.3.mlp.gate.weight": "model-1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert read_model(tmp_path).layers[-1].router == routers[1]
+    (tmp_path / "model-1.safetensors").write_bytes(b"damaged")
+    assert read_model(tmp_path) == as_any
+
+
 @pytest.mark.parametrize("family", REQUIRED)
 def test_bytes_segments_and_cache_equal_those_of_a_saved_and_run_model(family: str, tmp_path: Path) -> None:
     config = small_config(family)
@@ -172,10 +192,10 @@ def test_bytes_segments_and_cache_equal_those_of_a_saved_and_run_model(family: s
         "nbytes": {name: tensor.nbytes for name, tensor in tensors.items()},
         "segments": {name: slices if ".experts." in name else 1 for name in tensors},
     }.items():
-        parts, routed = spec_parts(config, field)
+        parts, routed = spec_parts(config, field, gate_bytes(tmp_path))
         assert parts == in_parts(sizes, routed)
     spec = read_model(tmp_path)
-    assert spec == spec_from_config(config, tmp_path.name)
+    assert spec == spec_from_config(config, tmp_path.name, gate=gate_bytes(tmp_path))
     assert spec.nbytes == sum(tensor.nbytes for tensor in tensors.values())
 
     cache = DynamicCache(config=model.config)

@@ -137,8 +137,8 @@ class Queue:
         self.heads = deque(p.head_pages())
         self.unsent = {layer: len(p.sent_batches(layer)) for layer in p.layers}
         for number, unit in enumerate(unit for layer in p.layers for unit in self._units(layer)):
-            opens = unit.layer == 0 and unit.kind in ("module", "named") and unit.slots <= self.free
-            if opens and not self.queues["named"]:
+            opens = unit.layer == 0 and unit.kind in ("module", "named", "far") and unit.slots <= self.free
+            if opens and not self.queues["named"] and not self.queues["far"]:
                 self.opening.append(unit)
                 self.loaded.update(unit.tensors)
                 self.free -= unit.slots
@@ -152,11 +152,11 @@ class Queue:
         yield from (Unit(layer, "kv", (batch,)) for batch in p.sent_batches(layer))
         yield from (Unit(layer, "module", (tensor,)) for tensor in p.router_weights(layer))
         named = p.static_experts(layer)
-        far = [expert for expert in named if p.is_far(expert)]
-        kinds = {"named": [e for e in named if e not in far], "far": far, "late": p.picks(layer)}
-        for kind, experts in kinds.items():
-            for chosen in units(experts, p.decision.unit):
-                yield Unit(layer, kind, tuple(chosen), len(chosen))
+        near, far = ([e for e in named if p.is_far(e) == there] for there in (False, True))
+        streamed = [Unit(layer, "named", tuple(unit), len(unit)) for unit in units(near, p.decision.unit)]
+        streamed += [Unit(layer, "far", tuple(unit), len(unit)) for unit in units(far, p.decision.unit)]
+        yield from sorted(streamed, key=lambda unit: named.index(unit.tensors[0]))
+        yield from (Unit(layer, "late", tuple(unit), len(unit)) for unit in units(p.picks(layer), p.decision.unit))
 
     def advance(self, layer: int, waiting: bool = False) -> None:
         """Write what can travel now, first what is needed first; if the processor is ``waiting``, also what is still to be fetched."""
@@ -176,17 +176,21 @@ class Queue:
             self._write(self.opening.popleft(), next_pass=True)
 
     def _sendable(self, waiting: bool) -> Iterator[deque[Unit]]:
-        """Queues by kind; what is fetched only once it has come, since what is sent after it would wait for it."""
+        """Queues by kind; while late experts are still to come, what is fetched only once it has come, since they would wait for it."""
         yield from (queue for kind, queue in self.queues.items() if kind != "far")
-        if self.fetched and (waiting or self.clock.fetched(self.fetched[0].tensors)):
+        late = self.queues["late"]
+        if self.fetched and (
+            waiting
+            or not (late and late[0].layer <= self.fetched[0].layer)
+            or self.clock.fetched(self.fetched[0].tensors)
+        ):
             yield self.fetched
 
     def _fetch(self) -> None:
-        """Experts from disk, of this layer and the next, while there are staging slots."""
-        far = self.queues["far"]
-        while far and len(self.fetched) < self.staging and far[0].layer <= self.layer + 1:
-            self.p.fetch(*far[0].tensors)
-            self.fetched.append(far.popleft())
+        """Experts from disk, however far ahead, while there are staging slots: the disk should never wait."""
+        while self.queues["far"] and len(self.fetched) < self.staging:
+            self.fetched.append(self.queues["far"].popleft())
+            self.p.fetch(*self.fetched[-1].tensors)
 
     def _may_open(self, unit: Unit) -> bool:
         """Modules for the next pass travel one layer ahead, too: earlier, they would take a third slot."""

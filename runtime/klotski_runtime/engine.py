@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from klotski_compiler.cost import GATHERED_ROWS, ROW_READERS
 from klotski_compiler.errors import ConfigError, ExecError, KlotskiError, PlanError, window
 from klotski_compiler.execute import execute
-from klotski_compiler.model import spec_from_config
+from klotski_compiler.model import gate_bytes, spec_from_config
 from klotski_compiler.plan import ALL, NOWHERE, Bind, Compute, Load, Phase, Plan, Step, Store, Tensor
 from klotski_compiler.tensors import page_rows
 from klotski_compiler.verify import verify
@@ -206,7 +206,9 @@ class Engine:
         other = f"the plan is for {plan.model}, another model than this checkpoint"
         mend = f"name that model with --model, or compile a plan for this one with klotski-compile {folder}"
         try:
-            spec = spec_from_config(self.checkpoint.config, plan.model, folder / "config.json")
+            spec = spec_from_config(
+                self.checkpoint.config, plan.model, folder / "config.json", gate=gate_bytes(folder)
+            )
         except ConfigError as fault:
             if fault.field != "model_type":
                 raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,9 @@ from klotski_runtime.kv import KvShape
 
 WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 """Compute dtype -> the type in which expert outputs are summed."""
+
+CACHE = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
+"""What transformers calls the argument: the first since 5.24."""
 
 MODEL_PARTS = {"model", "lm_head"}
 BASE_PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -202,7 +206,7 @@ class Skeleton:
         # Only its shape and dtype are read.
         embeds = torch.empty(1, dtype=self.compute_dtype).expand(present.shape[0], queries, self.hidden)
         mask: torch.Tensor | None = make(
-            config=self.config, inputs_embeds=embeds, attention_mask=present, past_key_values=cache
+            config=self.config, inputs_embeds=embeds, attention_mask=present, **{CACHE: cache}
         )
         if mask is None and queries == 1 and self.config._attn_implementation == "sdpa":
             # torch's CPU kernel for grouped queries reads the cache ten times slower where no mask is given.
@@ -225,7 +229,7 @@ class Skeleton:
             position_embeddings=angles,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
+            **{CACHE: cache},
         )[0]
         return out
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from math import ceil, inf
+from math import inf
 
 from klotski_compiler.cost import Cost
 from klotski_compiler.milp.formulation import Terms, plus
 from klotski_compiler.plan import Workload
-from klotski_compiler.relaxation import DECODE, PREFILL, Relaxation, Weight
+from klotski_compiler.bounds.apart import DECODE, PREFILL, Relaxation, Weight
 
 BESIDE, AFTER = (
     2,
@@ -27,8 +27,8 @@ class Mixed(Relaxation):
     take their time beside all joining passes. All of them together take what the one busiest resource does; for that, the CPU may
     help with whatever decodes.
 
-    An op works on the prompts of one cohort and on one token of each other sequence at most. With x <= S sequences in a pass, an expert
-    is touched with at least x / S of the probability for S.
+    An op of experts works on the prompts of one cohort and on one token of each other sequence at most; attention and router on one
+    cohort. With x <= S sequences in a pass, an expert is touched with at least x / S of the probability for S.
     """
 
     phases = ("load", "prefill", "decode", "after")
@@ -60,12 +60,12 @@ class Mixed(Relaxation):
         """Prefill's parts are the cohorts."""
         return self.least_us(size, size)
 
-    def least_us(self, first: int, last: int, parts: int = 1, most_parts: int = 0) -> float:
+    def least_us(self, first: int, last: int, parts: int = 1, most_parts: int = 0, batches: int = 0) -> float:
         """Lower bound on everything, for ``first`` to ``last`` sequences at once; infinite where cohorts would be less than one."""
         return super().least_us(first, last) if self.ages[0] <= last else inf
 
     def demands(
-        self, first: int, low: int, high: int, weights: list[Weight], staging: int
+        self, first: int, low: int, high: int, weights: list[Weight], staging: int, batches: int
     ) -> Iterator[tuple[str, list[Terms]]]:
         """Joining passes, those between, those after, and all of them together."""
         other_us, cores_us = (*self._passes_us(high), 0.0), ((0.0, inf), *self._cores_us(high), (0.0, inf))
@@ -76,7 +76,7 @@ class Mixed(Relaxation):
         ]
         yield "prefill", work[PREFILL]
         yield "decode", work[DECODE]
-        yield "decode", self.beside(self._each_us(self._layers_us, high)[DECODE], cores_us[DECODE], weights)
+        yield "decode", self.beside(self._layered_us(high)[DECODE], cores_us[DECODE], weights, self.most(high))
         yield "after", work[AFTER]
         yield "prefill decode after", [plus(*resource) for resource in zip(*work, strict=True)]
 
@@ -99,27 +99,39 @@ class Mixed(Relaxation):
             if not self.cost.cpu_helps:
                 out.append(Weight(nbytes, moved, each, far_bytes=far))
                 continue
-            cpu, *beside = (total * one(high) / high for one in self._shared_us(layer, q, count))
+            cpu, *beside = (total * one(high) / high for one in self._shared_us(layer, q, count, self.most(high)))
             helped = (n * cpu if n else inf for n in (self.between, self.between and self.passes - self.between))
             out.append(Weight(nbytes, moved, each, (inf, *helped, inf), far, *(self.between * us for us in beside)))
         return out
 
     def _each_us(self, per_pass: Callable[[int], float], high: int) -> tuple[float, float, float]:
-        """Least time of what joins, of what decodes between, and of what decodes beside what joins."""
+        """Least time of what joins, of what decodes between, and of what decodes beside what joins: of ops on all that is there."""
         total, prompt = self.workload.num_sequences, self.workload.prompt_len
-        most = ceil(high / self.ages[0]) * prompt + high
+        most = self._cohort(high) * prompt + high
         joining, alone = total * per_pass(most) / most, total * per_pass(high) / high
         return prompt * joining, self.between * alone, (self.passes - self.between) * joining
+
+    def _cohort(self, high: int) -> int:
+        """Most sequences of a cohort."""
+        return -(-high // self.ages[0])
+
+    def _layered_us(self, high: int) -> tuple[float, float, float]:
+        """The same of what is before experts: no op works on sequences of two ages."""
+        total, prompt, cohort = self.workload.num_sequences, self.workload.prompt_len, self._cohort(high)
+        alone = total * self._layers_us(cohort) / cohort
+        return (
+            total * self._layers_us(cohort * prompt) / cohort,
+            self.between * alone,
+            (self.passes - self.between) * alone,
+        )
 
     def _passes_us(self, high: int) -> tuple[float, float, float]:
         """Least work of the processor beside experts and cached keys and values."""
         head = self.workload.num_sequences * self.cost.module_us(self.cost.spec.head, high) / high
-        join, between, beside = self._each_us(self._pass_us, high)
-        return (
-            join + head + self.pairs_us(),
-            between + self.between * head,
-            beside + (self.passes - self.between) * head,
-        )
+        ends, layers = self._each_us(self._ends_us, high), self._layered_us(high)
+        times = head + self.pairs_us(), self.between * head, (self.passes - self.between) * head
+        join, between, beside = (sum(parts) for parts in zip(ends, layers, times, strict=True))
+        return join, between, beside
 
     def _cores_us(self, high: int) -> Iterator[tuple[float, float]]:
         """Reading keys and values between and beside: of the processor, and of the CPU."""

@@ -25,8 +25,8 @@ GIB = 1 << 30  # of memory in the linear program
 TOLERANCE = 1e-6  # of its solver
 CLOSE = 1e-4  # bounds that differ by less are equal
 SPANS, GROWN = 4, 1.2  # decode whose context grows by more than that factor is bounded in so many spans
-MOST = 0.9  # of a group's sequences: an op of an expert on so many leaves little to attend to beside it
-SPLITS = (0.5, 0.6, 0.7, 0.8, MOST)  # shares of sequences in the larger part of two, between which costs are bounded
+FEW = 8  # sequences of a group: an op of an expert on all but so many leaves little to attend to beside it
+SPLITS = 5  # intervals of the share of sequences in the larger of two parts, in each of which costs are bounded
 PREFILL, DECODE = 0, 1  # kinds of passes, as indices of a weight's work
 
 
@@ -36,7 +36,7 @@ class Weight:
     crosses a link if it is not kept; far_bytes, what crosses the disk's link if it lives on disk before a GPU, empty where it cannot;
     compute_us, work of the compute tier's processor; cpu_us, of the CPU, were it computed there, infinite where it cannot be.
 
-    Of decode beside a CPU, see ``Relaxation``: split_us as compute_us, if no op covers ``MOST`` of the sequences; most_us, of an op that
+    Of decode beside a CPU, see ``Relaxation``: split_us as compute_us, if no op covers all sequences but a few; most_us, of an op that
     does; alone_us as cpu_us, without waiting for attention."""
 
     nbytes: float
@@ -62,8 +62,8 @@ class Relaxation:
     nothing to do between attention and those, and between those and the next attention; a layer counts by the share of its experts.
     *Beside one another.* While an op computes an expert over all sequences, nobody attends: attention of its layer is done, that of the
     next has not begun. So the CPU's experts, which are computed so, take their time beside the GPU's attention; and so do the GPU's
-    beside the CPU's attention, but for what that has left to do when an op covers ``MOST`` of them; or an expert is computed by parts,
-    which reads it more than once.
+    beside the CPU's attention, but for what that has left to do when an op covers all but a few; or an expert is computed by parts,
+    which reads it more than once. To share a layer's attention takes two batches, each with its ops (``refined_us``).
     *Links.* What is not kept in the tier crosses its link in every pass: weights whole, experts at least if they are
     touched, which is least likely at low; KV as written and read back. Latencies are left out.
     *Spans.* What is decided is decided for all of decode: while contexts grow, no share can follow what is busiest. Decode takes
@@ -113,6 +113,8 @@ class Relaxation:
         """``least_us`` of one number of groups, with what prefill in parts takes: few parts keep the states of many prompts at once, many
         read the weights as often. Intervals of their number are bounded; where one adds nothing, the others need no look."""
         least = self.least_us(groups, groups)
+        if self.cost.cpu_attends and self.passes and not isinf(least):
+            least = max(least, min(self.least_us(groups, groups, batches=n) for n in (1, 2)))
         found, parts, low = inf, 1, -(-self.workload.num_sequences // groups)
         while not isinf(least):
             found = min(found, self.least_us(groups, groups, parts, 2 * parts - 1))
@@ -123,9 +125,9 @@ class Relaxation:
             parts *= 2
         return max(least, found)
 
-    def least_us(self, first: int, last: int, parts: int = 1, most_parts: int = 0) -> float:
+    def least_us(self, first: int, last: int, parts: int = 1, most_parts: int = 0, batches: int = 0) -> float:
         """Lower bound on load plus all groups, for every number of groups in first .. last, and of prefill's parts from parts to
-        most_parts (0: any); infinite if nothing fits."""
+        most_parts (0: any); of one batch, two or more, or (0) any number; infinite if nothing fits."""
         prompt, (low, high) = self.workload.prompt_len, self.sequences(first, last)
         room = self.room(low)
         if most_parts:
@@ -135,7 +137,9 @@ class Relaxation:
         if room < 0:
             return inf
         places = (1, 2) if self.tier == "gpu" and self.budget["host"] < self.expert_bytes else (0,)
-        answers = [Solver(self.program(first, low, high, room, staging, parts)).relaxed() for staging in places]
+        answers = [
+            Solver(self.program(first, low, high, room, staging, parts, batches)).relaxed() for staging in places
+        ]
         found = [answer.objective for answer in answers if answer.status != "infeasible"]
         return SCALE_US * min(found) * (1 - TOLERANCE) if found else inf
 
@@ -149,7 +153,9 @@ class Relaxation:
         total = self.workload.num_sequences
         return -(-total // last), -(-total // first)
 
-    def program(self, first: int, low: int, high: int, room: float, staging: int = 0, parts: int = 1) -> Model:
+    def program(
+        self, first: int, low: int, high: int, room: float, staging: int = 0, parts: int = 1, batches: int = 0
+    ) -> Model:
         """min load + sum over phases of T, subject to T >= the work of each resource, and to the memory of each tier.
 
         Variables, all shares of a weight i or of the KV cache: kept[i] in the compute tier, near[i] in host memory before a GPU
@@ -206,7 +212,7 @@ class Relaxation:
             least = {f"decode[{j}]": NEGLIGIBLE / 8 - 1 for j in range(self.spans)}
             row("spans", {"decode": 1.0, **least}, lower=0.0)
         row("work[load]", {"load": 1.0} | times(-1.0, load), lower=0.0)
-        for family, (phases, resources) in enumerate(self.demands(first, low, high, weights, staging)):
+        for family, (phases, resources) in enumerate(self.demands(first, low, high, weights, staging, batches)):
             for number, terms in enumerate(resources):
                 row(
                     f"work[{phases}.{family}.{number}]",
@@ -216,38 +222,55 @@ class Relaxation:
         return model
 
     def demands(
-        self, first: int, low: int, high: int, weights: list[Weight], staging: int
+        self, first: int, low: int, high: int, weights: list[Weight], staging: int, batches: int
     ) -> Iterator[tuple[str, list[Terms]]]:
         """What each resource must do in a phase, or in several together, by what is kept."""
         prefill, decode = self.compute_us(first, low, high)
         layers = self.passes * self._least(self._layers_us, 1, first, low, high)
+        if batches > 1:  # two of half the size take least
+            halves = self.passes * self._least(lambda n: 2 * self._layers_us(n / 2), 1, first, low, high)
+            decode, layers = decode + halves - layers, halves
         yield "prefill", self.work(PREFILL, prefill, (0.0, inf), 0.0, weights, staging)
         cores, middle = self.cores_us(high), sum(self.contexts) / 2
         yield "decode", self.work(DECODE, decode, cores, self.passes, weights, staging, middle)
-        yield "decode", self.beside(layers, cores, weights)
+        yield "decode", self.beside(layers, cores, weights, self.most(high), batches=batches)
         for j in range(self.spans):
             begin, end, part = j / self.spans, (j + 1) / self.spans, 1 / self.spans
             context = (begin + end) / 2 * (self.contexts[1] - self.contexts[0]) + self.contexts[0]
             passes, cores = self.passes * part, self.cores_us(high, (begin, end))
             yield f"decode[{j}]", self.work(DECODE, decode * part, cores, passes, weights, staging, context, part)
-            yield f"decode[{j}]", self.beside(layers * part, cores, weights, part)
+            yield f"decode[{j}]", self.beside(layers * part, cores, weights, self.most(high), part, batches)
+
+    def most(self, high: int) -> float:
+        """The share of sequences that all but a few are."""
+        return max(0.75, 1 - FEW / high)
 
     def beside(
-        self, layers_us: float, cores_us: tuple[float, float], weights: list[Weight], part: float = 1.0
+        self,
+        layers_us: float,
+        cores_us: tuple[float, float],
+        weights: list[Weight],
+        most: float,
+        part: float = 1.0,
+        batches: int = 0,
     ) -> list[Terms]:
         """What cannot be done at the same time in decode: the GPU's attention and the CPU's experts; the CPU's attention and the GPU's
-        experts. layers_us: of the GPU around attention."""
+        experts or, with one batch, anything of the GPU's. layers_us: of the GPU around attention. most: see ``most``."""
         core_here, core_cpu = cores_us
         gpu: Terms = {"": (layers_us + core_here) / SCALE_US}
         cpu: Terms = {"": 0.0}
         if core_cpu < inf:
             gpu["cpu[kv]"] = -core_here / SCALE_US
-            cpu = {"": -(1 - MOST) * core_cpu / SCALE_US, "cpu[kv]": core_cpu / SCALE_US}
+            cpu = {"": -(1 - most) * core_cpu / SCALE_US, "cpu[kv]": core_cpu / SCALE_US}
+        one = dict(gpu)
+        if batches == 1:
+            one["cpu[kv]"] += core_cpu / SCALE_US
         for i, weight in enumerate(weights):
             if weight.cpu_us[DECODE] < inf:
                 gpu[f"cpu[{i}]"] = weight.alone_us * part / SCALE_US
                 cpu[f"most[{i}]"] = weight.most_us * part / SCALE_US
-        return [gpu, cpu]
+                one |= dict.fromkeys([f"most[{i}]", f"split[{i}]"], weight.compute_us[DECODE] * part / SCALE_US)
+        return [gpu, cpu, *([one] if batches == 1 else [])]
 
     def work(
         self,
@@ -368,22 +391,26 @@ class Relaxation:
                 out.append(Weight(nbytes, moved, compute, far_bytes=far))
                 continue
             cpu, *beside = (
-                self.passes * self._least(one, 1, first, low, high) for one in self._shared_us(layer, q, count)
+                self.passes * self._least(one, 1, first, low, high)
+                for one in self._shared_us(layer, q, count, self.most(high))
             )
             out.append(Weight(nbytes, moved, compute, (inf, cpu), far, *beside))
         return out
 
-    def _shared_us(self, layer: Layer, q: float, count: int) -> Iterator[Callable[[int], float]]:
+    def _shared_us(self, layer: Layer, q: float, count: int, most: float) -> Iterator[Callable[[float], float]]:
         """Experts of a decode pass over so many tokens where a CPU may help: on the CPU; by parts, in an op that covers most, and on the
         CPU without waiting."""
-        here = partial(self._expert_us, layer, q, count, "")
+        here, shares = (
+            partial(self._expert_us, layer, q, count, ""),
+            [0.5 + (most - 0.5) * i / SPLITS for i in range(SPLITS + 1)],
+        )
 
-        def split(tokens: int) -> float:
-            return min(here(least * tokens) + here((1 - most) * tokens) for least, most in pairwise(SPLITS))
+        def split(tokens: float) -> float:
+            return min(here(least * tokens) + here((1 - greatest) * tokens) for least, greatest in pairwise(shares))
 
         yield partial(self._on_cpu_us, layer, q, count)
         yield split
-        yield lambda tokens: here(MOST * tokens)
+        yield lambda tokens: here(most * tokens)
         yield partial(self._on_cpu_us, layer, q, count, waiting=False)
 
     # ------------------------------------------------------------------------------------------------------- compute
@@ -415,13 +442,17 @@ class Relaxation:
 
     def _pass_us(self, tokens: int) -> float:
         """A pass over so many tokens, without experts, head and what attention does with keys and values."""
-        return 4 * self.cost.processor.op_us + self.cost.embed_us(tokens, True) + self._layers_us(tokens)
+        return self._ends_us(tokens) + self._layers_us(tokens)
 
-    def _layers_us(self, tokens: int) -> float:
+    def _ends_us(self, tokens: int) -> float:
+        """Of that, what is outside the layers."""
+        return 4 * self.cost.processor.op_us + self.cost.embed_us(tokens, True)
+
+    def _layers_us(self, tokens: float) -> float:
         """Of that, what is before the experts of all layers."""
         return sum(count * self._layer_us(layer, tokens) for layer, count in self.layers)
 
-    def _layer_us(self, layer: Layer, tokens: int) -> float:
+    def _layer_us(self, layer: Layer, tokens: float) -> float:
         """Projections of attention, then router and shared expert, or the dense MLP."""
         op_us, processor = self.cost.processor.op_us, self.cost.processor
         time_us = processor.attention_op_us + self.cost.projections_us(layer, tokens)
@@ -444,12 +475,12 @@ class Relaxation:
             time_us += read * matmul_us(processor, self.cost.dtype, rows, layer.expand_flops // 2, 0) / rows
         return time_us
 
-    def _on_cpu_us(self, layer: Layer, q: float, count: int, tokens: int, waiting: bool = True) -> float:
+    def _on_cpu_us(self, layer: Layer, q: float, count: int, tokens: float, waiting: bool = True) -> float:
         """Experts on the CPU, and their share of the time for which it has nothing to do in a layer where it computes any: until their
         input has come, and from their last sum until that is added; if ``waiting``, also what is around attention."""
         cost, (into, back) = self.cost, self.cost.links
-        waits = cost.transfer_us(back, rows_bytes(cost.spec, tokens, cost.dtype)) + cost.sums_us(tokens)
-        waits += cost.transfer_us(into, sums_bytes(cost.spec, tokens, cost.dtype))
+        waits = cost.transfer_us(back, rows_bytes(cost.spec, int(tokens), cost.dtype)) + cost.sums_us(tokens)
+        waits += cost.transfer_us(into, sums_bytes(cost.spec, int(tokens), cost.dtype))
         waits += cost.processor.op_us
         waits += cost.processor.attention_op_us + cost.processor.router_op_us if waiting else 0.0
         return self._expert_us(layer, q, count, CPU, tokens) + waits * count / layer.num_experts

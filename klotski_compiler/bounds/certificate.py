@@ -6,9 +6,9 @@ from heapq import heappop, heappush
 from math import isinf
 
 from klotski_compiler.cost import Cost
-from klotski_compiler.mixed import Mixed
+from klotski_compiler.bounds.mixed import Mixed
 from klotski_compiler.plan import Workload
-from klotski_compiler.relaxation import Relaxation
+from klotski_compiler.bounds.apart import Relaxation
 
 
 def relaxations(

@@ -1,0 +1,1 @@
+"""What no schedule can beat (design 7.2): a lower bound on time for each class of schedules."""
