@@ -16,6 +16,7 @@ from functools import cached_property
 from itertools import count, cycle, product
 from math import inf, isinf
 
+from klotski_compiler.bounds.apart import Relaxation
 from klotski_compiler.bounds.certificate import relaxations
 from klotski_compiler.candidates import FITTED, MANY_EXPERTS, MOST_AGES, Request, fitted_sizes, lean, resized, shape_of
 from klotski_compiler.errors import Infeasible
@@ -25,7 +26,6 @@ from klotski_compiler.milp.solve import relaxed_us
 from klotski_compiler.pipeline import Lowered, lower
 from klotski_compiler.plan import Decision
 from klotski_compiler.policies import OURS, policy
-from klotski_compiler.bounds.apart import Relaxation
 from klotski_compiler.rough import busiest_us, load_us, rough_us
 
 __all__ = ["Best", "Rated", "Request", "Search"]

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
+from klotski_compiler.bounds.apart import SPANS, Relaxation
 from klotski_compiler.bounds.certificate import bound_tokens_per_s, intervals, relaxations
+from klotski_compiler.bounds.mixed import Mixed
 from klotski_compiler.cost import Cost
 from klotski_compiler.hardware import read_hardware
 from klotski_compiler.milp.solve import Solver, residency
-from klotski_compiler.bounds.mixed import Mixed
 from klotski_compiler.model import read_model
 from klotski_compiler.pipeline import Lowered, lower
 from klotski_compiler.plan import Decision, LayerDecision, Workload
 from klotski_compiler.policies import POLICIES, policy
-from klotski_compiler.bounds.apart import SPANS, Relaxation
 from klotski_compiler.routing import uniform
 from plans import tiny_decision, tiny_hardware, tiny_spec
 

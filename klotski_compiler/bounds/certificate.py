@@ -5,10 +5,10 @@ from __future__ import annotations
 from heapq import heappop, heappush
 from math import isinf
 
-from klotski_compiler.cost import Cost
-from klotski_compiler.bounds.mixed import Mixed
-from klotski_compiler.plan import Workload
 from klotski_compiler.bounds.apart import Relaxation
+from klotski_compiler.bounds.mixed import Mixed
+from klotski_compiler.cost import Cost
+from klotski_compiler.plan import Workload
 
 
 def relaxations(

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from math import inf
 
+from klotski_compiler.bounds.apart import DECODE, PREFILL, Relaxation, Weight
 from klotski_compiler.cost import Cost
 from klotski_compiler.milp.formulation import Terms, plus
 from klotski_compiler.plan import Workload
-from klotski_compiler.bounds.apart import DECODE, PREFILL, Relaxation, Weight
 
 BESIDE, AFTER = (
     2,

@@ -206,9 +206,7 @@ class Engine:
         other = f"the plan is for {plan.model}, another model than this checkpoint"
         mend = f"name that model with --model, or compile a plan for this one with klotski-compile {folder}"
         try:
-            spec = spec_from_config(
-                self.checkpoint.config, plan.model, folder / "config.json", gate=gate_bytes(folder)
-            )
+            spec = spec_from_config(self.checkpoint.config, plan.model, folder / "config.json", gate=gate_bytes(folder))
         except ConfigError as fault:
             if fault.field != "model_type":
                 raise
