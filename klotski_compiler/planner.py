@@ -40,6 +40,7 @@ def compile_plan(request: Request, progress: Callable[[str, float], None] | None
                 refusals[name] = found
             else:
                 timed += found
+        timed += search.borrowed(timed)
         try:
             best = search.whole_best(timed, refusals)
             break
@@ -85,7 +86,7 @@ def _timed(search: Search, name: str) -> list[Rated] | Infeasible:
 def candidates(best: list[Best], timed: list[Rated], refusals: dict[str, Infeasible]) -> list[Candidate]:
     """One line per policy, fastest first: its whole schedule where it was lowered, else its estimate, else why there is none."""
     found = {b.policy: (b.tokens_per_s, b.decision) for b in reversed(best)}
-    for rated in timed:
+    for rated in sorted(timed, key=lambda r: -r.tokens_per_s):
         if rated.policy not in refusals:
             found.setdefault(rated.policy, (rated.tokens_per_s, rated.decision))
     lines = [

@@ -19,7 +19,7 @@ from math import inf, isinf
 from klotski_compiler.bounds.apart import Relaxation
 from klotski_compiler.bounds.certificate import relaxations
 from klotski_compiler.candidates import FITTED, MANY_EXPERTS, MOST_AGES, Request, fitted_sizes, lean, resized, shape_of
-from klotski_compiler.errors import Infeasible
+from klotski_compiler.errors import Infeasible, PlanError
 from klotski_compiler.fill import SAMPLED, Fills, slot_bytes
 from klotski_compiler.milp.problem import EXACT_EXPERTS
 from klotski_compiler.milp.solve import relaxed_us
@@ -35,7 +35,7 @@ KEPT_FINER = 2  # sizes that are tried with so many
 WORTH = 0.002  # what another decision must save of simulated time
 WORTH_SCORED = 0.0002  # what another micro-batch must save by its score, which is exact: several small steps add up
 WORTH_ROLLING = (
-    0.01  # what rolling order must gain: a schedule in phases apart is simpler, and its groups end one by one
+    0.005  # what rolling order must gain: a schedule in phases apart is simpler, and its groups end one by one
 )
 KEPT_FITTED = 4  # decisions per size whose micro-batches are fitted to the memory that they leave
 FITTING_GAIN = 0.1  # how much that may gain
@@ -44,6 +44,7 @@ KEPT_SCORED = 2  # sizes per policy that are timed on short models
 KEPT_SOLVED, KEPT_OTHER = 6, 3  # and of the policy whose residency is solved, and of these in the other order
 FAR_BEHIND = 0.07  # of an order that is given up
 ORDER_ERROR = 0.3  # how much less well a score may judge one order than the other
+BORROWED = 2  # decisions of other policies that are tried in our order
 KEPT_WHOLE = 3  # and of those, that may be lowered whole
 ESTIMATE_ERROR = 0.05  # how far a short model's time may be off
 MOST_WHOLE = {2000: 2, MANY_EXPERTS: 1}  # schedules that are lowered whole of a model of more than so many experts
@@ -163,6 +164,16 @@ class Search(Fills):
             if us <= best_us * (1 + FITTING_GAIN) and us < inf:
                 best_us = min(best_us, us)
                 found.append((us, start))
+        return found
+
+    def borrowed(self, timed: list[Rated]) -> list[Rated]:
+        """Where other policies are ahead of ours, what they decided, in our order."""
+        ours = max((r.tokens_per_s for r in timed if r.policy == OURS), default=0.0)
+        ahead = sorted((r for r in timed if r.tokens_per_s > ours), key=lambda r: -r.tokens_per_s)
+        found = list[Rated]()
+        for other in ahead[:BORROWED] if ours else ():
+            with suppress(Infeasible, PlanError):
+                found.append(Rated(self.estimate(OURS, other.decision), OURS, other.decision, "any"))
         return found
 
     def whole_best(self, timed: list[Rated], refusals: dict[str, Infeasible]) -> list[Best]:

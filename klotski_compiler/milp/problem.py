@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
-from klotski_compiler.cost import ALWAYS, Cost, Shape
+from klotski_compiler.cost import Cost, Shape
 from klotski_compiler.model import Layer, Module
 from klotski_compiler.pipeline import shapes
 from klotski_compiler.plan import ALL, CPU, PAGE_BYTES, Decision, Workload, align_up
@@ -17,6 +17,7 @@ from klotski_compiler.program import staging_slots
 from klotski_compiler.tensors import MODULES, kv_bytes, query_bytes, rows_bytes, sums_bytes
 from klotski_compiler.workspace import spill_bytes, workspace
 
+WORTH_WAITING = 0.995  # an expert that is touched with a higher probability is never bound late
 EXACT_EXPERTS = 16  # up to so many experts, a class holds equally popular ones only
 MAX_CLASSES = 8
 SPILL_SLOTS = 3  # KV blocks in flight once any layer spills: read ahead, in use, written back
@@ -190,7 +191,7 @@ def build(
                 name=f"g{number}",
                 layers=members,
                 sizes=tuple(len(c) for c in classes),
-                late=tuple(min(touched[e][1] for e in c) <= ALWAYS for c in classes),
+                late=tuple(min(touched[e][1] for e in c) <= WORTH_WAITING for c in classes),
                 modules={kind: item(m) for kind in MODULES if (m := getattr(layer, kind))},
                 expert=item(layer.expert, loads=1 / decision.unit) if layer.expert else Item(0, 0.0, 0.0),
                 kv_slot_bytes=rows * kv[members[0]],
