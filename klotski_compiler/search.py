@@ -37,6 +37,7 @@ WORTH_SCORED = 0.0002  # what another micro-batch must save by its score, which 
 WORTH_ROLLING = (
     0.005  # what rolling order must gain: a schedule in phases apart is simpler, and its groups end one by one
 )
+ALONE = 0.05  # about what it costs that one transfer unit cannot travel while another computes, which the relaxed problem does not see
 KEPT_FITTED = 4  # decisions per size whose micro-batches are fitted to the memory that they leave
 FITTING_GAIN = 0.1  # how much that may gain
 IMPROVEMENTS = 8  # decisions near the best one that are tried
@@ -254,7 +255,8 @@ class Search(Fills):
         """About how many microseconds the workload takes with the best residency, by which the sizes of one policy compare. Raises
         Infeasible where not even streaming everything fits."""
         if policy(name).EXPERTS == "solved":
-            return relaxed_us(self.cost, self.request.workload, base, self.capacity(name, base, {}))
+            alone = ALONE if base.lead < 2 * base.unit else 0.0
+            return (1 + alone) * relaxed_us(self.cost, self.request.workload, base, self.capacity(name, base, {}))
         return rough_us(self.cost, policy(name), self.fill(name, base), self.request.workload)
 
     def fitted(self, name: str, scored: list[tuple[float, Decision]]) -> list[tuple[float, Decision]]:
