@@ -25,10 +25,7 @@ ATTENTION_SHARE = 0.08  # of the budget for what one attention call allocates
 EXPERT_ROWS = {"host": 512, "gpu": 8192}  # tokens per matmul: where its rate has long stopped growing
 LEAST_ROWS = 512  # tokens per matmul that joint may go down to: its rate has stopped growing
 LAUNCH_SHARE = 0.25  # of such a matmul's time that launching the next, which goes on beside it, may take
-LEAST_BATCH, BATCH_TOKENS = (
-    8,
-    4096,
-)  # sequences of a batch, or prompt tokens: fewer leave a processor little to do at a time
+LEAST_BATCH, BATCH_TOKENS = 8, 4096  # sequences of a batch, or prompt tokens: fewer leave a processor little to do
 UNEVEN = 1.1  # passes from a sequence's first to the last that its cohort is given, over those that it needs, at most
 MOST_AGES = 32  # batches of different age
 MANY_EXPERTS = 8000  # a model of more: loads bring twice as much, for the sake of the plan's length

@@ -11,10 +11,8 @@ from klotski_compiler.cost import Cost
 from klotski_compiler.milp.formulation import Terms, plus
 from klotski_compiler.plan import Workload
 
-BESIDE, AFTER = (
-    2,
-    3,
-)  # further kinds of passes: what decodes in passes in which others join, and passes in which no more join
+BESIDE = 2  # a further kind of passes: those in which others join, for what decodes in them
+AFTER = 3  # and those in which no more join
 
 
 class Mixed(Relaxation):
@@ -38,9 +36,8 @@ class Mixed(Relaxation):
         super().__init__(cost, workload, budgets)
         self.spans, self.strides = 0, strides
         self.ages = -(-workload.gen_len // strides[1]), -(-workload.gen_len // strides[0])  # least and most
-        beside = [
-            self.passes // s for s in range(strides[0], strides[1] + 1)
-        ]  # decode passes in which others join, at most
+        # Decode passes of a sequence in which others join, by the stride.
+        beside = [self.passes // s for s in range(strides[0], strides[1] + 1)]
         self.between = self.passes - max(beside)  # decode passes in which none joins
         positions = self.passes * sum(self.contexts) / 2
         joined = max(m * workload.prompt_len + s * m * (m + 1) / 2 for s, m in enumerate(beside, strides[0]))
