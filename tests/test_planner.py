@@ -349,6 +349,20 @@ def test_spilled_kv_is_tried_in_as_many_places_as_it_may_take() -> None:
     assert search.finer([base]) == []
 
 
+def test_buffers_shrink_where_memory_is_worth_more() -> None:
+    """A model that just fits in GPU and host memory together: what buffers take, the disk brings in every pass."""
+    hardware = read_hardware("h200")
+    budgets = {tier: memory.capacity_bytes for tier, memory in hardware.tiers.items()}
+    model, workload = read_model("mixtral-8x22b"), Workload(prompt_len=128, gen_len=512, num_sequences=52)
+    search = Search(Request(model, hardware, uniform(model), workload, budgets, "bf16"))
+    base = next(base for base in search.bases_of("joint", [52]) if base.num_batches == 1)
+    plain = search.score("joint", base)
+    [(us, fitted)] = search.fitted("joint", [(plain, base)])
+    assert us < 0.6 * plain
+    assert fitted.expert_rows < base.expert_rows and fitted.lead < base.lead
+    assert search.fitted("joint", [(us, fitted)]) == [(us, fitted)], "nothing single would better it"
+
+
 def test_of_many_estimates_the_first_are_timed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """The best by what they really take comes first."""
     search = Search(
