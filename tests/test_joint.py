@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from klotski_compiler.cost import Cost
 from klotski_compiler.pipeline import Lowered, lower
 from klotski_compiler.plan import Decision, LayerDecision, Load, Workload
@@ -35,11 +37,13 @@ def streamed(late: int, far: int, unit: int = 1, slow_disk: float = 2e7) -> tupl
     return decision, lower(Cost(spec, hardware, uniform(spec), "bf16"), "joint", decision, WORKLOAD)
 
 
-def test_late_experts_do_not_wait_behind_what_the_disk_has_not_brought() -> None:
-    """However slow the disk: a layer that it takes longest takes no longer than the disk, not that and all late loads after it."""
-    _, lowered = streamed(late=8, far=1)
-    decode = lowered.phases["decode"].times
-    assert decode.pass_us < 1.1 * max(decode.busy_us.values()) / 15
+@pytest.mark.parametrize("late", [4, 6])
+def test_late_experts_do_not_wait_behind_what_the_disk_has_not_brought(late: int) -> None:
+    """Disk and link about as busy: a pass takes what the busier one does. Were everything sent in order of need, it would take a quarter
+    more."""
+    _, lowered = streamed(late, far=4, slow_disk=3e8)
+    decode = lowered.phases["decode"]
+    assert decode.times.pass_us < 1.02 * max(decode.times.busy_us.values()) / decode.shape.passes
 
 
 def test_the_disk_does_not_wait_for_the_link() -> None:
