@@ -185,8 +185,11 @@ class Search(Fills):
             best = max((b.tokens_per_s for b in whole), default=0.0)
             if rated.tokens_per_s < best * (1 - ESTIMATE_ERROR):
                 break
-            if self._steps(rated.decision) <= WHOLE_STEPS and rated.tokens_per_s < best:
-                continue  # it was timed whole
+            bar = (
+                max((b.tokens_per_s for b in whole if b.policy == OURS), default=0.0) if rated.policy == OURS else best
+            )
+            if self._steps(rated.decision) <= WHOLE_STEPS and rated.tokens_per_s < bar:
+                continue  # it was timed whole: others cannot win, ours not be better than it is known to be
             if enough and (rated.tokens_per_s < best or rated.policy in [b.policy for b in whole]):
                 continue
             try:
