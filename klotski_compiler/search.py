@@ -35,9 +35,7 @@ KEPT_FINER = 2  # sizes that are tried with so many
 WORTH = 0.002  # what another decision must save of simulated time
 WORTH_SCORED = 0.0002  # what another micro-batch must save by its score, which is exact: several small steps add up
 WORTH_ROLLING = 0.005  # what rolling order must gain: phases apart are simpler, and their groups end one by one
-ALONE = (
-    0.05  # what it costs, about, that no unit travels while another computes, which the relaxed problem does not see
-)
+ALONE = 0.05  # about what it costs that no unit travels while another computes: the relaxed problem does not see it
 KEPT_FITTED = 4  # decisions per size whose micro-batches are fitted to the memory that they leave
 FITTING_GAIN = 0.1  # how much that may gain
 IMPROVEMENTS = 8  # decisions near the best one that are tried

@@ -578,7 +578,7 @@ def test_bf16_is_as_near_to_fp32_as_the_reference_is(bf16: Bf16) -> None:
 
 
 @pytest.mark.xfail(
-    strict=False,  # which of them is less far off depends on transformers' version: 5.23 fails, 5.24 does not
+    strict=False,  # it failed on one machine with transformers 5.23 and passed on another with 5.24: which of these decides is not known
     reason="the engine rounds the sum of experts and residual once, the reference each of them: where margins are as small as a "
     "random model's, that shows more often than a batch size does",
 )
