@@ -80,7 +80,7 @@ class Candidates:
             size = -(-total // groups)
             if not sizes or size < sizes[-1]:
                 sizes.append(size)
-            groups = max(groups + 1, int(groups * 1.5))
+            groups = max(groups + 1, int(groups * 1.25))
         return [size for size in ([*sizes, 1] if sizes[-1] > 1 else sizes) if size <= self.most_sequences]
 
     def bases(self, name: str) -> Iterator[Decision]:
