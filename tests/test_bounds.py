@@ -133,6 +133,39 @@ def test_no_schedule_that_leans_on_the_cpu_beats_the_bound(share: float) -> None
     assert min(taken) < 2.2 * least_us  # a bound that says little would show little
 
 
+def test_what_is_late_in_rolling_order_is_bounded() -> None:
+    """Schedules of few cohorts, in which much is decoded after the last has joined, on machines where attention is slow on the CPU or
+    the link: none is faster than the bound of its own stride and sequences, and some come near it."""
+    slack = list[float]()
+    for seed in range(150):
+        rng = random.Random(seed)
+        spec, hardware = tiny_spec(layers=2, experts=rng.choice([2, 4])), tiny_hardware(True)
+        link = {"bandwidth_bytes_per_s": rng.choice([1e8, 1e10, 1e12]), "latency_us": 0.0}
+        cpu = hardware.processors["cpu"]
+        cpu = cpu.model_copy(update={"kv_bytes_per_s": cpu.kv_bytes_per_s / rng.choice([1, 30, 1000])})
+        links = {name: one.model_copy(update=link) for name, one in hardware.links.items()}
+        machine = {"links": links, "processors": {**hardware.processors, "cpu": cpu}}
+        cost = Cost(spec, hardware.model_copy(update=machine), uniform(spec), "bf16")
+        ages, cohort, stride = rng.choice([2, 4, 8]), rng.choice([1, 2, 4]), rng.choice([1, 2])
+        cohorts = ages + rng.choice([0, 0, 1, 3, 8])
+        missing, prompt_len = rng.randrange(cohort), rng.choice([1, 2, 64])
+        workload = Workload(prompt_len=prompt_len, gen_len=ages * stride, num_sequences=cohort * cohorts - missing)
+        kv = rng.choice(["gpu", "host"])
+        layers = tuple(
+            LayerDecision(resident=("attention", "router"), resident_experts=tuple(range(layer.num_experts)), kv=kv)
+            for layer in spec.layers
+        )
+        changes = {"layers": layers, "rolling": True, "prefill_groups": ages, "head_pages": 0}
+        decision = tiny_decision("joint", spec, kv, ages, cohort)
+        decision = decision.model_copy(update={**changes, "cpu_batches": rng.randrange(ages + 1)})
+        lowered = lower(cost, "joint", decision, workload)
+        size = decision.sequences
+        least_us = Mixed(cost, workload, lowered.peak_bytes, (stride, stride)).least_us(size, size)
+        slack.append((lowered.load_us + lowered.group_us) / least_us)
+    assert min(slack) >= 1 - 1e-9, f"seed {slack.index(min(slack))}"
+    assert min(slack) < 1.1
+
+
 def test_what_is_decided_once_is_bounded_where_contexts_grow() -> None:
     """A share of attention that suits the middle of decode suits neither its beginning nor its end: the bound knows."""
     spec = tiny_spec()

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import zip_longest
 from math import inf
 
 from klotski_compiler.bounds.apart import DECODE, PREFILL, Relaxation, Weight
 from klotski_compiler.cost import Cost
-from klotski_compiler.milp.formulation import Terms, plus
+from klotski_compiler.milp.formulation import SCALE_US, Model, Row, Terms, Variable, plus
 from klotski_compiler.plan import Workload
 
 BESIDE = 2  # a further kind of passes: those in which others join, for what decodes in them
 AFTER = 3  # and those in which no more join
+LATE = 4  # only of compute: experts in those
+
+
+def added(work: Iterable[Terms], more: Iterable[Terms]) -> list[Terms]:
+    """The work of each resource, with more of the first ones."""
+    nothing: Terms = {}
+    return [plus(*both) for both in zip_longest(work, more, fillvalue=nothing)]
 
 
 class Mixed(Relaxation):
@@ -21,9 +29,13 @@ class Mixed(Relaxation):
 
     *Joining passes*, "prefill" here, are at least N A / S, and after them come A - 1 of the same ops until the last cohort is done, in
     which ever fewer decode. In both the CPU computes no experts, since it would have to for prompts. *Passes between*, "decode", follow
-    them after a drain. A sequence decodes in gen_len - 1 passes, at most floor((gen_len - 1) / s) of which are joining ones; the others
-    take their time beside all joining passes. All of them together take what the one busiest resource does; for that, the CPU may
-    help with whatever decodes.
+    them after a drain. A sequence decodes in gen_len - 1 passes, A - 1 of which are joining ones or of those after them: beside what
+    joins, or late. All of them together take what the one busiest resource does; for that, the CPU may help with whatever decodes.
+
+    *Late.* In the r-th pass after the last cohort has joined, A - r cohorts are left, the last of which may be small. So of the
+    N (A - 1) sequences that decode beside what joins or late, a share between (A - 2) S / 2 A N and S / 2 N is late: where no prompts
+    keep a processor busy, in ops on ever fewer tokens. Those are the last passes of every sequence, so they see no fewer positions than
+    the others, on average, and no more than the last pass does. What is late may be kept or sent in other shares than the rest.
 
     An op of experts works on the prompts of one cohort and on one token of each other sequence at most; attention and router on one
     cohort. With x <= S sequences in a pass, an expert is touched with at least x / S of the probability for S.
@@ -42,6 +54,8 @@ class Mixed(Relaxation):
         positions = self.passes * sum(self.contexts) / 2
         joined = max(m * workload.prompt_len + s * m * (m + 1) / 2 for s, m in enumerate(beside, strides[0]))
         self.seen = positions - joined, joined  # positions that attention sees in both, summed over passes
+        middles = (workload.prompt_len + s * (m + 1) / 2 for s, m in enumerate(beside, strides[0]) if m)
+        self.later = max((self.contexts[1] / middle for middle in middles), default=1.0)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -61,21 +75,77 @@ class Mixed(Relaxation):
         """Lower bound on everything, for ``first`` to ``last`` sequences at once; infinite where cohorts would be less than one."""
         return super().least_us(first, last) if self.ages[0] <= last else inf
 
+    def program(
+        self, first: int, low: int, high: int, room: float, staging: int = 0, parts: int = 1, batches: int = 0
+    ) -> Model:
+        """With late: the share, by sequences, of what decodes beside what joins or late that is late; late[kept], late[cpu]: of all
+        positions that are seen so, those that are seen late and kept, or late by the CPU."""
+        model = super().program(first, low, high, room, staging, parts, batches)
+        twice, least = 2 * self.workload.num_sequences, self.ages[0]
+        shares = ((least - 2) / least * low / twice, high / twice)
+        model.variables["late"] = Variable("late", min(1.0, shares[0]), min(1.0, shares[1]), False)
+        for share in ("kept", "cpu"):
+            model.variables[f"late[{share}]"] = Variable(f"late[{share}]", 0.0, 1.0, False)
+            model.rows.append(Row(f"late[{share}]", {f"late[{share}]": 1.0, f"{share}[kv]": -1.0}, -inf, 0.0))
+        model.rows.append(Row("late", {"late[kept]": 1.0, "late[cpu]": 1.0, "late": -self.later}, -inf, 0.0))
+        early = {"kept[kv]": 1.0, "cpu[kv]": 1.0, "late[kept]": -1.0, "late[cpu]": -1.0}
+        model.rows.append(Row("early", early | {"late": 1.0}, -inf, 1.0))
+        return model
+
     def demands(
         self, first: int, low: int, high: int, weights: list[Weight], staging: int, batches: int
     ) -> Iterator[tuple[str, list[Terms]]]:
-        """Joining passes, those between, those after, and all of them together."""
+        """Joining passes with what decodes beside them, those between, those after with what is late, and all of them together."""
         other_us, cores_us = (*self._passes_us(high), 0.0), ((0.0, inf), *self._cores_us(high), (0.0, inf))
         passes, seen = (0, self.between, self.passes - self.between, 0), (0.0, *self.seen, 0.0)
         work = [
             self.work(kind, other_us[kind], cores_us[kind], n, weights, staging, seen[kind] / n if n else 0.0)
             for kind, n in enumerate(passes)
         ]
-        yield "prefill", work[PREFILL]
+        early, late = self.early_and_late(other_us[BESIDE], cores_us[BESIDE], weights)
+        yield "prefill", added(work[PREFILL], early)
         yield "decode", work[DECODE]
         yield "decode", self.beside(self._layered_us(high)[DECODE], cores_us[DECODE], weights, self.most(high))
-        yield "after", work[AFTER]
+        yield "after", added(work[AFTER], late)
         yield "prefill decode after", [plus(*resource) for resource in zip(*work, strict=True)]
+
+    def early_and_late(
+        self, other_us: float, cores_us: tuple[float, float], weights: list[Weight]
+    ) -> tuple[tuple[Terms, ...], tuple[Terms, ...]]:
+        """What link, processor and CPU do at least for what decodes beside what joins, and for what is late. What is written back or
+        crosses with queries counts only in all passes together."""
+        here, cpu = (us / SCALE_US if us < inf else 0.0 for us in cores_us)
+        link, other = self.cost.hardware.links[self.cost.links[0]], other_us / SCALE_US
+        read_bytes = self.workload.num_sequences * (self.seen[1] - self.passes + self.between) * self.kv_position
+        read = 1e6 * max(0.0, read_bytes) / link.bandwidth_bytes_per_s / SCALE_US
+        experts = sum(weight.compute_us[BESIDE] for weight in weights) / SCALE_US
+        late = (
+            {"late": read, "late[kept]": -read, "late[cpu]": -read},
+            {
+                "": sum(weight.compute_us[LATE] for weight in weights) / SCALE_US,
+                "late": other + here,
+                "late[cpu]": -here,
+            },
+            {"late[cpu]": cpu},
+        )
+        early = (
+            {
+                "": read,
+                "late": -self.later * read,
+                "kept[kv]": -read,
+                "late[kept]": read,
+                "cpu[kv]": -read,
+                "late[cpu]": read,
+            },
+            {
+                "": other + experts + here,
+                "late": -other - experts - self.later * here,
+                "cpu[kv]": -here,
+                "late[cpu]": here,
+            },
+            {"cpu[kv]": cpu, "late[cpu]": -cpu},
+        )
+        return self._shared(*early), self._shared(*late)
 
     def weights(self, first: int, low: int, high: int, parts: int = 1) -> list[Weight]:
         """Every weight, by kind: modules and head cross in every pass; an expert if it is touched."""
@@ -84,14 +154,15 @@ class Mixed(Relaxation):
         between = total * self.between / high
         modules = float(self.module_bytes)
         passes = joins, between + after * (self.strides[0] - 1), 0.0, after
-        out = [Weight(modules, tuple(n * modules for n in passes), (0.0,) * 4)]
+        out = [Weight(modules, tuple(n * modules for n in passes), (0.0,) * 5)]
         for layer, q, count in self.experts:
             assert layer.expert is not None
             nbytes = float(count * layer.expert.nbytes)
             missed = (1 - q) ** cohort  # by one cohort's tokens; summed over 1, 2, ... cohorts that are left
             left = after - (missed * (1 - missed**after) / (1 - missed) if missed < 1 else after)
             touched = joins * (1 - (1 - q) ** (cohort * prompt)), between * (1 - (1 - q) ** high), 0.0, left
-            each = (*self._each_us(partial(self._expert_us, layer, q, count, ""), high), 0.0)
+            per_pass = partial(self._expert_us, layer, q, count, "")
+            each = (*self._each_us(per_pass, high), 0.0, sum(per_pass(cohort * full) for full in range(1, after)))
             moved, far = (tuple(n * nbytes for n in times) for times in (touched, (joins, between, 0.0, after)))
             if not self.cost.cpu_helps:
                 out.append(Weight(nbytes, moved, each, far_bytes=far))
