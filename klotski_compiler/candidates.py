@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 from types import ModuleType
 
 from klotski_compiler.cost import Cost
@@ -20,6 +21,7 @@ from klotski_compiler.routing import Routing
 from klotski_compiler.tensors import state_bytes
 from klotski_compiler.workspace import decode_attention_bytes, prefill_attention_bytes
 
+FINER = 2 ** (1 / 3)  # sizes of a group that are tried, one over the next
 SMALL_SHARE = 0.03  # head and embedding stay resident where they take less than this of the budget
 ATTENTION_SHARE = 0.08  # of the budget for what one attention call allocates
 EXPERT_ROWS = {"host": 512, "gpu": 8192}  # tokens per matmul: where its rate has long stopped growing
@@ -70,22 +72,24 @@ class Candidates:
         """Experts of a layer."""
         return max(layer.num_experts for layer in self.request.spec.layers)
 
-    def group_sizes(self) -> list[int]:
-        """Sequences per group: the workload in 1, 2, 3, ... equal groups, thinned out geometrically."""
+    def group_sizes(self, rolling: bool = False) -> list[int]:
+        """Sequences per group: the workload in 1, 2, 3, ... equal groups, thinned out geometrically; in rolling order, where a group's
+        size need not divide the workload, all in the same steps."""
         request, total = self.request, self.request.workload.num_sequences
         if request.batch_size and request.num_batches:
             return [request.batch_size * request.num_batches]
-        sizes, groups = list[int](), 1
+        sizes, groups = list[int](), 1.0
         while groups <= total:
-            size = -(-total // groups)
+            size = ceil(total / groups)
             if not sizes or size < sizes[-1]:
                 sizes.append(size)
-            groups = max(groups + 1, int(groups * 1.25))
+            groups = groups * FINER if rolling else max(groups + 1, int(groups * FINER))
         return [size for size in ([*sizes, 1] if sizes[-1] > 1 else sizes) if size <= self.most_sequences]
 
     def bases(self, name: str) -> Iterator[Decision]:
         """Sizes and leads to try, largest groups first; nothing resident yet."""
-        return (base for rolling in self.orders(name) for base in self.bases_of(name, self.group_sizes(), rolling))
+        orders = self.orders(name)
+        return (base for rolling in orders for base in self.bases_of(name, self.group_sizes(rolling), rolling))
 
     def orders(self, name: str) -> tuple[bool, ...]:
         """Whether a policy's sub-groups join in rolling order: as it has them, where sequences live for more than one pass."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import count, cycle, product
+from itertools import count, cycle
 from math import inf, isinf
 
 from klotski_compiler.bounds.apart import Relaxation
@@ -245,7 +245,7 @@ class Search(Fills):
     def sizes(self, name: str) -> list[tuple[float, int, bool]]:
         """Sequences per group and whether in rolling order, with the least time that any such schedule takes, most promising first."""
         total, found = self.request.workload.num_sequences, []
-        for size, rolling in product(self.group_sizes(), self.orders(name)):
+        for rolling, size in ((order, size) for order in self.orders(name) for size in self.group_sizes(order)):
             if (size, rolling) not in self._least:
                 interval = (size, size + MOST_AGES) if rolling else (-(-total // size),) * 2
                 self._least[size, rolling] = min(bound.least_us(*interval) for bound in self._bounds[rolling])
