@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import combinations_with_replacement
 from typing import Any
 
 import pytest
 
-from klotski_compiler.bounds.apart import SPANS, Relaxation
+from klotski_compiler.bounds.apart import MOST_BATCHES, SPANS, TOLERANCE, Relaxation, below
 from klotski_compiler.bounds.certificate import bound_tokens_per_s, intervals, relaxations
 from klotski_compiler.bounds.mixed import Mixed
 from klotski_compiler.cost import Cost
 from klotski_compiler.hardware import read_hardware
+from klotski_compiler.milp.formulation import SCALE_US
 from klotski_compiler.milp.solve import Solver, residency
 from klotski_compiler.model import read_model
 from klotski_compiler.pipeline import Lowered, lower
 from klotski_compiler.plan import Decision, LayerDecision, Workload
 from klotski_compiler.policies import POLICIES, policy
 from klotski_compiler.routing import uniform
+from klotski_compiler.tensors import MODULES
 from plans import tiny_decision, tiny_hardware, tiny_spec
 
 
@@ -166,6 +169,86 @@ def test_what_is_late_in_rolling_order_is_bounded() -> None:
     assert min(slack) < 1.1
 
 
+def shared_schedule(policy_name: str, seed: int) -> tuple[Relaxation, Decision, Lowered]:
+    """Attention takes GPU and CPU about as long, and each layer shares it as it likes; with CPU experts, short last groups and
+    batches. Half of the schedules are as a solver would have them: all layers alike but for one batch, nothing streamed."""
+    rng = random.Random(f"shared {policy_name} {seed}")
+    spec, hardware = tiny_spec(layers=rng.choice([3, 5]), experts=rng.choice([2, 8])), tiny_hardware(True)
+    if rng.random() < 0.7:
+        spec = replace(spec, layers=spec.layers[1:])  # no dense layer
+    links = {name: link.model_copy(update={"bandwidth_bytes_per_s": 1e11}) for name, link in hardware.links.items()}
+    gpu, cpu = hardware.processors["gpu"], hardware.processors["cpu"]
+    read = gpu.kv_bytes_per_s / 16
+    slow = {"memory_bytes_per_s": 1e15, "kv_bytes_per_s": read * rng.choice([0.3, 1.0, 2.0])}
+    processors = {"gpu": gpu.model_copy(update={"kv_bytes_per_s": read}), "cpu": cpu.model_copy(update=slow)}
+    cost = Cost(spec, hardware.model_copy(update={"links": links, "processors": processors}), uniform(spec), "bf16")
+    workload = Workload(
+        prompt_len=rng.choice([1, 64, 512]), gen_len=rng.choice([3, 9, 65]), num_sequences=rng.choice([5, 16, 23, 64])
+    )
+    batches, groups = rng.choice([1, 2, 3, 4, 5]), rng.choice([1, 2, 3])
+    batch_size = -(-workload.num_sequences // (batches * groups)) + rng.choice([0, 0, 1])
+    solved, share = rng.random() < 0.5, rng.randint(0, batches)
+    layers = []
+    for layer in spec.layers:
+        experts = list(range(layer.num_experts))
+        on_cpu = rng.choice([0, 0, 1, len(experts) // 2]) if experts and policy(policy_name).EXPERTS == "solved" else 0
+        kept = len(experts) - on_cpu if solved else rng.randint(0, len(experts) - on_cpu)
+        attended = min(batches, share + rng.choice([0, 1])) if solved else rng.randint(0, batches)
+        layers.append(
+            LayerDecision(
+                resident=tuple(k for k in MODULES if getattr(layer, k) and (solved or rng.random() < 0.7)),
+                resident_experts=tuple(experts[:kept]),
+                static=tuple(experts[kept : len(experts) - on_cpu]),
+                cpu=tuple(experts[len(experts) - on_cpu :]),
+                kv="host",
+                kv_batches=batches - attended if solved else rng.randint(0, batches),
+                cpu_batches=attended,
+            )
+        )
+    base = tiny_decision(policy_name, spec, "host", batches, batch_size, prefill_groups=1)
+    changes = {"layers": tuple(layers), "head_pages": 0, "cpu_batches": share, "hot": 0, "lead": 8}
+    decision = base.model_copy(update=changes)
+    lowered = lower(cost, policy_name, decision, workload)
+    return Relaxation(cost, workload, lowered.peak_bytes), decision, lowered
+
+
+def least_us_as_shared(relaxation: Relaxation, decision: Decision, groups: int) -> float:
+    """The bound of schedules in which the CPU's shares, of attention and of experts, are those of a decision."""
+    spec, (low, high) = relaxation.cost.spec, relaxation.sequences(groups, groups)
+    model = relaxation.program(groups, low, high, relaxation.room(low), 0, 1, decision.num_batches)
+    attended = sum(len(decision.attended(layer)) for layer in range(len(spec.layers)))
+    computed, experts = (
+        sum(len(layer.cpu) for layer in decision.layers),
+        sum(layer.num_experts for layer in spec.layers),
+    )
+    for name, share in (
+        ("cpu[kv]", attended / len(spec.layers) / decision.num_batches),
+        ("cpu[1]", computed / experts),
+    ):
+        model.variables[name] = replace(model.variables[name], lower=share, upper=share)
+    return SCALE_US * Solver(model).relaxed().objective
+
+
+@pytest.mark.parametrize("policy_name", ["joint", "moe_gen", "moe_lightning", "flexgen"])
+def test_no_schedule_that_shares_attention_by_batches_beats_the_bound(policy_name: str) -> None:
+    """The bound of its own shares and numbers, and of any number of batches; for joint some come close."""
+    closest = dict.fromkeys(range(1, 6), 0.0)
+    for seed in (*range(80), 230, 447, 755):  # the last ones: where each batch was charged an op of experts
+        relaxation, decision, lowered = shared_schedule(policy_name, seed)
+        taken, groups = lowered.load_us + lowered.groups * lowered.group_us, lowered.groups
+        least_us = least_us_as_shared(relaxation, decision, groups)
+        assert least_us <= taken * (1 + TOLERANCE), f"seed {seed}"
+        assert relaxation.refined_us(groups) <= min(taken, least_us) * (1 + TOLERANCE), f"seed {seed}"
+        closest[decision.num_batches] = max(closest[decision.num_batches], least_us / taken)
+    assert policy_name != "joint" or min(closest.values()) > 0.9, closest
+
+
+def test_lines_below_points() -> None:
+    """The lower envelope: what lies above it has no part in it."""
+    assert below([(0.0, 4.0), (0.25, 9.0), (0.5, 2.0), (1.0, 4.0)]) == [(-4.0, 4.0), (4.0, 0.0)]
+    assert below([(0.0, 3.0), (0.5, 2.0), (1.0, 1.0)]) == [(-2.0, 3.0)]
+
+
 def test_what_is_decided_once_is_bounded_where_contexts_grow() -> None:
     """A share of attention that suits the middle of decode suits neither its beginning nor its end: the bound knows."""
     spec = tiny_spec()
@@ -189,18 +272,19 @@ def test_parts_of_prefill_cost_memory_or_transfers() -> None:
     tight.room = lambda sequences: 0.3 * spec.nbytes  # type: ignore[method-assign]
     assert tight.refined_us(1) > tight.least_us(1, 1) * 1.01
     tight.room = lambda sequences: 1 << 40  # type: ignore[method-assign]
-    assert tight.refined_us(1) == min(tight.least_us(1, 1, batches=n) for n in (1, 2))
+    assert tight.refined_us(1) == min(tight.least_us(1, 1, batches=n) for n in range(1, MOST_BATCHES + 2))
 
 
-def test_batches_cost_ops_and_one_batch_shares_nothing() -> None:
-    """One batch is attended to by one processor at a time, two take twice as many ops: either is no less than what both might do."""
-    spec = tiny_spec()
-    cost = Cost(spec, tiny_hardware(True), uniform(spec), "bf16")
+def test_batches_cost_ops_and_are_attended_to_whole() -> None:
+    """Every batch costs ops and is attended to by one processor: no number of them does what any number might do."""
+    spec, hardware = tiny_spec(), tiny_hardware(True)
+    slow = {name: p.model_copy(update={"kv_bytes_per_s": 5e8}) for name, p in hardware.processors.items()}
+    cost = Cost(spec, hardware.model_copy(update={"processors": slow}), uniform(spec), "bf16")
     bound = Relaxation(cost, Workload(prompt_len=256, gen_len=64, num_sequences=8), {"gpu": 1 << 40, "host": 1 << 40})
     bound.room = lambda sequences: 1.1 * spec.nbytes  # type: ignore[method-assign]
-    any_number, one, two = (bound.least_us(1, 1, batches=n) for n in (0, 1, 2))
-    assert any_number <= min(one, two)
-    assert bound.refined_us(1) >= min(one, two)
+    any_number, *each = (bound.least_us(1, 1, batches=n) for n in range(MOST_BATCHES + 2))
+    assert any_number * 1.03 < min(each)
+    assert bound.refined_us(1) >= min(each)
 
 
 def test_host_memory_lends_a_place_to_what_passes_through() -> None:

@@ -16,7 +16,7 @@ from klotski_compiler.milp.solve import Solver
 from klotski_compiler.model import Layer
 from klotski_compiler.plan import CPU, Decision, Workload
 from klotski_compiler.simulate import NEGLIGIBLE
-from klotski_compiler.tensors import MODULES, rows_bytes, state_bytes, sums_bytes
+from klotski_compiler.tensors import MODULES, query_bytes, rows_bytes, state_bytes, sums_bytes
 from klotski_compiler.workspace import workspace
 
 EXACT_SHARES = 256  # so many different experts are bounded one by one
@@ -26,6 +26,8 @@ TOLERANCE = 1e-6  # of its solver
 CLOSE = 1e-4  # bounds that differ by less are equal
 SPANS, GROWN = 4, 1.2  # decode whose context grows by more than that factor is bounded in so many spans
 FEW = 8  # sequences of a group: an op of an expert on all but so many leaves little to attend to beside it
+MOST_BATCHES = 8  # of a group: so many numbers of batches are bounded one by one
+RUNS = 3  # layers without a barrier between them: so many are bounded apart, the last number with all that are more
 SPLITS = 5  # intervals of the share of sequences in the larger of two parts, in each of which costs are bounded
 PREFILL, DECODE = 0, 1  # kinds of passes, as indices of a weight's work
 
@@ -63,7 +65,8 @@ class Relaxation:
     *Beside one another.* While an op computes an expert over all sequences, nobody attends: attention of its layer is done, that of the
     next has not begun. So the CPU's experts, which are computed so, take their time beside the GPU's attention; and so do the GPU's
     beside the CPU's attention, but for what that has left to do when an op covers all but a few; or an expert is computed by parts,
-    which reads it more than once. To share a layer's attention takes two batches, each with its ops (``refined_us``).
+    which reads it more than once. In every layer a whole number of batches is attended to by the CPU, each with its ops
+    (``refined_us``, ``attention``).
     *Links.* What is not kept in the tier crosses its link in every pass: weights whole, experts at least if they are
     touched, which is least likely at low; KV as written and read back. Latencies are left out.
     *Spans.* What is decided is decided for all of decode: while contexts grow, no share can follow what is busiest. Decode takes
@@ -87,7 +90,7 @@ class Relaxation:
         prompt = workload.prompt_len
         self.contexts = (prompt + 1, prompt + self.passes)  # first and last; phases are timed at both (``simulate``)
         self.layers = list(Counter(spec.layers).items())
-        self.experts = self._experts()
+        self.experts, self.routed = self._experts()
         width = cost.compute_bytes
         self.kv_position = sum(layer.kv_elements for layer in spec.layers) * width
         self.mixed_position = sum(layer.attention_flops // 4 for layer in spec.layers) * width
@@ -97,24 +100,33 @@ class Relaxation:
         self.spans = SPANS if grows else 0
         self.expert_bytes = sum(layer.num_experts * layer.expert.nbytes for layer in spec.layers if layer.expert)
 
-    def _experts(self) -> list[tuple[Layer, float, int]]:
+    def _experts(self) -> tuple[list[tuple[Layer, float, int]], list[Counter[int]]]:
         """(layer, q, count): experts that a token picks with probability q, rounded down to a percent where many
-        differ."""
-        found: Counter[tuple[Layer, float]] = Counter()
-        pairs = zip(self.cost.spec.layers, self.cost.picked, strict=True)
-        shares = [(layer, q) for layer, popular in pairs for q in popular]
-        rounded = len(set(shares)) > EXACT_SHARES
-        for layer, q in shares:
-            if q > 0:
-                found[layer, ROUNDING ** floor(log(q, ROUNDING)) if rounded else q] += 1
-        return [(layer, q, count) for (layer, q), count in found.items()]
+        differ. Then of every layer that routes, how many of these entries each has."""
+        found: dict[tuple[Layer, float], int] = {}
+        routed = []
+        pairs = list(zip(self.cost.spec.layers, self.cost.picked, strict=True))
+        rounded = len({(layer, q) for layer, popular in pairs for q in popular}) > EXACT_SHARES
+        for layer, popular in pairs:
+            shares = [ROUNDING ** floor(log(q, ROUNDING)) if rounded else q for q in popular if q > 0]
+            if shares:
+                routed.append(Counter(found.setdefault((layer, q), len(found)) for q in shares))
+        counts = sum(routed, Counter[int]())
+        return [(layer, q, counts[number]) for (layer, q), number in found.items()], routed
 
     def refined_us(self, groups: int) -> float:
-        """``least_us`` of one number of groups, with what prefill in parts takes: few parts keep the states of many prompts at once, many
-        read the weights as often. Intervals of their number are bounded; where one adds nothing, the others need no look."""
+        """``least_us`` of one number of groups, whatever the number of batches, with what prefill in parts takes: few parts keep the
+        states of many prompts at once, many read the weights as often. Intervals of their number are bounded; where one adds nothing,
+        the others need no look."""
         least = self.least_us(groups, groups)
         if self.cost.cpu_attends and self.passes and not isinf(least):
-            least = max(least, min(self.least_us(groups, groups, batches=n) for n in (1, 2)))
+            shared = inf
+            for batches in range(1, MOST_BATCHES + 2):
+                shared = min(shared, self.least_us(groups, groups, batches=batches))
+                if shared <= least * (1 + CLOSE):
+                    break
+            else:
+                least = max(least, shared)
         found, parts, low = inf, 1, -(-self.workload.num_sequences // groups)
         while not isinf(least):
             found = min(found, self.least_us(groups, groups, parts, 2 * parts - 1))
@@ -127,7 +139,8 @@ class Relaxation:
 
     def least_us(self, first: int, last: int, parts: int = 1, most_parts: int = 0, batches: int = 0) -> float:
         """Lower bound on load plus all groups, for every number of groups in first .. last, and of prefill's parts from parts to
-        most_parts (0: any); of one batch, two or more, or (0) any number; infinite if nothing fits."""
+        most_parts (0: any); of so many batches, more than ``MOST_BATCHES`` standing for all that are more, or (0) of any number; infinite
+        if nothing fits."""
         prompt, (low, high) = self.workload.prompt_len, self.sequences(first, last)
         room = self.room(low)
         if most_parts:
@@ -164,7 +177,7 @@ class Relaxation:
         """
         model = Model()
         links, on_gpu = self.cost.hardware.links, self.tier == "gpu"
-        weights = self.weights(first, low, high, parts)
+        weights = self.weights(first, low, high, parts, batches)
         kv_bytes = low * self.positions * self.kv_position
         helped = [min(weight.cpu_us) < inf for weight in weights]
 
@@ -193,7 +206,8 @@ class Relaxation:
             kept, near = share(f"kept[{i}]"), f"near[{i}]"
             if helped[i]:
                 row(f"once[{i}]", {kept: 1.0, share(f"cpu[{i}]"): 1.0}, upper=1.0)
-                row(f"split[{i}]", {share(f"most[{i}]"): 1.0, share(f"split[{i}]"): 1.0, f"cpu[{i}]": 1.0}, lower=1.0)
+                split = share(f"split[{i}]", 0.0 if batches == 1 else 1.0)
+                row(f"split[{i}]", {share(f"most[{i}]"): 1.0, split: 1.0, f"cpu[{i}]": 1.0}, lower=1.0)
             here[kept] = weight.nbytes / GIB
             load[kept] = weight.nbytes * disk_us
             if on_gpu:
@@ -208,6 +222,15 @@ class Relaxation:
             row("host", host, upper=(self.budget["host"] - passing) / GIB)
         for j in range(self.spans):
             share(f"decode[{j}]", inf)
+        if batches:
+            for run in range(1, RUNS + 1):
+                for phase in ("decode", *(f"decode[{j}]" for j in range(self.spans))):
+                    share(f"attention[{phase}.{run}]", inf)
+                share(f"run[{run}]", 1.0 if run == 1 or batches > 1 else 0.0)
+                row(f"run[{run}]", {f"run[{run}]": 1.0, share(f"cpu[run.{run}]"): -1.0}, lower=0.0)
+            row("runs", {f"run[{run}]": 1.0 for run in range(1, RUNS + 1)}, 1.0, 1.0)
+            row("cpu[runs]", {f"cpu[run.{run}]": 1.0 for run in range(1, RUNS + 1)} | {"cpu[kv]": -1.0}, 0.0, 0.0)
+            row("barriers", self.barriers(weights), lower=0.0)
         if self.spans:  # what grows little is simulated at its middle only, which may take this much less
             least = {f"decode[{j}]": NEGLIGIBLE / 8 - 1 for j in range(self.spans)}
             row("spans", {"decode": 1.0, **least}, lower=0.0)
@@ -227,19 +250,25 @@ class Relaxation:
         """What each resource must do in a phase, or in several together, by what is kept."""
         prefill, decode = self.compute_us(first, low, high)
         layers = self.passes * self._least(self._layers_us, 1, first, low, high)
-        if batches > 1:  # two of half the size take least
-            halves = self.passes * self._least(lambda n: 2 * self._layers_us(n / 2), 1, first, low, high)
-            decode, layers = decode + halves - layers, halves
+        ends = decode - layers - self.passes * first * len(self.routed) * self.cost.processor.op_us
+        if batches:  # of equal size they take least
+            ops = self.passes * self._least(lambda n: batches * self._layers_us(n / batches), 1, first, low, high)
+            decode, layers = decode + ops - layers, ops
+        most = 1.0 if batches else self.most(high)
         yield "prefill", self.work(PREFILL, prefill, (0.0, inf), 0.0, weights, staging)
         cores, middle = self.cores_us(high), sum(self.contexts) / 2
         yield "decode", self.work(DECODE, decode, cores, self.passes, weights, staging, middle)
-        yield "decode", self.beside(layers, cores, weights, self.most(high), batches=batches)
+        yield "decode", self.beside(layers, cores, weights, most)
+        if batches:
+            yield from self.attention("decode", first, low, batches, cores, ends, weights)
         for j in range(self.spans):
             begin, end, part = j / self.spans, (j + 1) / self.spans, 1 / self.spans
             context = (begin + end) / 2 * (self.contexts[1] - self.contexts[0]) + self.contexts[0]
             passes, cores = self.passes * part, self.cores_us(high, (begin, end))
             yield f"decode[{j}]", self.work(DECODE, decode * part, cores, passes, weights, staging, context, part)
-            yield f"decode[{j}]", self.beside(layers * part, cores, weights, self.most(high), part, batches)
+            yield f"decode[{j}]", self.beside(layers * part, cores, weights, most, part)
+            if batches:
+                yield from self.attention(f"decode[{j}]", first, low, batches, cores, ends * part, weights, part)
 
     def most(self, high: int) -> float:
         """The share of sequences that all but a few are."""
@@ -252,25 +281,121 @@ class Relaxation:
         weights: list[Weight],
         most: float,
         part: float = 1.0,
-        batches: int = 0,
     ) -> list[Terms]:
         """What cannot be done at the same time in decode: the GPU's attention and the CPU's experts; the CPU's attention and the GPU's
-        experts or, with one batch, anything of the GPU's. layers_us: of the GPU around attention. most: see ``most``."""
+        experts. layers_us: of the GPU around attention. most: see ``most``."""
         core_here, core_cpu = cores_us
         gpu: Terms = {"": (layers_us + core_here) / SCALE_US}
         cpu: Terms = {"": 0.0}
         if core_cpu < inf:
             gpu["cpu[kv]"] = -core_here / SCALE_US
             cpu = {"": -(1 - most) * core_cpu / SCALE_US, "cpu[kv]": core_cpu / SCALE_US}
-        one = dict(gpu)
-        if batches == 1:
-            one["cpu[kv]"] += core_cpu / SCALE_US
         for i, weight in enumerate(weights):
             if weight.cpu_us[DECODE] < inf:
                 gpu[f"cpu[{i}]"] = weight.alone_us * part / SCALE_US
                 cpu[f"most[{i}]"] = weight.most_us * part / SCALE_US
-                one |= dict.fromkeys([f"most[{i}]", f"split[{i}]"], weight.compute_us[DECODE] * part / SCALE_US)
-        return [gpu, cpu, *([one] if batches == 1 else [])]
+        return [gpu, cpu]
+
+    def attention(
+        self,
+        phase: str,
+        first: int,
+        low: int,
+        batches: int,
+        cores_us: tuple[float, float],
+        ends_us: float,
+        weights: list[Weight],
+        part: float = 1.0,
+    ) -> Iterator[tuple[str, list[Terms]]]:
+        """Decode by layers, of n batches: an op of attention works on one, an op of experts on one or on all of them.
+
+        What is not full is priced as if it were, so batches are equal and the CPU's share of a layer is m / n. An op of experts on all
+        is a *barrier*: attention and router of its layer come before it, those of the next layer after it. So are the ends of a pass.
+        Between two barriers lies a *run* of r layers; in all of them but the last, the GPU computes all experts batch by batch. With M
+        batches of its layers on the CPU, a run takes at least
+
+            A(M) = max(what the GPU does; for M > 0: first part of a block, M batches on the CPU, last part of one and its router),
+
+        since the CPU begins after a first part, and a last part needs what it did last. Over all runs of a length, shares and times
+        average to a point not below the lower envelope of (M / (r n), A(M)).
+
+        Barriers, runs and ends do not overlap, so T >= runs + ends + what barriers take. Of a layer's, let G be the GPU's experts on
+        all, C the CPU's, of which there are c, and w their exchange; E the GPU's if it computed all of them, F those by batches. Then
+        max(G, C + w (c > 0)) is no less than
+
+            G
+            C + min(w, E) (1 - F / E)                 for c = 0, G = E - F
+            G + C + sum on the CPU of (E_i - E + w)   for w <= E: C + w + (c - 1) (w - E), or less, for c > 0
+        """
+        split_us = min(self._layer_sums([weight.split_us for weight in weights[1:]]), default=0.0)
+        both: Terms = {"": ends_us / SCALE_US}
+        for run in range(1, RUNS + 1):
+            lines = self._attention_us(first, low, batches, run, cores_us, split_us, part)
+            both[time := f"attention[{phase}.{run}]"] = 1.0
+            yield time, [{f"run[{run}]": at_0, f"cpu[run.{run}]": slope} for slope, at_0 in lines]
+        here = [weight.compute_us[DECODE] * part / SCALE_US for weight in weights[1:]]
+        layers = self._layer_sums(here)
+        least, greatest = min(layers, default=0.0), max(layers, default=0.0)
+        exchange = first * self.passes * part * self._exchange_us(low) / SCALE_US
+        waits = min(exchange, least)
+        gpu, cpu, either = dict(both), plus(both, {"": waits * len(layers)}), dict(both)
+        for i, us in enumerate(here, 1):
+            alone, count = weights[i].alone_us * part / SCALE_US, self.experts[i - 1][2]
+            gpu[f"most[{i}]"] = us
+            cpu |= {f"cpu[{i}]": alone, f"split[{i}]": -waits * us / least}
+            either |= {f"most[{i}]": us, f"cpu[{i}]": us + alone + (min(exchange, greatest) - greatest) * count}
+        yield phase, [gpu, cpu, either]
+
+    def _attention_us(
+        self,
+        first: int,
+        low: int,
+        batches: int,
+        run: int,
+        cores_us: tuple[float, float],
+        split_us: float,
+        part: float,
+    ) -> list[tuple[float, float]]:
+        """Lines (slope, value at 0) below what attention would take, were all runs of a length (the last one standing for all that are
+        longer), as a function of the CPU's share. split_us: of a layer's experts, batch by batch."""
+        cost, size, layers = self.cost, low / batches, len(self.cost.spec.layers)
+        times = first * self.passes * part * layers / SCALE_US
+        layer_us = min(self._layer_us(layer, size) for layer, _ in self.layers)
+        inside = (1 - 1 / run) * split_us * part * layers / SCALE_US if len(self.routed) == layers else 0.0
+        core_here, core_cpu = cores_us[0] / SCALE_US, cores_us[1] / SCALE_US
+        core_cpu += times * batches * cost.hardware.processors[CPU].op_us
+        here = times * batches * layer_us + core_here + inside
+        alike = len({(layer.kv_elements, layer.sliding_window) for layer, _ in self.layers}) == 1
+        if batches == 1 and not alike:  # processors take turns
+            return [(core_cpu - core_here, here)]
+        if batches > MOST_BATCHES or run == RUNS or not alike:
+            return [(-core_here, here), (core_cpu, 0.0)]
+        there = max(1, int(size))
+        mixed_bytes = there * max(layer.attention_flops // 4 for layer, _ in self.layers) * cost.compute_bytes
+        around_us = cost.transfer_us(cost.links[1], query_bytes(cost.spec, there, cost.dtype))
+        around_us += cost.transfer_us(cost.links[0], mixed_bytes)
+        if run == 1 or len(self.layers) == 1:  # first and last part of layers that differ may take less
+            around_us += layer_us
+        shares = [m / (run * batches) for m in range(run * batches + 1)]
+        return below(
+            [(x, max(here - x * core_here, times / run * around_us + x * core_cpu if x else 0.0)) for x in shares]
+        )
+
+    def barriers(self, weights: list[Weight]) -> Terms:
+        """Of a run of r layers, r - 1 or more are no barriers: layers that do not route, or whose experts are all computed batch by batch.
+        For an expert, that takes a known time more than at once; layers are as many as what is spent in all of them pays for."""
+        layers, more = len(self.cost.spec.layers), [w.split_us - w.compute_us[DECODE] for w in weights[1:]]
+        least = min(self._layer_sums(more), default=0.0)
+        if least <= 0:
+            return {}
+        terms: Terms = {f"run[{run}]": -(1 - 1 / run) * layers for run in range(1, RUNS + 1)}
+        terms |= {f"split[{i}]": us / least for i, us in enumerate(more, 1)}
+        return terms | {"": float(layers - len(self.routed))}
+
+    def _layer_sums(self, totals: list[float]) -> list[float]:
+        """Of each layer that routes, its part of what ``experts`` take in all layers."""
+        each = [total / count for total, (_, _, count) in zip(totals, self.experts, strict=True)]
+        return [sum(n * each[number] for number, n in members.items()) for members in self.routed]
 
     def work(
         self,
@@ -371,7 +496,7 @@ class Relaxation:
 
     # --------------------------------------------------------------------------------------------------------- links
 
-    def weights(self, first: int, low: int, high: int, parts: int = 1) -> list[Weight]:
+    def weights(self, first: int, low: int, high: int, parts: int = 1, batches: int = 0) -> list[Weight]:
         """Every weight, by kind: modules and head cross in every pass, of which prefill has ``parts`` or more; an expert if it is
         touched: in all parts together, with more of them, more often."""
         modules, prompt = float(self.module_bytes), low * self.workload.prompt_len / parts
@@ -392,26 +517,29 @@ class Relaxation:
                 continue
             cpu, *beside = (
                 self.passes * self._least(one, 1, first, low, high)
-                for one in self._shared_us(layer, q, count, self.most(high))
+                for one in self._shared_us(layer, q, count, self.most(high), batches)
             )
             out.append(Weight(nbytes, moved, compute, (inf, cpu), far, *beside))
         return out
 
-    def _shared_us(self, layer: Layer, q: float, count: int, most: float) -> Iterator[Callable[[float], float]]:
+    def _shared_us(
+        self, layer: Layer, q: float, count: int, most: float, batches: int = 0
+    ) -> Iterator[Callable[[float], float]]:
         """Experts of a decode pass over so many tokens where a CPU may help: on the CPU; by parts, in an op that covers most, and on the
-        CPU without waiting."""
-        here, shares = (
-            partial(self._expert_us, layer, q, count, ""),
-            [0.5 + (most - 0.5) * i / SPLITS for i in range(SPLITS + 1)],
-        )
+        CPU without waiting (with a number of batches, also without exchange, see ``attention``; parts are batches then, and an op covers
+        one or all)."""
+        here, there = (partial(self._expert_us, layer, q, count, name) for name in ("", CPU))
+        shares = [0.5 + (most - 0.5) * i / SPLITS for i in range(SPLITS + 1)]
 
         def split(tokens: float) -> float:
+            if batches:
+                return batches * here(tokens / batches)
             return min(here(least * tokens) + here((1 - greatest) * tokens) for least, greatest in pairwise(shares))
 
         yield partial(self._on_cpu_us, layer, q, count)
         yield split
-        yield lambda tokens: here(most * tokens)
-        yield partial(self._on_cpu_us, layer, q, count, waiting=False)
+        yield here if batches else lambda tokens: here(most * tokens)
+        yield there if batches else partial(self._on_cpu_us, layer, q, count, waiting=False)
 
     # ------------------------------------------------------------------------------------------------------- compute
 
@@ -442,7 +570,11 @@ class Relaxation:
 
     def _pass_us(self, tokens: int) -> float:
         """A pass over so many tokens, without experts, head and what attention does with keys and values."""
-        return self._ends_us(tokens) + self._layers_us(tokens)
+        return self._once_us(tokens) + self._layers_us(tokens)
+
+    def _once_us(self, tokens: int) -> float:
+        """Of that, what need not be done for each batch: the fixed cost of an op of experts, or of adding what the CPU computed, too."""
+        return self._ends_us(tokens) + len(self.routed) * self.cost.processor.op_us
 
     def _ends_us(self, tokens: int) -> float:
         """Of that, what is outside the layers."""
@@ -454,11 +586,8 @@ class Relaxation:
 
     def _layer_us(self, layer: Layer, tokens: float) -> float:
         """Projections of attention, then router and shared expert, or the dense MLP."""
-        op_us, processor = self.cost.processor.op_us, self.cost.processor
-        time_us = processor.attention_op_us + self.cost.projections_us(layer, tokens)
-        return time_us + (
-            self.cost.router_us(layer, tokens) + op_us if layer.expert else self.cost.dense_us(layer, tokens)
-        )
+        mlp_us = self.cost.router_us if layer.expert else self.cost.dense_us
+        return self.cost.processor.attention_op_us + self.cost.projections_us(layer, tokens) + mlp_us(layer, tokens)
 
     def _core_us(self, layer: Layer, high: int, processor: Processor, span: tuple[float, float]) -> float:
         """Keys and values of all sequences in a span of decode, times being affine between its first and its last pass: linear in
@@ -478,12 +607,30 @@ class Relaxation:
     def _on_cpu_us(self, layer: Layer, q: float, count: int, tokens: float, waiting: bool = True) -> float:
         """Experts on the CPU, and their share of the time for which it has nothing to do in a layer where it computes any: until their
         input has come, and from their last sum until that is added; if ``waiting``, also what is around attention."""
-        cost, (into, back) = self.cost, self.cost.links
-        waits = cost.transfer_us(back, rows_bytes(cost.spec, int(tokens), cost.dtype)) + cost.sums_us(tokens)
-        waits += cost.transfer_us(into, sums_bytes(cost.spec, int(tokens), cost.dtype))
-        waits += cost.processor.op_us
-        waits += cost.processor.attention_op_us + cost.processor.router_op_us if waiting else 0.0
+        processor = self.cost.processor
+        waits = self._exchange_us(tokens) + (processor.attention_op_us + processor.router_op_us if waiting else 0.0)
         return self._expert_us(layer, q, count, CPU, tokens) + waits * count / layer.num_experts
+
+    def _exchange_us(self, tokens: float) -> float:
+        """The CPU's experts' input on its way there, then the way back of their sums, and adding them."""
+        cost, (into, back) = self.cost, self.cost.links
+        there_us = cost.transfer_us(back, rows_bytes(cost.spec, int(tokens), cost.dtype))
+        back_us = cost.transfer_us(into, sums_bytes(cost.spec, int(tokens), cost.dtype))
+        return there_us + back_us + cost.sums_us(tokens) + cost.processor.op_us
 
     def _expert_us(self, layer: Layer, q: float, count: int, processor: str, tokens: float) -> float:
         return count * self.cost._expert_us(layer, tokens * q, 1.0 - (1.0 - q) ** tokens, processor)
+
+
+def below(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Lines (slope, value at 0) of the lower envelope of points, which are given from left to right."""
+    hull: list[tuple[float, float]] = []
+    for x, y in points:
+        while len(hull) > 1:
+            (x0, y0), (x1, y1) = hull[-2:]
+            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
+                break
+            hull.pop()
+        hull.append((x, y))
+    lines = [((y1 - y0) / (x1 - x0), x0, y0) for (x0, y0), (x1, y1) in pairwise(hull)]
+    return [(slope, y - slope * x) for slope, x, y in lines]

@@ -147,7 +147,7 @@ class Mixed(Relaxation):
         )
         return self._shared(*early), self._shared(*late)
 
-    def weights(self, first: int, low: int, high: int, parts: int = 1) -> list[Weight]:
+    def weights(self, first: int, low: int, high: int, parts: int = 1, batches: int = 0) -> list[Weight]:
         """Every weight, by kind: modules and head cross in every pass; an expert if it is touched."""
         total, prompt, (least, most) = self.workload.num_sequences, self.workload.prompt_len, self.ages
         cohort, joins, after = max(1, low // most), max(least, total * least / high), least - 1
@@ -196,7 +196,7 @@ class Mixed(Relaxation):
     def _passes_us(self, high: int) -> tuple[float, float, float]:
         """Least work of the processor beside experts and cached keys and values."""
         head = self.workload.num_sequences * self.cost.module_us(self.cost.spec.head, high) / high
-        ends, layers = self._each_us(self._ends_us, high), self._layered_us(high)
+        ends, layers = self._each_us(self._once_us, high), self._layered_us(high)
         times = head + self.pairs_us(), self.between * head, (self.passes - self.between) * head
         join, between, beside = (sum(parts) for parts in zip(ends, layers, times, strict=True))
         return join, between, beside
