@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -120,7 +120,7 @@ class Search(Fills):
         where none fits."""
         scored, plain = list[tuple[float, Decision]](), list[tuple[float, Decision]]()
         refusals: list[Infeasible] = []
-        for bound_us, size, rolling in self.sizes(name):
+        for bound_us, size, rolling in self._in_turn(name, scored):
             # What cannot be faster than the best so far, in its own order or, since scores compare orders less well, in either.
             alike = [us for us, base in scored if base.rolling == rolling]
             most = min(min(alike, default=inf) * (1 + ESTIMATE_ERROR), least(scored) * (1 + ORDER_ERROR))
@@ -244,13 +244,29 @@ class Search(Fills):
 
     def sizes(self, name: str) -> list[tuple[float, int, bool]]:
         """Sequences per group and whether in rolling order, with the least time that any such schedule takes, most promising first."""
-        total, found = self.request.workload.num_sequences, []
-        for size, rolling in product(self.group_sizes(), self.orders(name)):
-            if (size, rolling) not in self._least:
-                interval = (size, size + MOST_AGES) if rolling else (-(-total // size),) * 2
-                self._least[size, rolling] = min(bound.least_us(*interval) for bound in self._bounds[rolling])
-            found.append((self._least[size, rolling], size, rolling))
+        pairs = product(self.group_sizes(), self.orders(name))
+        found = [(self._least_us(size, rolling), size, rolling) for size, rolling in pairs]
         return sorted(found, key=lambda entry: (entry[0], -entry[1], entry[2]))
+
+    def _least_us(self, size: int, rolling: bool) -> float:
+        if (size, rolling) not in self._least:
+            groups = -(-self.request.workload.num_sequences // size)
+            interval = (size, size + MOST_AGES) if rolling else (groups, groups)
+            self._least[size, rolling] = min(bound.least_us(*interval) for bound in self._bounds[rolling])
+        return self._least[size, rolling]
+
+    def _in_turn(self, name: str, scored: list[tuple[float, Decision]]) -> Iterator[tuple[float, int, bool]]:
+        """Sizes; of the policy whose residency is solved then those with one group more and less than the best scored so far: where
+        memory is what is short, few sequences more may fit, but not as many as the grid's next size has."""
+        yield from self.sizes(name)
+        known, total = self.group_sizes(), self.request.workload.num_sequences
+        if not scored or policy(name).EXPERTS != "solved" or self.is_large or len(known) < 2:
+            return
+        best = min(scored, key=lambda entry: entry[0])[1]
+        groups = -(-total // best.sequences)
+        for size in sorted({-(-total // number) for number in (groups - 1, groups + 1) if number} - set(known)):
+            if size <= self.most_sequences:
+                yield self._least_us(size, best.rolling), size, best.rolling
 
     def score(self, name: str, base: Decision) -> float:
         """About how many microseconds the workload takes with the best residency, by which the sizes of one policy compare. Raises
