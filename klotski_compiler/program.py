@@ -56,7 +56,7 @@ class Program:
         self._given_up: set[int] = set()
         self._sent: set[tuple[int, int]] = set()
         self._sent_batches: dict[int, list[int]] = {}
-        self._postponed: list[tuple[int, ...]] = []
+        self._postponed: list[tuple[tuple[int, ...], Pages | None]] = []
 
     # ------------------------------------------------------------------------------------------- what a policy asks
 
@@ -149,26 +149,29 @@ class Program:
 
     # --------------------------------------------------------------------------------------------------------- verbs
 
-    def load(self, *tensors: int, next_pass: bool = False, sync: bool = False) -> None:
+    def load(self, *tensors: int, next_pass: bool = False, sync: bool = False, pages: Pages | None = None) -> None:
         """Bring weights to the compute tier, ``unit`` experts of one home per op.
 
         next_pass: for the next pass; written as soon as this pass has given the tensors up. sync: as a copy that blocks the
-        compute stream.
+        compute stream. pages: these only, the first ones first; what comes from disk comes whole with them.
         """
         for group in self._transfers([t for t in tensors if t not in self._resident]):
+            part = pages if pages and not self.is_far(group[0]) else None
+            if pages and not part and pages.first:
+                continue
             if next_pass and not self._given_up.issuperset(group):
-                self._postponed.append(group)
+                self._postponed.append((group, part))
             else:
-                self._transfer(group, next_pass, sync)
+                self._transfer(group, next_pass, sync, part)
 
     def evict(self, *tensors: int) -> None:
         """Give up the slots of weights."""
         if moving := tuple(t for t in tensors if t not in self._resident):
             self.entries.append(Evict(self.compute_tier, moving))
             self._given_up.update(moving)
-            for group in [g for g in self._postponed if self._given_up.issuperset(g)]:
-                self._postponed.remove(group)
-                self._transfer(group, True, False)
+            for group, pages in [p for p in self._postponed if self._given_up.issuperset(p[0])]:
+                self._postponed.remove((group, pages))
+                self._transfer(group, True, False, pages)
 
     def _transfers(self, moving: list[int]) -> Iterator[tuple[int, ...]]:
         """What goes together: each module alone, ``unit`` experts that come from the same tier."""
@@ -180,10 +183,10 @@ class Program:
                 size = self.decision.unit if expert else 1
                 yield from (tuple(alike[i : i + size]) for i in range(0, len(alike), size))
 
-    def _transfer(self, group: tuple[int, ...], next_pass: bool, sync: bool) -> None:
+    def _transfer(self, group: tuple[int, ...], next_pass: bool, sync: bool, only: Pages | None = None) -> None:
         hops = self._hops(self.table.all[group[0]].home)
         far = self.decision.far if len(hops) > 1 else None
-        parts = [(link, far) for link in (hops[1:] if group in self._fetched else hops)]
+        parts = [(link, far or only) for link in (hops[1:] if group in self._fetched else hops)]
         if far:  # what is in host memory goes first: the rest may still be on its way there
             parts.insert(-1, (hops[-1], self.decision.near))
         for link, pages in parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -95,6 +96,26 @@ def test_a_page_is_fetched_while_the_rest_waits_for_its_turn() -> None:
             )
     first = next(n for n, s in enumerate(steps) if isinstance(s.op, Compute) and s.op.layer == 0)
     assert sum(step in steps[:first] for step in far_loads(plan, "decode")) >= 2
+
+
+def test_moe_lightning_sends_pages_of_experts_where_micro_batches_are_more_than_weights() -> None:
+    """Nine micro-batches, five experts that travel, attention, router and shared expert; what comes from disk comes whole."""
+    spec = tiny_spec()
+    decision = tiny_decision("moe_lightning", spec, "host", 9, 1, cpu_batches=9)
+    for far in (0, 1):
+        layers = [layer.model_copy(update={"on_disk": layer.static[:far]}) for layer in decision.layers]
+        plan = tiny_plan("moe_lightning", True, decision=decision.model_copy(update={"layers": tuple(layers)}))
+        verify(plan)
+        loads = [s.op for s in plan.steps["decode"] if isinstance(s.op, Load) and s.op.link == "host>gpu"]
+        sent = Counter[int]()
+        for op in loads:
+            if plan.tensors[op.tensors[0]].kind == "expert":
+                sent.update(dict.fromkeys(op.tensors, op.pages.end - op.pages.first if op.pages else 2))
+        assert sent == Counter(dict.fromkeys([t.id for t in plan.tensors if t.kind == "expert" and t.index], 2))
+        assert {op.pages.of for op in loads if op.pages} == {2}
+        assert {op.pages for op in loads if plan.tensors[op.tensors[0]].home == "disk"} <= {None}
+    few = tiny_plan("moe_lightning", True, decision=tiny_decision("moe_lightning", spec, "host", 3, cpu_batches=3))
+    assert not any(isinstance(s.op, Load) and s.op.pages for s in few.steps["decode"])
 
 
 # ---------------------------------------------------------------------------------------------------- what is not legal

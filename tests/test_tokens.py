@@ -431,6 +431,15 @@ def test_experts_in_pages(
     same(model, run(plan, model, tmp_path).rows)
 
 
+def test_moe_lightning_in_pages_of_experts(models: Models, same: Same, tmp_path: Path) -> None:
+    """More micro-batches than weights: halves of experts follow their mixed values, and the last group lacks some."""
+    model = models("phimoe", intermediate_size=512)
+    decision = tiny_decision("moe_lightning", replace(model.spec, compute_dtype="fp32"), "host", 8, 1, cpu_batches=8)
+    plan = plan_of(replace(model.spec, compute_dtype="fp32"), "moe_lightning", decision, workload(PROMPTS, 8), True)
+    assert any(isinstance(step.op, Load) and step.op.pages for step in plan.steps["decode"])
+    same(model, run(plan, model, tmp_path).rows)
+
+
 @pytest.mark.parametrize("seed", range(6))
 @each_policy
 def test_any_decision(policy_name: str, seed: int, models: Models, same: Same, tmp_path: Path) -> None:
