@@ -574,6 +574,7 @@ def compare(one: Plan, other: Plan) -> str:
     words("policy", *(p.policy for p in plans))
     words("batches", *(f"{p.decision.num_batches} x {p.decision.batch_size}" for p in plans))
     words("slots and unit", *(f"{p.decision.lead}, {p.decision.unit} per load" for p in plans))
+    words("pages of an expert", *(str(p.decision.pages) for p in plans))
     for name in ("resident_experts", "static", "late"):
         title = {"resident_experts": "experts resident", "static": "experts by name", "late": "experts late"}[name]
         words(title, *(str(sum(len(getattr(layer, name)) for layer in p.decision.layers)) for p in plans))

@@ -184,10 +184,10 @@ class _Memory:
         gathers = pages is not None and self.plan.slots[slot].tier == self.plan.compute_tier
         if why := _misfit(self.plan, number, slot, None if gathers else pages):
             return why
-        held = self.parts.pop(slot, None) if self.content.get(slot) == number else None
+        held, same = self.parts.pop(slot, None), self.content.get(slot) == number
+        held = held if same else None
         self.content[slot] = number
         if pages is None:
-            self.parts.pop(slot, None)
             return ""
         if gathers:
             if (pages.first > 0 or held) and not (held and held.of == pages.of and held.end == pages.first):

@@ -87,13 +87,10 @@ def slots(
     tail: dict[tuple[str, int, int], int] = {}
     for start, entry in enumerate(entries):
         if isinstance(entry, Load) and entry.wraps:
-            tier = entry.link.split(">")[1]
-            for tensor in entry.tensors if entry.pages is None or entry.pages.first == 0 else ():
-                if (
-                    staged(tier, entry.pages),
-                    tensor,
-                    start,
-                ) in ends:  # passes through: staged on its way, and gone within this pass
+            tier, pages = entry.link.split(">")[1], entry.pages
+            for tensor in entry.tensors if pages is None or pages.first == 0 else ():
+                # passes through: staged on its way, and gone within this pass
+                if (staged(tier, pages), tensor, start) in ends:
                     continue
                 end = ends.get((tier, tensor, -1), FOREVER)
                 if end > start:
