@@ -14,7 +14,7 @@ from types import ModuleType
 from klotski_compiler.cost import Cost
 from klotski_compiler.hardware import Hardware
 from klotski_compiler.model import ModelSpec
-from klotski_compiler.pipeline import LOAD_BYTES
+from klotski_compiler.pipeline import LOAD_BYTES, most_pages
 from klotski_compiler.plan import Decision, LayerDecision, Workload
 from klotski_compiler.policies import policy
 from klotski_compiler.routing import Routing
@@ -216,7 +216,9 @@ class Candidates:
     def bare(self, name: str, d: Decision, num_batches: int) -> Decision:
         """The sizes of a decision, in so many batches, with nothing resident."""
         base = self.base(policy(name).EXPERTS, num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups)
-        kept = {size: getattr(d, size) for size in ("attention_batch", "decode_batch", "expert_rows", "rolling")}
+        kept = {
+            size: getattr(d, size) for size in ("attention_batch", "decode_batch", "expert_rows", "rolling", "pages")
+        }
         shared = 0 if policy(name).EXPERTS == "solved" else min(d.cpu_batches, num_batches)
         return base.model_copy(update={**kept, "cpu_batches": shared})
 
@@ -239,17 +241,28 @@ class Candidates:
                     yield base.model_copy(update=shape)
         for unit in (d.unit // 2, 2 * d.unit):
             if 1 <= unit <= d.lead // 2:
-                yield base.model_copy(update={"unit": unit})
+                yield base.model_copy(update={"unit": unit, "pages": base.pages if unit == 1 else 1})
+
+    @cached_property
+    def most_pages(self) -> int:
+        """Pages that joint may cut an expert into, where experts may have to live on disk before a GPU."""
+        request = self.request
+        experts = [layer.expert for layer in request.spec.layers if layer.expert]
+        kept = sum(layer.num_experts * layer.expert.nbytes for layer in request.spec.layers if layer.expert)
+        if self.tier != "gpu" or kept <= request.budgets["host"]:
+            return 1
+        return min(most_pages(expert.nbytes) for expert in experts)
 
 
-FITTED = ("expert_rows", "lead", "attention_batch", "decode_batch", "prefill_groups")
+FITTED = ("expert_rows", "lead", "attention_batch", "decode_batch", "prefill_groups", "pages")
 """What is fitted to memory, in the order in which it is tried."""
 
 
-def resized(d: Decision, size: str, least_rows: int = LEAST_ROWS) -> Iterator[Decision]:
-    """A decision with one of its micro-batches, or the number of prefill's parts, half or twice as large; or with one transfer unit in
-    flight in place of two, and back."""
+def resized(d: Decision, size: str, least_rows: int = LEAST_ROWS, most_pages: int = 1) -> Iterator[Decision]:
+    """A decision with one of its micro-batches, the number of prefill's parts, or of an expert's pages, half or twice as large; or with
+    one transfer unit in flight in place of two, and back."""
     now: int = getattr(d, size)
+    most_pages = most_pages if d.unit == 1 else 1
     least, most = {
         "expert_rows": (min(least_rows, now), now),
         "lead": (d.unit, 2 * d.unit) if d.lead <= 2 * d.unit else (now, now),
@@ -257,14 +270,17 @@ def resized(d: Decision, size: str, least_rows: int = LEAST_ROWS) -> Iterator[De
         "decode_batch": (1, d.batch_size),
         # in rolling order its sub-groups are a matter of order, not of memory
         "prefill_groups": (now, now) if d.rolling else (1, d.num_batches),
+        # two pages of half an expert take as much as one whole one: what pays is to have many
+        "pages": (most_pages, now) if now == 1 else (1, most_pages),
     }[size]
     for other in sorted({max(least, -(-now // 2)), min(most, 2 * now)} - {now}):
         yield d.model_copy(update={size: other})
 
 
-def lean(d: Decision, least_rows: int) -> Decision:
+def lean(d: Decision, least_rows: int, most_pages: int = 1) -> Decision:
     """A decision with the smallest buffers."""
-    return d.model_copy(update={"lead": d.unit, "attention_batch": 1, "expert_rows": min(least_rows, d.expert_rows)})
+    smallest = {"lead": d.unit, "attention_batch": 1, "expert_rows": min(least_rows, d.expert_rows)}
+    return d.model_copy(update={**smallest, "pages": most_pages if d.unit == 1 else 1})
 
 
 def fitted_sizes(d: Decision) -> tuple[int, ...]:

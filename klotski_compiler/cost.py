@@ -330,7 +330,7 @@ class Cost:
                 expert = late[tensor.layer][tensor.index]
                 total += tensor.nbytes * self.experts(tensor.layer, shape.scope_tokens(ALL))[expert][1]
             else:
-                total += tensor.nbytes
+                total += tensor.moved_bytes(op.pages if isinstance(op, Load) else None)
         return total
 
     def _compute_us(

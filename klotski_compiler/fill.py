@@ -104,7 +104,7 @@ class Fills(Candidates):
             layer.model_copy(update={"kv": kv, "on_disk": tuple(sorted(layer.static)) if far else ()})
             for layer in base.layers
         )
-        return base.model_copy(update={"layers": tuple(layers)})
+        return base.model_copy(update={"layers": tuple(layers), "pages": 1})
 
     # --------------------------------------------------------------------------------------------------------- memory
 
@@ -150,13 +150,15 @@ class Fills(Candidates):
         return min(sum(cache), in_flight + spill_bytes(self.cost, base, self.request.workload))
 
     def _staging_bytes(self, base: Decision) -> int:
-        """Host memory through which weights pass on their way from disk to a GPU: transfer units of experts in a pass; before the first,
-        the largest tensors and groups of the small ones of each kind (``pipeline``)."""
+        """Host memory through which weights pass on their way from disk to a GPU: transfer units of experts, or pages of them, in a pass;
+        before the first, the largest tensors, or pages of them, and groups of the small ones of each kind (``pipeline``)."""
         spec, count = self.request.spec, staging_slots(base)
         parts = {kind: [m for layer in spec.layers if (m := getattr(layer, kind))] for kind in (*MODULES, "expert")}
         parts |= {"head": [spec.head], "norm": [spec.norm]}
         sizes = {kind: [slot_bytes(module) for module in modules] for kind, modules in parts.items() if modules}
         small = sum(min(sum(each), LOAD_BYTES + max(each)) for each in sizes.values() if max(each) <= LOAD_BYTES)
+        if base.pages > 1:
+            return count * (small + align_up(-(-max(sizes["expert"]) // base.pages)))
         large = max(map(max, sizes.values()))
         return count * max(base.unit * max(sizes["expert"]), small + (large if large > LOAD_BYTES else 0))
 

@@ -10,7 +10,7 @@ from itertools import groupby
 from klotski_compiler.cost import Cost, Shape
 from klotski_compiler.passes.critical import critical_us
 from klotski_compiler.passes.depend import cells_of, depend
-from klotski_compiler.passes.slots import Placed, Pool, slots
+from klotski_compiler.passes.slots import Placed, Pool, slots, staged
 from klotski_compiler.passes.waits import waits
 from klotski_compiler.plan import (
     ALL,
@@ -19,6 +19,7 @@ from klotski_compiler.plan import (
     Decision,
     Load,
     Op,
+    Pages,
     Phase,
     Slot,
     Step,
@@ -37,6 +38,11 @@ from klotski_compiler.workspace import workspace
 
 LOAD_BYTES = 32 << 20  # a load aims at this many bytes: below, latency and per-op cost show
 PASSES = ("build", "slots", "depend", "waits", "schedule")
+
+
+def most_pages(nbytes: int) -> int:
+    """Pages that a weight may be cut into: none of them is smaller than what a load aims at."""
+    return max(1, nbytes // LOAD_BYTES)
 
 
 @dataclass(slots=True)
@@ -191,33 +197,49 @@ class Arena:
 
 
 def _permanent(table: TensorTable, compute_tier: str) -> tuple[dict[tuple[str, int], int], list[Slot]]:
-    """Slots that are never reused: residents in the compute tier, and everything else in host memory where that is its home."""
+    """Slots that are never reused: residents in the compute tier, and everything else in host memory where that is its home, or that
+    of all its pages but the last."""
     fixed: dict[tuple[str, int], int] = {}
     slots_: list[Slot] = []
     end = Counter[str]()
     resident = set(table.resident)
     for tensor in table.all:
         tier = compute_tier if tensor.id in resident else tensor.home
+        near = table.near(tensor) if tier != compute_tier else None
+        tier = "host" if near else tier
         if tensor.kind == "pick" or (tier != compute_tier and tier != "host"):
             continue
         fixed[tier, tensor.id] = len(slots_)
-        slots_.append(Slot(len(slots_), tier, end[tier], tensor.slot_bytes))
-        end[tier] += tensor.slot_bytes
+        slots_.append(Slot(len(slots_), tier, end[tier], tensor.room(near)))
+        end[tier] += tensor.room(near)
     return fixed, slots_
 
 
 def _residents(table: TensorTable, fixed: dict[tuple[str, int], int], staging: int) -> list[Op | Evict]:
     """Read every permanent weight from the checkpoint, small ones together; towards a GPU through ``staging`` slots in host memory."""
     entries: list[Op | Evict] = []
-    staged: deque[tuple[int, ...]] = deque()
+    there: deque[Evict] = deque()
     for tier, group in _together(table, fixed):
-        entries.append(Load("disk>host", "disk>host", group))
-        if tier == "gpu":
-            entries.append(Load("host>gpu", "host>gpu", group))
-            staged.append(group)
-        if len(staged) >= staging:
-            entries.append(Evict("host", staged.popleft()))
-    return [*entries, *(Evict("host", group) for group in staged)]
+        for pages in _cut(table, tier, group):
+            entries.append(Load("disk>host", "disk>host", group, pages=pages))
+            if tier == "gpu":
+                entries.append(Load("host>gpu", "host>gpu", group, pages=pages))
+                there.append(Evict("host", group, pages))
+            if len(there) >= staging:
+                entries.append(there.popleft())
+    return [*entries, *there]
+
+
+def _cut(table: TensorTable, tier: str, group: tuple[int, ...]) -> list[Pages | None]:
+    """The pages in which what is permanent is loaded where experts are cut into pages: on its way to a GPU none larger than theirs, so
+    that all pass through the same staging slots; in host memory what of an expert on disk lives there."""
+    first = table.all[group[0]]
+    if tier == "host":
+        return [table.near(first)]
+    if tier != "gpu" or not table.page_bytes or first.nbytes <= LOAD_BYTES:
+        return [None]
+    count = -(-first.slot_bytes // table.page_bytes)
+    return [Pages(i, i + 1, count) for i in range(count)] if count > 1 else [None]
 
 
 def _staged(table: TensorTable, first: int) -> tuple[dict[tuple[str, int], int], list[int]]:
@@ -227,9 +249,10 @@ def _staged(table: TensorTable, first: int) -> tuple[dict[tuple[str, int], int],
     large = (
         [t for t in table.resident if table.all[t].nbytes > LOAD_BYTES and table.all[t].kind != "kv"] if on_gpu else []
     )
-    room = max((table.all[t].slot_bytes for t in large), default=0)
-    count = min(len(large), staging_slots(table.decision))
-    return {("host", t): first + i % count for i, t in enumerate(large)}, [room] * count
+    moved = [(t, pages) for t in large for pages in _cut(table, "gpu", (t,))]
+    room = max((table.all[t].room(pages) for t, pages in moved), default=0)
+    count = min(len(moved), staging_slots(table.decision))
+    return {(staged("host", pages), t): first + i % count for i, (t, pages) in enumerate(moved)}, [room] * count
 
 
 def _rough_load(cost: Cost, table: TensorTable, shape: Shape, loads: Sequence[Op | Evict]) -> LoweredPhase:
@@ -244,9 +267,10 @@ def _rough_load(cost: Cost, table: TensorTable, shape: Shape, loads: Sequence[Op
 
 
 def _together(table: TensorTable, fixed: dict[tuple[str, int], int]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """What is permanent in groups of one tier and kind of at most ``LOAD_BYTES``, a larger tensor alone."""
+    """What is permanent in groups of one tier, kind and home of at most ``LOAD_BYTES``, a larger tensor alone."""
     weights = [(tier, table.all[number]) for tier, number in fixed if table.all[number].kind != "kv"]
-    for (tier, _), run in groupby(weights, key=lambda entry: (entry[0], entry[1].kind)):
+    weights.sort(key=lambda entry: entry[0] == "host" and table.near(entry[1]) is not None)
+    for (tier, *_), run in groupby(weights, key=lambda entry: (entry[0], entry[1].kind, entry[1].home)):
         group, nbytes = list[int](), 0
         for _, tensor in run:
             if group and nbytes + tensor.nbytes > LOAD_BYTES:
@@ -272,9 +296,9 @@ def _phase(
 ) -> LoweredPhase:
     states = [table.state(shape.name, shape.scope_tokens(ALL))] if shape.tokens else []
     exchanged = _exchanged(table, shape)
-    staged, staging = _staged(table, len(arena.slots)) if shape.name == "load" else ({}, [])
+    passing, staging = _staged(table, len(arena.slots)) if shape.name == "load" else ({}, [])
     first = len(arena.slots) + len(staging)
-    kept = fixed | staged | {(tier, tensor.id): first + i for i, (tier, tensor) in enumerate(exchanged)}
+    kept = fixed | passing | {(tier, tensor.id): first + i for i, (tier, tensor) in enumerate(exchanged)}
     processors = {name: processor.tier for name, processor in cost.hardware.processors.items()}
     ops, pools = slots(entries, table.all, kept, processors, first + len(exchanged))
     renumbered = _renumber(ops, pools, first + len(exchanged))
@@ -415,7 +439,9 @@ def _dump(after: str, entries: Sequence[Op | Evict], steps: Sequence[Step], name
     """The program as text after a pass: ``build`` shows evictions, ``slots`` slots, ``waits`` waits, ``schedule`` times."""
     if after == "build":
         return [
-            f"evict {e.tier} {' '.join(names[t] for t in e.tensors)}" if isinstance(e, Evict) else op_text(e, names)
+            f"evict {staged(e.tier, e.pages)} {' '.join(names[t] for t in e.tensors)}"
+            if isinstance(e, Evict)
+            else op_text(e, names)
             for e in entries
         ]
     kept = [

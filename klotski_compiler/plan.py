@@ -23,7 +23,7 @@ from klotski_compiler.errors import PlanError
 if TYPE_CHECKING:
     import networkx
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 PAGE_BYTES = 4096
 ALL = -1  # the batch of an op that covers the whole group
 CPU = "cpu"  # the processor of host memory, and its stream
@@ -37,6 +37,19 @@ def align_up(nbytes: int, unit: int = PAGE_BYTES) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------- tensors and slots
+
+
+class Pages(NamedTuple):
+    """Pages ``first`` to ``end`` (exclusive) of the ``of`` equal byte ranges that a tensor's slot is cut into."""
+
+    first: int
+    end: int
+    of: int
+
+    @property
+    def text(self) -> str:
+        """``pages=17:18/18``."""
+        return f"pages={self.first}:{self.end}/{self.of}"
 
 
 class Tensor(NamedTuple):
@@ -69,6 +82,24 @@ class Tensor(NamedTuple):
         """Room that it takes in an arena: direct reads bring the page that each segment starts and ends in."""
         return align_up(self.nbytes + 2 * PAGE_BYTES * self.segments)
 
+    def span(self, pages: Pages) -> tuple[int, int]:
+        """The bytes [begin, end) of its slot that pages are: multiples of a disk page, so that direct reads need no cutting."""
+        units = self.slot_bytes // PAGE_BYTES
+        return units * pages.first // pages.of * PAGE_BYTES, units * pages.end // pages.of * PAGE_BYTES
+
+    def room(self, pages: Pages | None = None) -> int:
+        """Room that all of it, or some of its pages, takes in an arena."""
+        if pages is None:
+            return self.slot_bytes
+        begin, end = self.span(pages)
+        return end - begin
+
+    def moved_bytes(self, pages: Pages | None) -> int:
+        """What of ``nbytes`` crosses a link with all of it, or with some of its pages."""
+        if pages is None:
+            return self.nbytes
+        return self.nbytes * pages.end // pages.of - self.nbytes * pages.first // pages.of
+
 
 class Slot(NamedTuple):
     """A fixed byte range of a tier's arena that holds tensors one after another."""
@@ -84,12 +115,17 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Bring tensors one hop over ``link``. On a compute stream it is a synchronous copy. ``wraps``: for the next pass."""
+    """Bring tensors one hop over ``link``. On a compute stream it is a synchronous copy. ``wraps``: for the next pass.
+
+    pages: of each tensor, if it is not all of it. In the compute tier pages come into one slot, in order, the first one first; on
+    its way through host memory a page has a slot of its own.
+    """
 
     stream: str
     link: str
     tensors: tuple[int, ...]
     wraps: bool = False
+    pages: Pages | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +208,10 @@ def op_text(op: Op, names: list[str]) -> str:
     match op:
         case Load() | Store():
             verb = "load" if isinstance(op, Load) else "store"
-            words = [op.stream, verb, *([f"via={op.link}"] if op.link != op.stream else []), *tensors]
-            return " ".join([*words, "next"] if isinstance(op, Load) and op.wraps else words)
+            words = [op.stream, verb, *([f"via={op.link}"] if op.link != op.stream else [])]
+            words += [op.pages.text] if isinstance(op, Load) and op.pages else []
+            words += [*tensors, *(["next"] if isinstance(op, Load) and op.wraps else [])]
+            return " ".join(words)
         case Compute():
             return " ".join([op.stream, op.fn, f"L{op.layer}", _batch_text(op.batch), *tensors])
         case Bind():
@@ -189,14 +227,22 @@ def _parse_batch(word: str) -> int:
     return ALL if word == "b*" else int(word[1:])
 
 
+def _parse_pages(word: str) -> Pages:
+    first, end, of = map(int, word[6:].replace("/", ":").split(":"))
+    if not 0 <= first < end <= of:
+        raise ValueError(f"{word!r} are no pages")
+    return Pages(first, end, of)
+
+
 def parse_op(text: str, ids: dict[str, int]) -> Op:
     """Inverse of ``op_text``. Raises ValueError or KeyError where the line is not an op."""
     stream, verb, *words = text.split()
     if verb in ("load", "store"):
         link = words.pop(0)[4:] if words[0].startswith("via=") else stream
         wraps = words[-1] == "next"
+        pages = _parse_pages(words.pop(0)) if verb == "load" and words[0].startswith("pages=") else None
         tensors = tuple(ids[w] for w in (words[:-1] if wraps else words))
-        return Load(stream, link, tensors, wraps) if verb == "load" else Store(stream, link, tensors)
+        return Load(stream, link, tensors, wraps, pages) if verb == "load" else Store(stream, link, tensors)
     layer, batch = int(words[0][1:]), _parse_batch(words[1])
     if verb == "bind":
         first, end = (int(p[1:]) for p in words[3].split(":"))
@@ -253,7 +299,8 @@ class LayerDecision(_Record):
     ``cpu``: experts that the CPU computes in decode where they live (in prefill they stream, as static ones do); ``cpu_picks``:
     how many of the late ones, those picked last, it computes likewise. ``resident`` names modules among attention, router, shared,
     dense; ``late`` the experts that the layer's picks range over, most popular first (as many picks as there are); ``on_disk``
-    the experts whose home is the disk although the machine has host memory between disk and compute tier. Every expert
+    the experts whose home is the disk, or whose last page's is, although the machine has host memory between disk and compute
+    tier. Every expert
     is in exactly one of ``resident_experts``, ``static``, ``late`` and ``cpu``. ``kv``: where keys and values live, but for those of
     the first ``kv_batches`` batches of each of prefill's sub-groups (which all run the same ops), which live in the compute tier.
     ``cpu_batches``: as in the decision, where this layer differs.
@@ -274,7 +321,8 @@ class LayerDecision(_Record):
 class Decision(_Record):
     """The numbers that a policy needs.
 
-    lead: experts that may be in flight or waiting (slots) at once. unit: experts per load. head_pages: loads of the head (0:
+    lead: experts that may be in flight or waiting (slots) at once. unit: experts per load. pages: that an expert is cut into; if
+    there are several, of an expert on disk only the last one lives there, the others in host memory. head_pages: loads of the head (0:
     resident). prefill_groups: sub-groups that prefill runs in, each re-reading the weights. rolling: whether they join one after
     another, at equal distances over the life of a sequence, each in a pass in which the others decode, rather than all before the
     first decode pass. attention_batch, decode_batch: sequences whose attention runs at once in prefill and in decode. expert_rows:
@@ -296,7 +344,18 @@ class Decision(_Record):
     hot: int
     embedding: bool
     rolling: bool = False
+    pages: int = 1
     layers: tuple[LayerDecision, ...]
+
+    @property
+    def near(self) -> Pages | None:
+        """Of an expert on disk, what lives in host memory nonetheless."""
+        return Pages(0, self.pages - 1, self.pages) if self.pages > 1 else None
+
+    @property
+    def far(self) -> Pages | None:
+        """Of an expert on disk, the pages that live there; None: all of it."""
+        return Pages(self.pages - 1, self.pages, self.pages) if self.pages > 1 else None
 
     def stride(self, gen_len: int) -> int:
         """Passes from one sub-group's joining to the next one's, in rolling order; a sequence lives for ``gen_len`` of them."""

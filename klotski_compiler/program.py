@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 from klotski_compiler.cost import ALWAYS, Cost, Shape
-from klotski_compiler.plan import ALL, CPU, Bind, Compute, Decision, Load, Op, Store
+from klotski_compiler.plan import ALL, CPU, Bind, Compute, Decision, Load, Op, Pages, Store
 from klotski_compiler.tensors import TensorTable
 
 URGENT = "urgent"  # a stream of small copies that must not queue behind whole experts on the same link
@@ -21,16 +21,17 @@ HEAD_SLOTS = 2  # pages of a streamed head: one computes while the next arrives
 
 def staging_slots(decision: Decision) -> int:
     """Transfer units in host memory at once on their way from disk to a GPU: the link behind fills one while the link ahead empties
-    the other; one where the GPU has room for no more either, which trades link time for memory."""
-    return min(2, max(1, decision.lead // decision.unit))
+    the other; one where the GPU has room for no more either, which trades link time for memory. Pages are small: always two."""
+    return 2 if decision.pages > 1 else min(2, max(1, decision.lead // decision.unit))
 
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """These tensors need their slot in ``tier`` no longer. Consumed by the slots pass."""
+    """These tensors, or these pages of them, need their slot in ``tier`` no longer. Consumed by the slots pass."""
 
     tier: str
     tensors: tuple[int, ...]
+    pages: Pages | None = None
 
 
 class Program:
@@ -50,12 +51,12 @@ class Program:
         self._attended = (
             [frozenset(self.decision.attended(layer)) for layer in self.layers] if self._cpu_attends else []
         )
-        self._staged: deque[tuple[int, ...]] = deque()
+        self._staged: deque[Evict] = deque()
         self._fetched: set[tuple[int, ...]] = set()
         self._given_up: set[int] = set()
         self._sent: set[tuple[int, int]] = set()
         self._sent_batches: dict[int, list[int]] = {}
-        self._postponed: list[tuple[int, ...]] = []
+        self._postponed: list[tuple[tuple[int, ...], Pages | None]] = []
 
     # ------------------------------------------------------------------------------------------- what a policy asks
 
@@ -148,26 +149,29 @@ class Program:
 
     # --------------------------------------------------------------------------------------------------------- verbs
 
-    def load(self, *tensors: int, next_pass: bool = False, sync: bool = False) -> None:
+    def load(self, *tensors: int, next_pass: bool = False, sync: bool = False, pages: Pages | None = None) -> None:
         """Bring weights to the compute tier, ``unit`` experts of one home per op.
 
         next_pass: for the next pass; written as soon as this pass has given the tensors up. sync: as a copy that blocks the
-        compute stream.
+        compute stream. pages: these only, the first ones first; what comes from disk comes whole with them.
         """
         for group in self._transfers([t for t in tensors if t not in self._resident]):
+            part = pages if pages and not self.is_far(group[0]) else None
+            if pages and not part and pages.first:
+                continue
             if next_pass and not self._given_up.issuperset(group):
-                self._postponed.append(group)
+                self._postponed.append((group, part))
             else:
-                self._transfer(group, next_pass, sync)
+                self._transfer(group, next_pass, sync, part)
 
     def evict(self, *tensors: int) -> None:
         """Give up the slots of weights."""
         if moving := tuple(t for t in tensors if t not in self._resident):
             self.entries.append(Evict(self.compute_tier, moving))
             self._given_up.update(moving)
-            for group in [g for g in self._postponed if self._given_up.issuperset(g)]:
-                self._postponed.remove(group)
-                self._transfer(group, True, False)
+            for group, pages in [p for p in self._postponed if self._given_up.issuperset(p[0])]:
+                self._postponed.remove((group, pages))
+                self._transfer(group, True, False, pages)
 
     def _transfers(self, moving: list[int]) -> Iterator[tuple[int, ...]]:
         """What goes together: each module alone, ``unit`` experts that come from the same tier."""
@@ -179,24 +183,28 @@ class Program:
                 size = self.decision.unit if expert else 1
                 yield from (tuple(alike[i : i + size]) for i in range(0, len(alike), size))
 
-    def _transfer(self, group: tuple[int, ...], next_pass: bool, sync: bool) -> None:
+    def _transfer(self, group: tuple[int, ...], next_pass: bool, sync: bool, only: Pages | None = None) -> None:
         hops = self._hops(self.table.all[group[0]].home)
-        for link in hops[1:] if group in self._fetched else hops:
-            self.entries.append(Load(self.processor if sync else link, link, group, next_pass))
+        far = self.decision.far if len(hops) > 1 else None
+        parts = [(link, far or only) for link in (hops[1:] if group in self._fetched else hops)]
+        if far:  # what is in host memory goes first: the rest may still be on its way there
+            parts.insert(-1, (hops[-1], self.decision.near))
+        for link, pages in parts:
+            self.entries.append(Load(self.processor if sync else link, link, group, next_pass, pages))
         if group in self._fetched:
             self._fetched.discard(group)
-            self.entries.append(Evict("host", group))
+            self.entries.append(Evict("host", group, far))
         elif len(hops) > 1:
-            self._stage(group)
+            self._stage(Evict("host", group, far))
 
     def is_far(self, tensor: int) -> bool:
-        """Whether it passes through host memory on its way to a GPU."""
+        """Whether it, or its last page, passes through host memory on its way to a GPU."""
         return len(self._hops(self.table.all[tensor].home)) > 1
 
     def fetch(self, *tensors: int) -> None:
         """Brings what is far as near as host memory, where it takes a staging slot until it is loaded, all of it together."""
         link = self._hops(self.table.all[tensors[0]].home)[0]
-        self.entries.append(Load(link, link, tensors))
+        self.entries.append(Load(link, link, tensors, pages=self.decision.far))
         self._fetched.add(tensors)
 
     def embed(self) -> None:
@@ -345,15 +353,15 @@ class Program:
 
     # ------------------------------------------------------------------------------------------------------------ KV
 
-    def _stage(self, tensors: tuple[int, ...]) -> None:
+    def _stage(self, eviction: Evict) -> None:
         """Takes a staging slot in host memory, and gives up the oldest where these are all (``staging_slots``)."""
-        self._staged.append(tensors)
+        self._staged.append(eviction)
         if len(self._staged) >= staging_slots(self.decision):
-            self.entries.append(Evict("host", self._staged.popleft()))
+            self.entries.append(self._staged.popleft())
 
     def finish(self) -> list[Op | Evict]:
         """The whole phase, once its policy has written it."""
-        self.entries += [Evict("host", tensors) for tensors in self._staged]
+        self.entries += self._staged
         self._staged.clear()
         return self.entries
 
@@ -370,7 +378,7 @@ class Program:
             for link in hops:
                 self.entries.append(Load(self.processor if sync else URGENT if fresh else link, link, (tensor,)))
             if len(hops) > 1:
-                self._stage((tensor,))
+                self._stage(Evict("host", (tensor,)))
 
     def _store_kv(self, layer: int, batch: int, sync: bool) -> None:
         for tensor in self._kv(layer, batch):

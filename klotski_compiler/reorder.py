@@ -121,12 +121,14 @@ def _in_place(experts: tuple[int, ...], place: dict[int, int]) -> tuple[int, ...
 def seen(cost: Cost, phase: LoweredPhase, tensors: Sequence[Tensor], decision: Decision) -> dict[int, Seen]:
     """The window of every MoE layer, from the ops of a settled pass."""
     into, processor = cost.links[0], cost.processor_name
-    brought: dict[int, Step] = {}  # by tensor
+    brought: dict[int, tuple[Step, ...]] = {}  # by tensor: its load, or those of its pages
     others: dict[int, list[tuple[str, int]]] = {}  # modules and KV of a layer: (kind, microseconds)
     begins: dict[int, int] = {}
     for number, step in enumerate(phase.steps):
         if isinstance(step.op, Load) and step.op.link == into == step.op.stream:
-            brought |= dict.fromkeys(step.op.tensors, step)
+            for tensor in step.op.tensors:
+                before = brought.get(tensor, ()) if step.op.pages and step.op.pages.first else ()
+                brought[tensor] = (*before, step)
             first = tensors[step.op.tensors[0]]
             if us := step.end_us - step.start_us:
                 others.setdefault(first.layer, []).append((first.kind, us))
@@ -141,7 +143,9 @@ def seen(cost: Cost, phase: LoweredPhase, tensors: Sequence[Tensor], decision: D
             if _is_experts(step.op, processor):
                 own = step.op.tensors
                 mine = dict.fromkeys(brought[t] for t in own if t in brought)
-                loads = tuple((load.end_us - load.start_us, len(load.slots)) for load in mine)
+                loads = tuple(
+                    (sum(load.end_us - load.start_us for load in parts), len(parts[0].slots)) for parts in mine
+                )
                 jobs.append(Job(loads, step.end_us - step.start_us, late=tensors[own[0]].kind == "pick"))
                 experts.append(tuple(tensors[t].index for t in own))
         if not jobs:

@@ -128,6 +128,13 @@ def decision_rows(plan: Plan) -> list[Row]:
     if any(layer.static or layer.late for layer in d.layers):
         unit = f"{_count(d.unit, 'expert')} per load ({size(d.unit * experts)}), {d.lead} expert slots for those in flight or waiting"
         rows.append(("transfer", unit))
+    if d.pages > 1 and (away := sum(len(layer.on_disk) for layer in d.layers)):
+        rows.append(
+            (
+                "pages",
+                f"an expert has {d.pages}; of {_count(away, 'expert')} the last one lives on disk, the others in host memory",
+            )
+        )
     passes = (
         "in one pass" if d.prefill_groups == 1 else f"in {d.prefill_groups} passes, each of which reads the weights"
     )
@@ -567,6 +574,7 @@ def compare(one: Plan, other: Plan) -> str:
     words("policy", *(p.policy for p in plans))
     words("batches", *(f"{p.decision.num_batches} x {p.decision.batch_size}" for p in plans))
     words("slots and unit", *(f"{p.decision.lead}, {p.decision.unit} per load" for p in plans))
+    words("pages of an expert", *(str(p.decision.pages) for p in plans))
     for name in ("resident_experts", "static", "late"):
         title = {"resident_experts": "experts resident", "static": "experts by name", "late": "experts late"}[name]
         words(title, *(str(sum(len(getattr(layer, name)) for layer in p.decision.layers)) for p in plans))

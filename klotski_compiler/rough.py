@@ -38,7 +38,7 @@ def load_us(cost: Cost, decision: Decision) -> float:
         modules = {kind: module.nbytes for kind in MODULES if (module := getattr(layer, kind))}
         nbytes += sum(size for kind, size in modules.items() if on_gpu or kind in chosen.resident)
         if layer.expert:
-            near = layer.num_experts - len(chosen.on_disk) if on_gpu else len(chosen.resident_experts)
+            near = layer.num_experts - len(chosen.on_disk) / decision.pages if on_gpu else len(chosen.resident_experts)
             nbytes += near * layer.expert.nbytes
             loads += near / max(1, LOAD_BYTES // layer.expert.nbytes)
         loads += len(modules)
@@ -95,7 +95,9 @@ def layer_work(cost: Cost, decision: Decision, number: int, chosen: LayerDecisio
     named = chosen.static if helped else (*chosen.static, *chosen.cpu)
     work[link] += whole * (len(named) + sum(touched[e][1] for e in chosen.late[:loaded]))
     work["disk>host"] += (
-        len(chosen.on_disk) * cost.transfer_us("disk>host", layer.expert.nbytes * decision.unit) / decision.unit
+        len(chosen.on_disk)
+        * cost.transfer_us("disk>host", layer.expert.nbytes * decision.unit / decision.pages)
+        / decision.unit
         if on_gpu
         else 0.0
     )

@@ -157,7 +157,7 @@ class Search(Fills):
         for base in bases:
             us, start = known.get(shape_of(base), inf), base
             if us > best_us * (1 + FITTING_GAIN) or isinf(us):
-                start = lean(base, self.least_rows)
+                start = lean(base, self.least_rows, self.most_pages)
                 with suppress(Infeasible):
                     us = self.score(name, start)
             if us <= best_us * (1 + FITTING_GAIN) and us < inf:
@@ -282,7 +282,7 @@ class Search(Fills):
         climbing = True
         while climbing:
             climbing = False
-            for other in resized(best[1], size, self.least_rows):
+            for other in resized(best[1], size, self.least_rows, self.most_pages):
                 if (sizes := fitted_sizes(other)) in known:
                     continue
                 known.add(sizes)

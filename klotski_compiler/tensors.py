@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from klotski_compiler.cost import DTYPE_BYTES
 from klotski_compiler.model import ModelSpec, Module
-from klotski_compiler.plan import Decision, Tensor, Workload
+from klotski_compiler.plan import Decision, Pages, Tensor, Workload
 
 MODULES = ("attention", "router", "shared", "dense")
 
@@ -111,6 +112,17 @@ class TensorTable:
     def id(self, kind: str, layer: int = -1, index: int = 0) -> int | None:
         """The tensor's id, or None where the model or the decision has no such tensor."""
         return self._ids.get((kind, layer, index))
+
+    def near(self, tensor: Tensor) -> Pages | None:
+        """Of a tensor that lives on disk, what host memory before a GPU keeps nonetheless; None: all that lives there, or nothing."""
+        far = self.compute_tier == "gpu" and tensor.kind == "expert" and tensor.home == "disk"
+        return self.decision.near if far else None
+
+    @cached_property
+    def page_bytes(self) -> int:
+        """Room of the largest page of an expert; 0 where experts are not cut."""
+        far = self.decision.far
+        return max((tensor.room(far) for tensor in self.all if tensor.kind == "expert"), default=0) if far else 0
 
     def state(self, phase: str, tokens: int) -> Tensor:
         """Adds the hidden states of a phase: ``tokens`` tokens at once."""

@@ -400,6 +400,46 @@ def helped(model: Resident, policy_name: str, same: Same, tmp_path: Path) -> Non
     same(model, run(plan, model, tmp_path).rows)
 
 
+@pytest.mark.parametrize("pages", [2, 3, 7])
+@pytest.mark.parametrize("policy_name", ["joint", "flexgen", "moe_lightning", "accelerate"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_in_pages(
+    family: str,
+    policy_name: str,
+    pages: int,
+    models: Models,
+    same: Same,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their last page on disk, the others in host memory: its own matrices, or slices of fused ones, cut anywhere. Residents of the
+    GPU are loaded in pages, too."""
+    monkeypatch.setattr("klotski_compiler.pipeline.LOAD_BYTES", 32 << 10)
+    model = models(family, intermediate_size=512)
+    decision = tiny_decision(policy_name, replace(model.spec, compute_dtype="fp32"), "gpu")
+    layers = [layer.model_copy(update={"on_disk": layer.static[:2]}) for layer in decision.layers]
+    decision = decision.model_copy(update={"layers": tuple(layers), "pages": pages})
+    plan = plan_of(replace(model.spec, compute_dtype="fp32"), policy_name, decision, workload(PROMPTS, 8), True)
+    for phase, kinds in (("load", {"expert", "attention"}), ("decode", {"expert"})):
+        paged = {
+            plan.tensors[t].kind
+            for s in plan.steps[phase]
+            if isinstance(s.op, Load) and s.op.pages
+            for t in s.op.tensors
+        }
+        assert paged & kinds
+    same(model, run(plan, model, tmp_path).rows)
+
+
+def test_moe_lightning_in_pages_of_experts(models: Models, same: Same, tmp_path: Path) -> None:
+    """More micro-batches than weights: halves of experts follow their mixed values, and the last group lacks some."""
+    model = models("phimoe", intermediate_size=512)
+    decision = tiny_decision("moe_lightning", replace(model.spec, compute_dtype="fp32"), "host", 8, 1, cpu_batches=8)
+    plan = plan_of(replace(model.spec, compute_dtype="fp32"), "moe_lightning", decision, workload(PROMPTS, 8), True)
+    assert any(isinstance(step.op, Load) and step.op.pages for step in plan.steps["decode"])
+    same(model, run(plan, model, tmp_path).rows)
+
+
 @pytest.mark.parametrize("seed", range(6))
 @each_policy
 def test_any_decision(policy_name: str, seed: int, models: Models, same: Same, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from klotski_compiler.hardware import Processor, matmul_us
 from klotski_compiler.milp.formulation import SCALE_US, Model, Row, Terms, Variable, plus, times
 from klotski_compiler.milp.solve import Solver
 from klotski_compiler.model import Layer
+from klotski_compiler.pipeline import most_pages
 from klotski_compiler.plan import CPU, Decision, Workload
 from klotski_compiler.simulate import NEGLIGIBLE
 from klotski_compiler.tensors import MODULES, query_bytes, rows_bytes, state_bytes, sums_bytes
@@ -74,7 +75,7 @@ class Relaxation:
     *Disk.* Before a GPU only experts may live on disk, and those travel by name, whole, in every pass.
     *Parts.* Prefill in p parts keeps the states of a p-th of the prompts, and reads what is not kept p times (``refined_us``).
     *Memory* at S = low: states, least workspace, one expert slot, KV. Keeping is relaxed to fractions. Where host memory cannot hold
-    all experts, some pass through it, to be kept on the GPU or to be streamed: one place in it is theirs, or two; with one,
+    all experts, some pass through it, to be kept on the GPU or to be streamed: one place in it is theirs, or two, of a page; with one,
     disk and link take turns.
     *Load.* What memory keeps is read from disk once, before all else.
     """
@@ -218,7 +219,8 @@ class Relaxation:
                 load[near] = weight.nbytes * disk_us
         row("memory", here, upper=room / GIB)
         if on_gpu:
-            passing = min(layer.expert.nbytes for layer in self.cost.spec.layers if layer.expert) * staging
+            experts = [layer.expert.nbytes for layer in self.cost.spec.layers if layer.expert]
+            passing = min(nbytes / most_pages(nbytes) for nbytes in experts) * staging
             row("host", host, upper=(self.budget["host"] - passing) / GIB)
         for j in range(self.spans):
             share(f"decode[{j}]", inf)

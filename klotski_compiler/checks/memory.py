@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from klotski_compiler.checks.common import LOAD, UNROLLED, Fault, phases_of
 from klotski_compiler.execute import execute
-from klotski_compiler.plan import NOWHERE, Bind, Compute, Load, Phase, Plan, Step, Store
+from klotski_compiler.plan import NOWHERE, Bind, Compute, Load, Pages, Phase, Plan, Step, Store, Tensor
 
 
 def arena(plan: Plan) -> None:
@@ -48,7 +48,7 @@ def residents(plan: Plan) -> None:
     if len({slot for _, slot in plan.placed}) != len(plan.placed):
         raise Fault("two tensors share a permanent slot")
     for tensor, slot in (*plan.placed, *(pair for phase in plan.phases for pair in phase.placed)):
-        if why := _misfit(plan, tensor, slot):
+        if why := _misfit(plan, tensor, slot, _part(plan, plan.tensors[tensor], slot)):
             raise Fault(why)
     found = {
         (plan.tensors[t].layer, plan.tensors[t].index)
@@ -61,10 +61,16 @@ def residents(plan: Plan) -> None:
         raise Fault(f"L{layer}.E{expert} {where} decided to be resident")
 
 
-def _misfit(plan: Plan, tensor: int, slot: int) -> str:
+def _part(plan: Plan, tensor: Tensor, slot: int) -> Pages | None:
+    """What a permanent slot holds of its tensor: of an expert whose last page lives on disk, the others."""
+    away = tensor.kind == "expert" and tensor.home == "disk" and plan.slots[slot].tier != plan.compute_tier
+    return plan.decision.near if away else None
+
+
+def _misfit(plan: Plan, tensor: int, slot: int, pages: Pages | None = None) -> str:
     held, room = plan.tensors[tensor], plan.slots[slot].nbytes
     # Hidden states never come from a file, so that they need no room for the pages around a segment.
-    need = held.nbytes if held.kind == "state" else held.slot_bytes
+    need = held.nbytes if held.kind == "state" else held.room(pages)
     return f"{held.name} needs {need:,} bytes, slot {slot} has {room:,}" if need > room else ""
 
 
@@ -74,8 +80,13 @@ def residency(plan: Plan) -> None:
         memory = _Memory(plan, phase)
         execute(steps, min(phase.passes, UNROLLED), memory)
         for tensor, slot in plan.placed if phase.name == LOAD else ():
-            if memory.content.get(slot) != tensor:
+            whole = memory.parts.get(slot) == _part(plan, plan.tensors[tensor], slot)
+            if memory.content.get(slot) != tensor or (plan.tensors[tensor].kind != "kv" and not whole):
                 raise Fault(f"{plan.names[tensor]} is never loaded into its permanent slot {slot}")
+
+
+def _within(pages: Pages, held: Pages) -> bool:
+    return pages.of == held.of and held.first <= pages.first and pages.end <= held.end
 
 
 class _Memory:
@@ -91,6 +102,12 @@ class _Memory:
             for slot, tensor in self.permanent.items()
             if phase.name != LOAD or plan.tensors[tensor].kind == "kv"
         } | {slot: tensor for tensor, slot in phase.placed}
+        # Of what a slot does not hold whole, the pages that it does.
+        self.parts = {
+            slot: pages
+            for slot, tensor in self.content.items()
+            if (pages := _part(plan, plan.tensors[tensor], slot)) is not None
+        }
         self.ends = {
             link: tuple(link.split(">"))
             for link in {s.op.link for s in plan.steps[phase.name] if isinstance(s.op, Load | Store)}
@@ -123,7 +140,7 @@ class _Memory:
         if why:
             raise Fault(why, self.phase.name, number)
 
-    def _read(self, tensors: Sequence[int], slots: Sequence[int], tier: str) -> str:
+    def _read(self, tensors: Sequence[int], slots: Sequence[int], tier: str, pages: Pages | None = None) -> str:
         for tensor, slot in zip(tensors, slots, strict=True):
             if slot == NOWHERE:
                 if self.plan.tensors[tensor].home != tier:
@@ -133,13 +150,15 @@ class _Memory:
                 held = self.content.get(slot)
                 name = "nothing" if held is None else self.plan.names[held]
                 return f"reads {self.plan.names[tensor]} in slot {slot}, which holds {name}"
+            if (part := self.parts.get(slot)) and not (pages and _within(pages, part)):
+                return f"reads {self.plan.names[tensor]} in slot {slot}, of which that holds {part.text} only"
             if self.plan.slots[slot].tier != tier:
                 return f"reads slot {slot} in {tier}, but it is in {self.plan.slots[slot].tier}"
         return ""
 
     def _load(self, op: Load, step: Step) -> str:
         source, target = self.ends[op.link]
-        if step.sources and (why := self._read(op.tensors, step.sources, source)):
+        if step.sources and (why := self._read(op.tensors, step.sources, source, op.pages)):
             return why
         for number, slot in zip(op.tensors, step.slots, strict=True):
             tensor = self.plan.tensors[number]
@@ -155,9 +174,27 @@ class _Memory:
                 return f"writes {tensor.name} over {self.plan.names[self.permanent[slot]]}, which is resident in slot {slot}"
             if op.wraps and tensor.kind in ("pick", "kv"):
                 return f"brings {tensor.name} for the next pass, before its expert or contents are known"
-            if why := _misfit(self.plan, number, slot):
+            if why := self._arrive(number, slot, op.pages):
                 return why
-            self.content[slot] = number
+        return ""
+
+    def _arrive(self, number: int, slot: int, pages: Pages | None) -> str:
+        """A tensor, or some pages of it, comes into a slot: in the compute tier all of them in order, each once."""
+        tensor = self.plan.tensors[number]
+        gathers = pages is not None and self.plan.slots[slot].tier == self.plan.compute_tier
+        if why := _misfit(self.plan, number, slot, None if gathers else pages):
+            return why
+        held, same = self.parts.pop(slot, None), self.content.get(slot) == number
+        held = held if same else None
+        self.content[slot] = number
+        if pages is None:
+            return ""
+        if gathers:
+            if (pages.first > 0 or held) and not (held and held.of == pages.of and held.end == pages.first):
+                return f"brings {pages.text} of {tensor.name} to slot {slot}, which holds {held.text if held else 'no part of it'}"
+            pages = pages._replace(first=0)
+        if pages.end - pages.first < pages.of:
+            self.parts[slot] = pages
         return ""
 
     def _store(self, op: Store, step: Step) -> str:

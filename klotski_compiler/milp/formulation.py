@@ -331,7 +331,7 @@ class Formulation:
             fixed += g.count * (sum(m.slot_bytes for m in g.modules.values()) + sum(g.sizes) * g.expert.slot_bytes)
             fixed += g.count * problem.batches * g.kv_slot_bytes
             if not here and self.homes_on_disk:
-                used = plus(used, {f"disk[{g.name}.c{c}]": -g.expert.slot_bytes for c in range(len(g.sizes))})
+                used = plus(used, {f"disk[{g.name}.c{c}]": -g.page.slot_bytes for c in range(len(g.sizes))})
         used = plus(used, {"resident[head]": sign * problem.head.slot_bytes})
         for g in problem.groups if problem.attends else ():  # as much as the layer that attends to most batches
             share = sum(other.count for other in problem.groups)
@@ -392,9 +392,10 @@ class Formulation:
         self._period("link", g, phase, plus(self.linked_us(g, phase, work), slowed))
 
     def disk_link(self, g: Group, phase: str) -> None:
-        """T >= disk loads of the experts that live there; with one staging slot, which the link behind must empty first, that too."""
+        """T >= disk loads of the experts, or their last pages, that live there; with one staging slot, which the link behind must empty
+        first, that too."""
         if self.homes_on_disk:
-            each = g.expert.disk_us + (g.expert.load_us if self.problem.staging == 1 else 0.0)
+            each = g.page.disk_us + (g.page.load_us if self.problem.staging == 1 else 0.0)
             self._period("disk_link", g, phase, {f"disk[{g.name}.c{c}]": each for c in range(len(g.sizes))})
 
     def store_link(self, g: Group, phase: str, work: LayerWork) -> None:
@@ -484,7 +485,7 @@ class Formulation:
                 modules = sum(item.disk_us for item in g.modules.values())
                 terms[""] += g.count * (modules + sum(g.sizes) * g.expert.disk_us)
                 if self.homes_on_disk:
-                    terms |= {f"disk[{g.name}.c{c}]": -g.expert.disk_us for c in range(len(g.sizes))}
+                    terms |= {f"disk[{g.name}.c{c}]": -g.page.disk_us for c in range(len(g.sizes))}
             return terms
         terms |= {"resident[head]": problem.head.load_us, "resident[embedding]": problem.embedding.load_us}
         for g in problem.groups:

@@ -71,6 +71,7 @@ class LayerWork:
 @dataclass(frozen=True, slots=True)
 class Group:
     """Identical layers. sizes: experts per class and layer. late: whether a class may be bound after the router.
+    page: what of an expert on disk lives there, all of it unless experts are cut into pages.
     kv_slot_bytes: the KV of one layer and row of batches."""
 
     name: str
@@ -79,6 +80,7 @@ class Group:
     late: tuple[bool, ...]
     modules: dict[str, Item]
     expert: Item
+    page: Item
     kv_slot_bytes: int
     work: dict[str, LayerWork]
 
@@ -164,6 +166,14 @@ def build(
         rounds, phases = _ramps(decision, workload, whole)
     pages = decision.head_pages
 
+    def page(module: Module) -> Item:
+        """The last of its pages."""
+        pages, whole = decision.pages, item(module, loads=1 / decision.unit)
+        if pages == 1:
+            return whole
+        part = item(replace(module, nbytes=module.nbytes // pages), loads=1.0)
+        return replace(part, slot_bytes=align_up(-(-whole.slot_bytes // pages)))
+
     def item(module: Module, share: int = 1, loads: float = 1.0) -> Item:
         slot = align_up(module.nbytes // share + 2 * PAGE_BYTES * module.segments) * share
         times = [
@@ -194,6 +204,7 @@ def build(
                 late=tuple(min(touched[e][1] for e in c) <= WORTH_WAITING for c in classes),
                 modules={kind: item(m) for kind in MODULES if (m := getattr(layer, kind))},
                 expert=item(layer.expert, loads=1 / decision.unit) if layer.expert else Item(0, 0.0, 0.0),
+                page=page(layer.expert) if layer.expert else Item(0, 0.0, 0.0),
                 kv_slot_bytes=rows * kv[members[0]],
                 work={s.name: _work(cost, members[0], classes, s, decision, (into, back)) for s in phases},
             )

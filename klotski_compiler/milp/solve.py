@@ -323,7 +323,7 @@ def _group_layers(
             late_ones += members[resident[c][j] + static[c][j] : len(members) - cpu[c][j]]
             apart += members[len(members) - cpu[c][j] :]
             far += named[len(named) - disk[c][j] :]
-        load = {e: g.expert.disk_us if e in far else g.expert.load_us for e in streamed}
+        load = {e: max(g.page.disk_us, g.expert.load_us) if e in far else g.expert.load_us for e in streamed}
         compute = {e: cost.expert_us(number, e, tokens) for e in streamed}
         layers.append(
             LayerDecision(

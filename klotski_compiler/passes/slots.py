@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from klotski_compiler.errors import PlanError
-from klotski_compiler.plan import NOWHERE, Bind, Compute, Load, Op, Tensor
+from klotski_compiler.plan import NOWHERE, Bind, Compute, Load, Op, Pages, Tensor
 from klotski_compiler.program import Evict
 
 FOREVER = 1 << 60
@@ -39,6 +39,11 @@ class Pool:
     free: list[tuple[int, int]] = field(default_factory=list)
 
 
+def staged(tier: str, pages: Pages | None) -> str:
+    """What stands for a tier where a page on its way is looked for: that is beside what of its tensor lives there."""
+    return f"{tier} {pages.text}" if pages else tier
+
+
 def slots(
     entries: Sequence[Op | Evict],
     tensors: Sequence[Tensor],
@@ -46,8 +51,8 @@ def slots(
     processors: dict[str, str],
     first: int,
 ) -> tuple[list[Placed], list[Pool]]:
-    """Place the ops of one phase. ``fixed``: (tier, tensor) -> slot that it keeps. ``processors``: the tier of each. New slots
-    are numbered from ``first``.
+    """Place the ops of one phase. ``fixed``: (tier, tensor) -> slot that it keeps, of a page (``staged``, tensor). ``processors``: the
+    tier of each. New slots are numbered from ``first``.
 
     Raises PlanError where a policy loads what it never evicts, or reads what it has not loaded.
     """
@@ -57,10 +62,10 @@ def slots(
     where = dict(fixed)
     count = first
 
-    def pool_of(tier: str, tensor: Tensor) -> Pool:
+    def pool_of(tier: str, tensor: Tensor, pages: Pages | None = None) -> Pool:
         kind = "expert" if tensor.kind == "pick" else tensor.kind
         pool = pools.setdefault((tier, kind), Pool(tier, kind))
-        pool.nbytes = max(pool.nbytes, tensor.slot_bytes)
+        pool.nbytes = max(pool.nbytes, tensor.room(pages))
         return pool
 
     def take(pool: Pool, start: int, end: int) -> int:
@@ -82,9 +87,10 @@ def slots(
     tail: dict[tuple[str, int, int], int] = {}
     for start, entry in enumerate(entries):
         if isinstance(entry, Load) and entry.wraps:
-            tier = entry.link.split(">")[1]
-            for tensor in entry.tensors:
-                if (tier, tensor, start) in ends:  # passes through: staged on its way, and gone within this pass
+            tier, pages = entry.link.split(">")[1], entry.pages
+            for tensor in entry.tensors if pages is None or pages.first == 0 else ():
+                # passes through: staged on its way, and gone within this pass
+                if (staged(tier, pages), tensor, start) in ends:
                     continue
                 end = ends.get((tier, tensor, -1), FOREVER)
                 if end > start:
@@ -99,25 +105,34 @@ def slots(
     for start, entry in enumerate(entries):
         if isinstance(entry, Evict):
             for tensor in entry.tensors:
-                del where[entry.tier, tensor]
+                del where[staged(entry.tier, entry.pages), tensor]
             continue
         if isinstance(entry, Bind):
             placed.append(Placed(entry, (), ()))
             continue
         if isinstance(entry, Load):
             source, target = entry.link.split(">")
-            sources = tuple(where[source, t] for t in entry.tensors if (source, t) in where)
+            pages, first = entry.pages, entry.tensors[0]
+            here, there = staged(source, pages), staged(target, pages)
+            if (here, first) not in where:
+                here = source
+            if (there, first) not in fixed and (there, first, start) not in ends:
+                there = target
+            sources = tuple(where[here, t] for t in entry.tensors if (here, t) in where)
             for tensor in entry.tensors:
-                if (target, tensor, start) in tail:
-                    where[target, tensor] = tail[target, tensor, start]
+                if (there, tensor, start) in tail:
+                    where[there, tensor] = tail[there, tensor, start]
                     continue
-                if (target, tensor) in fixed:
+                begun = pages and pages.first and there == target and (there, tensor) in where
+                if begun or (there, tensor) in fixed:
                     continue
-                end = ends.get((target, tensor, start), FOREVER)
+                end = ends.get((there, tensor, start), FOREVER)
                 if end == FOREVER:
                     raise PlanError("slots", f"{tensors[tensor].name} is loaded and never evicted from {target}")
-                where[target, tensor] = take(pool_of(target, tensors[tensor]), start, end)
-            placed.append(Placed(entry, tuple(where[target, t] for t in entry.tensors), sources))
+                where[there, tensor] = take(
+                    pool_of(target, tensors[tensor], pages if there != target else None), start, end
+                )
+            placed.append(Placed(entry, tuple(where[there, t] for t in entry.tensors), sources))
             continue
         tier, target = (processors[entry.stream], "") if isinstance(entry, Compute) else entry.link.split(">")
         found = tuple(where.get((tier, t), NOWHERE) for t in entry.tensors)
@@ -145,8 +160,12 @@ def _lifetimes(entries: Sequence[Op | Evict]) -> dict[tuple[str, int, int], int]
         if isinstance(entry, Load):
             tier = entry.link.split(">")[1]
             for tensor in entry.tensors:
-                opened[tier, tensor] = position
+                if entry.pages:
+                    opened[staged(tier, entry.pages), tensor] = position
+                if not entry.pages or entry.pages.first == 0:
+                    opened[tier, tensor] = position
         elif isinstance(entry, Evict):
+            place = staged(entry.tier, entry.pages)
             for tensor in entry.tensors:
-                ends[entry.tier, tensor, opened[entry.tier, tensor]] = position
+                ends[place, tensor, opened[place, tensor]] = position
     return ends

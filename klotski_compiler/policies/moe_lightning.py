@@ -8,11 +8,14 @@ urgent copies never wait behind a whole layer. Prefill is layer by layer on the 
     gpu     | out moe b0, qkv b2 | out moe b1, qkv b3 | ...
     cpu     | attend b1 | attend b2 | attend b3 | ...
 
-Approximations: a page is whole experts; the copy from pageable to pinned memory is left out, since all of host memory is pinned.
+Approximations: a page is whole modules and experts or, where micro-batches are more than these, an equal part of an expert; none is
+finer than an expert's matrices. The copy from pageable to pinned memory is left out, since all of host memory is pinned.
 """
 
-from itertools import product
+from collections.abc import Iterator
+from itertools import groupby, product
 
+from klotski_compiler.plan import Pages
 from klotski_compiler.policies import flexgen
 from klotski_compiler.program import Program
 
@@ -36,7 +39,8 @@ def build(p: Program) -> None:
     for number, (layer, batch) in enumerate(course):
         if p.on_cpu(layer, batch):
             p.fetch_mixed(batch)
-        p.load(*page(p, p.after(layer), batch), next_pass=p.is_last(layer))
+        for pages, tensors in page(p, p.after(layer), batch):
+            p.load(*tensors, next_pass=p.is_last(layer), pages=pages)
         if p.on_cpu(layer, batch):
             p.output(layer, batch)
         else:
@@ -57,7 +61,16 @@ def query(p: Program, layer: int, batch: int) -> None:
         p.attend_on_cpu(layer, batch)
 
 
-def page(p: Program, layer: int, number: int) -> list[int]:
+def page(p: Program, layer: int, number: int) -> Iterator[tuple[Pages | None, list[int]]]:
     """One of as many parts of a layer's weights as there are micro-batches; attention, which is needed first, comes first."""
-    whole, pages = flexgen.weights(p, layer), len(p.batches)
-    return whole[-(-len(whole) * number // pages) : -(-len(whole) * (number + 1) // pages)]
+    whole, experts, count = flexgen.weights(p, layer), p.static_experts(layer), len(p.batches)
+    short = count - (len(whole) - len(experts))  # of the micro-batches, those that experts are for
+    cut = max(1, min(p.table.all[experts[0]].segments, -(-short // len(experts)))) if experts else 1
+    parts: list[tuple[Pages | None, int]] = [
+        (Pages(i, i + 1, cut) if tensor in experts and cut > 1 else None, tensor)
+        for tensor in whole
+        for i in range(cut if tensor in experts else 1)
+    ]
+    mine = parts[-(-len(parts) * number // count) : -(-len(parts) * (number + 1) // count)]
+    for pages, run in groupby(mine, key=lambda part: part[0]):
+        yield pages, [tensor for _, tensor in run]

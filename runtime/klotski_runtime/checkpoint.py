@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -119,6 +119,16 @@ class Layout:
     extents: tuple[Extent, ...]
     offsets: tuple[int, ...]
     slot_bytes: int
+
+    def between(self, begin: int, end: int, origin: int) -> Iterator[Extent]:
+        """What reads the bytes [begin, end) of the slot, page multiples, into another one that begins at byte ``origin`` of it."""
+        for extent in self.extents:
+            first = max(begin, extent.slot_offset)
+            nbytes = min(end, extent.slot_offset + extent.nbytes) - first
+            skipped = first - extent.slot_offset
+            if nbytes > 0:
+                needed = max(0, min(extent.needed - skipped, nbytes))
+                yield Extent(extent.file, extent.offset + skipped, nbytes, first - origin, needed)
 
 
 def layout(segments: Sequence[Segment]) -> Layout:

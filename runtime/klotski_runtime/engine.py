@@ -329,9 +329,9 @@ class PhaseRunner:
                 modules.append((tensor, slot, expert))
             elif wanted:
                 assert source is not None
-                places.move(tensor, source, slot, expert)
+                places.move(tensor, source, slot, expert, op.pages)
         if modules:
-            places.fetch(modules)
+            places.fetch(modules, op.pages)
 
     def _store(self, op: Store, step: Step, at: int) -> None:
         for number, index in enumerate(op.tensors):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from klotski_compiler.errors import PlanError
-from klotski_compiler.plan import Phase, Plan, Slot, Tensor
+from klotski_compiler.plan import Pages, Phase, Plan, Slot, Tensor
 from klotski_compiler.tensors import page_rows
 from klotski_runtime.arena import Arena
 from klotski_runtime.checkpoint import HEAD, Checkpoint, Layout, ModuleKey, Segment, layout
@@ -33,6 +33,7 @@ class Places:
         for arena in self.arenas.values():
             arena.populate()
         self.resident = dict(plan.placed)
+        self._permanent = frozenset(self.resident.values())
         self.kv_shapes = [skeleton.kv_shape(layer) for layer in range(skeleton.layers)]
         self.capacity = plan.envelope.prompt_len + plan.envelope.gen_len
         self._layouts: dict[int, tuple[tuple[Segment, ...], Layout]] = {}
@@ -55,27 +56,42 @@ class Places:
 
     # ------------------------------------------------------------------------------------------------------ weights
 
-    def fetch(self, modules: Sequence[tuple[Tensor, int, int]]) -> None:
-        """Read modules (tensor, slot, expert) from the checkpoint into their slots and make their weights usable there."""
+    def fetch(self, modules: Sequence[tuple[Tensor, int, int]], pages: Pages | None = None) -> None:
+        """Read modules (tensor, slot, expert), or pages of them, from the checkpoint into their slots and make their weights usable there
+        once all of them have come."""
         parts = []
         for tensor, number, expert in modules:
             plan, at = self._layout(tensor, module_key(tensor, expert))[1], self.slot(number)
-            if plan.slot_bytes > at.nbytes:
-                why = f"{tensor.name} needs {plan.slot_bytes:,} bytes, its slot has {at.nbytes:,}; compile again"
+            begin, end = self._span(tensor, plan, pages)
+            origin = begin if pages and at.tier != self._plan.compute_tier else 0
+            if (need := end - origin) > at.nbytes:
+                why = f"{tensor.name} needs {need:,} bytes, its slot has {at.nbytes:,}; compile again"
                 raise PlanError("model", why)
             self._vacate(number)
-            parts.append((plan.extents, self.arenas[at.tier].view(at.offset, at.nbytes)))
+            parts.append((plan.between(begin, end, origin), self.arenas[at.tier].view(at.offset, at.nbytes)))
         self._reader.read_all(parts)
         for tensor, number, expert in modules:
-            self._occupy(tensor, number, expert)
+            self._arrived(tensor, number, expert, pages)
 
-    def move(self, tensor: Tensor, source: int, target: int, expert: int) -> None:
-        """Copy a module from one tier's slot to another's and make its weights usable there."""
+    def move(self, tensor: Tensor, source: int, target: int, expert: int, pages: Pages | None = None) -> None:
+        """Copy a module, or pages of it, from one tier's slot to another's and make its weights usable there once all has come."""
         here, there = self.slot(source), self.slot(target)
-        nbytes = self._layout(tensor, module_key(tensor, expert))[1].slot_bytes
+        begin, end = self._span(tensor, self._layout(tensor, module_key(tensor, expert))[1], pages)
         self._vacate(target)
-        self._bytes(there, nbytes).copy_(self._bytes(here, nbytes))
-        self._occupy(tensor, target, expert)
+        first = begin if source in self._permanent else 0  # a page on its way has a slot of its own
+        self._bytes(there, begin, end - begin).copy_(self._bytes(here, first, end - begin))
+        self._arrived(tensor, target, expert, pages)
+
+    @staticmethod
+    def _span(tensor: Tensor, plan: Layout, pages: Pages | None) -> tuple[int, int]:
+        """The bytes of its slot that all of a module, or pages of it, takes: of the last one, the files may have less than was planned."""
+        begin, end = tensor.span(pages) if pages else (0, plan.slot_bytes)
+        return min(begin, plan.slot_bytes), min(end, plan.slot_bytes)
+
+    def _arrived(self, tensor: Tensor, number: int, expert: int, pages: Pages | None) -> None:
+        whole = pages is None or (pages.end == pages.of and self.slot(number).tier == self._plan.compute_tier)
+        if whole:
+            self._occupy(tensor, number, expert)
 
     def parts(self, number: int) -> tuple[int, dict[str, torch.Tensor]]:
         """The expert (or head page) in a slot."""
@@ -98,8 +114,8 @@ class Places:
             self._skeleton.bind(key, views)
             self._occupant[number] = key
 
-    def _bytes(self, at: Slot, nbytes: int) -> torch.Tensor:
-        return self.arenas[at.tier].tensor(at.offset, nbytes, torch.uint8, (nbytes,))
+    def _bytes(self, at: Slot, first: int, nbytes: int) -> torch.Tensor:
+        return self.arenas[at.tier].tensor(at.offset + first, nbytes, torch.uint8, (nbytes,))
 
     def _layout(self, tensor: Tensor, key: ModuleKey) -> tuple[tuple[Segment, ...], Layout]:
         if tensor.kind == "pick":
