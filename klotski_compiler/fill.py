@@ -117,7 +117,7 @@ class Fills(Candidates):
             fixed += 0 if base.head_pages else spec.head.nbytes + 2 * PAGE_BYTES
             fixed += spec.embedding.nbytes + 2 * PAGE_BYTES if base.embedding else 0
             fixed += self.least_kv_bytes(base)
-        free = {}
+        free, working = dict[str, int](), workspace(self.cost, base, workload)
         for tier, budget in self.request.budgets.items():
             slots = self.streaming(name, base.lead, base.unit, base.head_pages).get(tier, 0)
             if self.tier == "gpu" and tier == "host" and policy(name).EXPERTS == "solved":
@@ -134,7 +134,7 @@ class Fills(Candidates):
                 - reserve.get(tier, 0)
                 - slots
                 - states
-                - sum(workspace(self.cost, base, workload).get(tier, {}).values())
+                - sum(working.get(tier, {}).values())
             )
         free[self.tier] -= fixed
         if short := {tier: -nbytes for tier, nbytes in free.items() if nbytes < 0}:
