@@ -129,13 +129,7 @@ class Fills(Candidates):
                 states += max(
                     align_up(state_bytes(spec, s.scope_tokens(ALL), self.request.dtype)) for s in shapes(base, workload)
                 )
-            free[tier] = (
-                budget
-                - reserve.get(tier, 0)
-                - slots
-                - states
-                - sum(working.get(tier, {}).values())
-            )
+            free[tier] = budget - reserve.get(tier, 0) - slots - states - sum(working.get(tier, {}).values())
         free[self.tier] -= fixed
         if short := {tier: -nbytes for tier, nbytes in free.items() if nbytes < 0}:
             raise self._shortfall(short)
