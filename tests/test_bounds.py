@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from klotski_compiler.bounds.apart import MOST_BATCHES, SPANS, TOLERANCE, Relaxation, below
+from klotski_compiler.bounds.apart import TOLERANCE, Relaxation
 from klotski_compiler.bounds.certificate import bound_tokens_per_s, intervals, relaxations
+from klotski_compiler.bounds.least import SPANS
 from klotski_compiler.bounds.mixed import Mixed
+from klotski_compiler.bounds.runs import MOST_BATCHES, below
 from klotski_compiler.cost import Cost
 from klotski_compiler.hardware import read_hardware
 from klotski_compiler.milp.formulation import SCALE_US

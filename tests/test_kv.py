@@ -9,6 +9,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from klotski_compiler.errors import ExecError
 from klotski_runtime.kv import KvBlock, KvShape
+from klotski_runtime.skeleton import CACHE
 
 SHAPE = KvShape(key_heads=2, key_width=4, value_heads=3, value_width=5)
 
@@ -65,7 +66,7 @@ def test_masks_with_left_padding(past: int, window: int | None) -> None:
         config=config,
         inputs_embeds=torch.empty(3, queries, 1),
         attention_mask=present,
-        past_key_values=block().cache(slice(0, 3), past),
+        **{CACHE: block().cache(slice(0, 3), past)},
     )
     key, query = torch.arange(past + queries), torch.arange(past, past + queries)[:, None]
     seen = (key <= query) & (key > query - (window or 99))

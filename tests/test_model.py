@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.model import Module, gate_bytes, read_model, spec_from_config
 from klotski_compiler.shipped import shipped, shipped_names
+from klotski_runtime.skeleton import CACHE
 
 SIZES = {
     "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 16,
@@ -200,7 +201,7 @@ def test_bytes_segments_and_cache_equal_those_of_a_saved_and_run_model(family: s
 
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(torch.arange(1, 6)[None], past_key_values=cache, use_cache=True)
+        model(torch.arange(1, 6)[None], use_cache=True, **{CACHE: cache})
     tensors_held: list[tuple[torch.Tensor, torch.Tensor]] = [(la.keys, la.values) for la in cache.layers]  # type: ignore
     held = [keys.shape[1] * keys.shape[3] + values.shape[1] * values.shape[3] for keys, values in tensors_held]
     assert [layer.kv_elements for layer in spec.layers] == held

@@ -32,7 +32,7 @@ from klotski_compiler.routing import Routing, uniform
 from klotski_compiler.search import Search
 from klotski_runtime.cli.run import main as klotski_run
 from klotski_runtime.engine import Engine, Row
-from klotski_runtime.skeleton import import_model
+from klotski_runtime.skeleton import CACHE, import_model
 from plans import edited, make_plan, tiny_decision, tiny_hardware
 from tiny import FAMILIES, make_checkpoint
 
@@ -565,9 +565,9 @@ def likeliest(model: Any, rows: Sequence[Row]) -> list[int]:
     for coming in zip(*(row.tokens for row in rows), strict=True):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with torch.inference_mode():
-            out = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            out = model(ids, attention_mask=mask, position_ids=positions, use_cache=True, **{CACHE: cache})
         found.append(out.logits[:, -1].argmax(-1))
-        cache, ids = out.past_key_values, torch.tensor(coming)[:, None]
+        cache, ids = out[CACHE], torch.tensor(coming)[:, None]
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
     return torch.stack(found, dim=1).flatten().tolist()
 

@@ -7,7 +7,8 @@ from functools import partial
 from itertools import zip_longest
 from math import inf
 
-from klotski_compiler.bounds.apart import DECODE, PREFILL, Relaxation, Weight
+from klotski_compiler.bounds.apart import Relaxation
+from klotski_compiler.bounds.least import DECODE, PREFILL, Weight
 from klotski_compiler.cost import Cost
 from klotski_compiler.milp.formulation import SCALE_US, Model, Row, Terms, Variable, plus
 from klotski_compiler.plan import Workload

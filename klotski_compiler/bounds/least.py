@@ -1,0 +1,159 @@
+"""The least that ops take, however work is cut into them: what the bounds are made of (design 7.2)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import floor, inf, log
+
+from klotski_compiler.cost import Cost
+from klotski_compiler.hardware import Processor, matmul_us
+from klotski_compiler.model import Layer
+from klotski_compiler.plan import CPU, Workload
+from klotski_compiler.tensors import MODULES, rows_bytes, sums_bytes
+
+EXACT_SHARES = 256  # so many different experts are bounded one by one
+ROUNDING = 1.01
+SPANS, GROWN = 4, 1.2  # decode whose context grows by more than that factor is bounded in so many spans
+PREFILL, DECODE = 0, 1  # kinds of passes, as indices of a weight's work
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """What a tier may keep. nbytes: room. Then, per kind of passes (prefill, decode), what the whole workload takes: moved_bytes, what
+    crosses a link if it is not kept; far_bytes, what crosses the disk's link if it lives on disk before a GPU, empty where it cannot;
+    compute_us, work of the compute tier's processor; cpu_us, of the CPU, were it computed there, infinite where it cannot be.
+
+    Of decode beside a CPU, see ``apart.Relaxation``: split_us as compute_us, if no op covers all sequences but a few; most_us, of an op
+    that does; alone_us as cpu_us, without waiting for attention."""
+
+    nbytes: float
+    moved_bytes: tuple[float, ...]
+    compute_us: tuple[float, ...]
+    cpu_us: tuple[float, ...] = (inf, inf, inf, inf)
+    far_bytes: tuple[float, ...] = ()
+    split_us: float = 0.0
+    most_us: float = 0.0
+    alone_us: float = 0.0
+
+
+class Least:
+    """The workload on the machine: what all groups take at least, if they have between ``low`` and ``high`` sequences each."""
+
+    def __init__(self, cost: Cost, workload: Workload, budgets: dict[str, int]) -> None:
+        """budgets: bytes of each tier; a tier that is not named has what the machine has."""
+        self.cost, self.workload, spec = cost, workload, cost.spec
+        self.tier = cost.hardware.compute_tier
+        self.budget = {t: budgets.get(t, tier.capacity_bytes) for t, tier in cost.hardware.tiers.items()}
+        self.passes = workload.gen_len - 1  # of decode, per group
+        prompt = workload.prompt_len
+        self.contexts = (prompt + 1, prompt + self.passes)  # first and last; phases are timed at both (``simulate``)
+        self.layers = list(Counter(spec.layers).items())
+        self.experts, self.routed = self._experts()
+        width = cost.compute_bytes
+        self.kv_position = sum(layer.kv_elements for layer in spec.layers) * width
+        self.mixed_position = sum(layer.attention_flops // 4 for layer in spec.layers) * width
+        modules = [m for layer in spec.layers for kind in MODULES if (m := getattr(layer, kind))]
+        self.module_bytes = sum(m.nbytes for m in modules) + spec.head.nbytes
+        grows = self.passes >= SPANS and self.contexts[1] > GROWN * self.contexts[0]
+        self.spans = SPANS if grows else 0
+        self.expert_bytes = sum(layer.num_experts * layer.expert.nbytes for layer in spec.layers if layer.expert)
+
+    def _experts(self) -> tuple[list[tuple[Layer, float, int]], list[Counter[int]]]:
+        """(layer, q, count): experts that a token picks with probability q, rounded down to a percent where many
+        differ. Then of every layer that routes, how many of these entries each has."""
+        found: dict[tuple[Layer, float], int] = {}
+        routed = []
+        pairs = list(zip(self.cost.spec.layers, self.cost.picked, strict=True))
+        rounded = len({(layer, q) for layer, popular in pairs for q in popular}) > EXACT_SHARES
+        for layer, popular in pairs:
+            shares = [ROUNDING ** floor(log(q, ROUNDING)) if rounded else q for q in popular if q > 0]
+            if shares:
+                routed.append(Counter(found.setdefault((layer, q), len(found)) for q in shares))
+        counts = sum(routed, Counter[int]())
+        return [(layer, q, counts[number]) for (layer, q), number in found.items()], routed
+
+    @property
+    def positions(self) -> int:
+        """Positions that a sequence's KV is reserved for."""
+        return self.workload.prompt_len + self.workload.gen_len
+
+    def _least(self, per_pass: Callable[[int], float], tokens: int, first: int, low: int, high: int) -> float:
+        """Of what every group does on all its sequences, ``tokens`` of each."""
+        return max(first * per_pass(low * tokens), self.workload.num_sequences * per_pass(high * tokens) / high)
+
+    def compute_us(self, first: int, low: int, high: int) -> tuple[float, float]:
+        """Least work of the processor beside experts and cached keys and values, in all prefills and in all decodes."""
+        head = self._least(partial(self.cost.module_us, self.cost.spec.head), 1, first, low, high)
+        prefill = self._least(self._pass_us, self.workload.prompt_len, first, low, high) + head + self.pairs_us()
+        return prefill, self.passes * (self._least(self._pass_us, 1, first, low, high) + head)
+
+    def cores_us(self, high: int, span: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float]:
+        """What reading keys and values takes the processor in decode or a span of it, and what it takes the CPU; infinite where it
+        cannot."""
+        cost, cpu = self.cost, self.cost.hardware.processors.get(CPU)
+        here = sum(n * self._core_us(layer, high, cost.processor, span) for layer, n in self.layers)
+        if not cpu or not cost.cpu_attends:
+            return here, inf
+        return here, sum(n * self._core_us(layer, high, cpu, span) for layer, n in self.layers)
+
+    def pairs_us(self) -> float:
+        """Attention of all prompts to themselves."""
+        total, prompt = self.workload.num_sequences, self.workload.prompt_len
+        flops = total * prompt * prompt * sum(count * layer.attention_flops for layer, count in self.layers)
+        return 1e6 * flops / self.cost.processor.prefill_attention_flops_per_s
+
+    def _pass_us(self, tokens: int) -> float:
+        """A pass over so many tokens, without experts, head and what attention does with keys and values."""
+        return self._once_us(tokens) + self._layers_us(tokens)
+
+    def _once_us(self, tokens: int) -> float:
+        """Of that, what need not be done for each batch: the fixed cost of an op of experts, or of adding what the CPU computed, too."""
+        return self._ends_us(tokens) + len(self.routed) * self.cost.processor.op_us
+
+    def _ends_us(self, tokens: int) -> float:
+        """Of that, what is outside the layers."""
+        return 4 * self.cost.processor.op_us + self.cost.embed_us(tokens, True)
+
+    def _layers_us(self, tokens: float) -> float:
+        """Of that, what is before the experts of all layers."""
+        return sum(count * self._layer_us(layer, tokens) for layer, count in self.layers)
+
+    def _layer_us(self, layer: Layer, tokens: float) -> float:
+        """Projections of attention, then router and shared expert, or the dense MLP."""
+        mlp_us = self.cost.router_us if layer.expert else self.cost.dense_us
+        return self.cost.processor.attention_op_us + self.cost.projections_us(layer, tokens) + mlp_us(layer, tokens)
+
+    def _core_us(self, layer: Layer, high: int, processor: Processor, span: tuple[float, float]) -> float:
+        """Keys and values of all sequences in a span of decode, times being affine between its first and its last pass: linear in
+        sequences, but for the expansion of latent ones."""
+        if not self.passes:
+            return 0.0
+        seen = [min(c, layer.sliding_window or c) for c in self.contexts]
+        middle = sum(span) / 2
+        read = self.workload.num_sequences * self.passes * (span[1] - span[0])
+        read *= seen[0] + middle * (seen[1] - seen[0])
+        time_us = 1e6 * read * layer.kv_elements * self.cost.compute_bytes / processor.kv_bytes_per_s
+        if layer.expand_flops:
+            rows = high * seen[1]
+            time_us += read * matmul_us(processor, self.cost.dtype, rows, layer.expand_flops // 2, 0) / rows
+        return time_us
+
+    def _on_cpu_us(self, layer: Layer, q: float, count: int, tokens: float, waiting: bool = True) -> float:
+        """Experts on the CPU, and their share of the time for which it has nothing to do in a layer where it computes any: until their
+        input has come, and from their last sum until that is added; if ``waiting``, also what is around attention."""
+        processor = self.cost.processor
+        waits = self._exchange_us(tokens) + (processor.attention_op_us + processor.router_op_us if waiting else 0.0)
+        return self._expert_us(layer, q, count, CPU, tokens) + waits * count / layer.num_experts
+
+    def _exchange_us(self, tokens: float) -> float:
+        """The CPU's experts' input on its way there, then the way back of their sums, and adding them."""
+        cost, (into, back) = self.cost, self.cost.links
+        there_us = cost.transfer_us(back, rows_bytes(cost.spec, int(tokens), cost.dtype))
+        back_us = cost.transfer_us(into, sums_bytes(cost.spec, int(tokens), cost.dtype))
+        return there_us + back_us + cost.sums_us(tokens) + cost.processor.op_us
+
+    def _expert_us(self, layer: Layer, q: float, count: int, processor: str, tokens: float) -> float:
+        return count * self.cost._expert_us(layer, tokens * q, 1.0 - (1.0 - q) ** tokens, processor)

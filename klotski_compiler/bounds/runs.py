@@ -1,0 +1,133 @@
+"""Attention that two processors share, batch by batch: what it takes at least between ops on all batches (design 7.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+from klotski_compiler.bounds.least import DECODE, Least, Weight
+from klotski_compiler.milp.formulation import SCALE_US, Terms, plus
+from klotski_compiler.plan import CPU
+from klotski_compiler.tensors import query_bytes
+
+MOST_BATCHES = 8  # of a group: so many numbers of batches are bounded one by one
+RUNS = 3  # layers without a barrier between them: so many are bounded apart, the last number with all that are more
+
+
+class Runs(Least):
+    """Rows for a known number of batches."""
+
+    def attention(
+        self,
+        phase: str,
+        first: int,
+        low: int,
+        batches: int,
+        cores_us: tuple[float, float],
+        ends_us: float,
+        weights: list[Weight],
+        part: float = 1.0,
+    ) -> Iterator[tuple[str, list[Terms]]]:
+        """Decode by layers, of n batches: an op of attention works on one, an op of experts on one or on all of them.
+
+        What is not full is priced as if it were, so batches are equal and the CPU's share of a layer is m / n. An op of experts on all
+        is a *barrier*: attention and router of its layer come before it, those of the next layer after it. So are the ends of a pass.
+        Between two barriers lies a *run* of r layers; in all of them but the last, the GPU computes all experts batch by batch. With M
+        batches of its layers on the CPU, a run takes at least
+
+            A(M) = max(what the GPU does; for M > 0: first part of a block, M batches on the CPU, last part of one and its router),
+
+        since the CPU begins after a first part, and a last part needs what it did last. Over all runs of a length, shares and times
+        average to a point not below the lower envelope of (M / (r n), A(M)).
+
+        Barriers, runs and ends do not overlap, so T >= runs + ends + what barriers take. Of a layer's, let G be the GPU's experts on
+        all, C the CPU's, of which there are c, and w their exchange; E the GPU's if it computed all of them, F those by batches. Then
+        max(G, C + w (c > 0)) is no less than
+
+            G
+            C + min(w, E) (1 - F / E)                 for c = 0, G = E - F
+            G + C + sum on the CPU of (E_i - E + w)   for w <= E: C + w + (c - 1) (w - E), or less, for c > 0
+        """
+        split_us = min(self._layer_sums([weight.split_us for weight in weights[1:]]), default=0.0)
+        both: Terms = {"": ends_us / SCALE_US}
+        for run in range(1, RUNS + 1):
+            lines = self._attention_us(first, low, batches, run, cores_us, split_us, part)
+            both[time := f"attention[{phase}.{run}]"] = 1.0
+            yield time, [{f"run[{run}]": at_0, f"cpu[run.{run}]": slope} for slope, at_0 in lines]
+        here = [weight.compute_us[DECODE] * part / SCALE_US for weight in weights[1:]]
+        layers = self._layer_sums(here)
+        least, greatest = min(layers, default=0.0), max(layers, default=0.0)
+        exchange = first * self.passes * part * self._exchange_us(low) / SCALE_US
+        waits = min(exchange, least)
+        gpu, cpu, either = dict(both), plus(both, {"": waits * len(layers)}), dict(both)
+        for i, us in enumerate(here, 1):
+            alone, count = weights[i].alone_us * part / SCALE_US, self.experts[i - 1][2]
+            gpu[f"most[{i}]"] = us
+            cpu |= {f"cpu[{i}]": alone, f"split[{i}]": -waits * us / least}
+            either |= {f"most[{i}]": us, f"cpu[{i}]": us + alone + (min(exchange, greatest) - greatest) * count}
+        yield phase, [gpu, cpu, either]
+
+    def _attention_us(
+        self,
+        first: int,
+        low: int,
+        batches: int,
+        run: int,
+        cores_us: tuple[float, float],
+        split_us: float,
+        part: float,
+    ) -> list[tuple[float, float]]:
+        """Lines (slope, value at 0) below what attention would take, were all runs of a length (the last one standing for all that are
+        longer), as a function of the CPU's share. split_us: of a layer's experts, batch by batch."""
+        cost, size, layers = self.cost, low / batches, len(self.cost.spec.layers)
+        times = first * self.passes * part * layers / SCALE_US
+        layer_us = min(self._layer_us(layer, size) for layer, _ in self.layers)
+        inside = (1 - 1 / run) * split_us * part * layers / SCALE_US if len(self.routed) == layers else 0.0
+        core_here, core_cpu = cores_us[0] / SCALE_US, cores_us[1] / SCALE_US
+        core_cpu += times * batches * cost.hardware.processors[CPU].op_us
+        here = times * batches * layer_us + core_here + inside
+        alike = len({(layer.kv_elements, layer.sliding_window) for layer, _ in self.layers}) == 1
+        if batches == 1 and not alike:  # processors take turns
+            return [(core_cpu - core_here, here)]
+        if batches > MOST_BATCHES or run == RUNS or not alike:
+            return [(-core_here, here), (core_cpu, 0.0)]
+        there = max(1, int(size))
+        mixed_bytes = there * max(layer.attention_flops // 4 for layer, _ in self.layers) * cost.compute_bytes
+        around_us = cost.transfer_us(cost.links[1], query_bytes(cost.spec, there, cost.dtype))
+        around_us += cost.transfer_us(cost.links[0], mixed_bytes)
+        if run == 1 or len(self.layers) == 1:  # first and last part of layers that differ may take less
+            around_us += layer_us
+        shares = [m / (run * batches) for m in range(run * batches + 1)]
+        return below(
+            [(x, max(here - x * core_here, times / run * around_us + x * core_cpu if x else 0.0)) for x in shares]
+        )
+
+    def barriers(self, weights: list[Weight]) -> Terms:
+        """Of a run of r layers, r - 1 or more are no barriers: layers that do not route, or whose experts are all computed batch by batch.
+        For an expert, that takes a known time more than at once; layers are as many as what is spent in all of them pays for."""
+        layers, more = len(self.cost.spec.layers), [w.split_us - w.compute_us[DECODE] for w in weights[1:]]
+        least = min(self._layer_sums(more), default=0.0)
+        if least <= 0:
+            return {}
+        terms: Terms = {f"run[{run}]": -(1 - 1 / run) * layers for run in range(1, RUNS + 1)}
+        terms |= {f"split[{i}]": us / least for i, us in enumerate(more, 1)}
+        return terms | {"": float(layers - len(self.routed))}
+
+    def _layer_sums(self, totals: list[float]) -> list[float]:
+        """Of each layer that routes, its part of what ``experts`` take in all layers."""
+        each = [total / count for total, (_, _, count) in zip(totals, self.experts, strict=True)]
+        return [sum(n * each[number] for number, n in members.items()) for members in self.routed]
+
+
+def below(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Lines (slope, value at 0) of the lower envelope of points, which are given from left to right."""
+    hull: list[tuple[float, float]] = []
+    for x, y in points:
+        while len(hull) > 1:
+            (x0, y0), (x1, y1) = hull[-2:]
+            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
+                break
+            hull.pop()
+        hull.append((x, y))
+    lines = [((y1 - y0) / (x1 - x0), x0, y0) for (x0, y0), (x1, y1) in pairwise(hull)]
+    return [(slope, y - slope * x) for slope, x, y in lines]
