@@ -27,6 +27,17 @@ from klotski_compiler.pipeline import Lowered, lower
 from klotski_compiler.plan import Decision
 from klotski_compiler.policies import OURS, policy
 from klotski_compiler.rough import busiest_us, load_us, rough_us
+from klotski_compiler.shortlist import (
+    ESTIMATE_ERROR,
+    KEPT_WHOLE,
+    ORDER_ERROR,
+    Rated,
+    best_of_orders,
+    by_order,
+    in_both_orders,
+    least,
+    one_each,
+)
 
 __all__ = ["Best", "Rated", "Request", "Search"]
 
@@ -40,25 +51,11 @@ KEPT_FITTED = 4  # decisions per size whose micro-batches are fitted to the memo
 FITTING_GAIN = 0.1  # how much that may gain
 IMPROVEMENTS = 8  # decisions near the best one that are tried
 KEPT_SCORED = 2  # sizes per policy that are timed on short models
-KEPT_SOLVED, KEPT_OTHER = 6, 3  # and of the policy whose residency is solved, and of these in the other order
 FAR_BEHIND = 0.07  # of an order that is given up
-ORDER_ERROR = 0.3  # how much less well a score may judge one order than the other
 BORROWED = 2  # decisions of other policies that are tried in our order
-KEPT_WHOLE = 3  # and of those, that may be lowered whole
-ESTIMATE_ERROR = 0.05  # how far a short model's time may be off
 MOST_WHOLE = {2000: 2, MANY_EXPERTS: 1}  # schedules that are lowered whole of a model of more than so many experts
 WHOLE_STEPS = 2500  # a pass of so few ops, about, is timed whole at once
 RETIMED_STEPS = 6000  # of an estimate that is timed whole before the best are lowered
-
-
-@dataclass(frozen=True, slots=True)
-class Rated:
-    """A decision with its estimated speed. kind: of its fill, see ``Search.fills``."""
-
-    tokens_per_s: float
-    policy: str
-    decision: Decision
-    kind: str
 
 
 @dataclass(slots=True)
@@ -401,41 +398,3 @@ class Search(Fills):
 
     def _too_slow(self) -> Infeasible:
         return Infeasible({}, f"no schedule has a decode pass within --max-latency {self.request.max_latency_s} s")
-
-
-def least(scored: Sequence[tuple[float, Decision]]) -> float:
-    """The best score."""
-    return min((us for us, _ in scored), default=inf)
-
-
-def one_each(scored: Sequence[tuple[float, Decision]]) -> list[tuple[float, Decision]]:
-    """Of scored decisions, best first, the best of each order, number and size of batches: what a score cannot tell is how finely work is
-    divided."""
-    found = {(base.rolling, base.num_batches, base.batch_size): (us, base) for us, base in reversed(scored)}
-    return sorted(found.values(), key=lambda entry: entry[0])
-
-
-def in_both_orders(scored: Sequence[tuple[float, Decision]]) -> list[tuple[float, Decision]]:
-    """Of scored decisions, best first, the first few, and fewer of those in the other order than the best one's: bubbles, which differ more
-    between orders than within one, are not seen by the score."""
-    best_us, first = scored[0][0], scored[0][1].rolling
-    same = [entry for entry in scored if entry[1].rolling == first][:KEPT_SOLVED]
-    other = [(us, base) for us, base in scored if base.rolling != first and us <= best_us * (1 + ORDER_ERROR)]
-    return same + other[:KEPT_OTHER]
-
-
-def by_order(rated: Sequence[Rated]) -> list[Rated]:
-    """The first few different ones of each order."""
-    distinct = list({repr(r.decision): r for r in reversed(rated)}.values())[::-1]
-    return [r for rolling in (False, True) for r in [r for r in distinct if r.decision.rolling == rolling][:KEPT_WHOLE]]
-
-
-def best_of_orders(rated: Sequence[Rated]) -> list[Rated]:
-    """The fastest, and the fastest in the other order where that is about as fast."""
-    best = max(rated, key=lambda r: r.tokens_per_s, default=None)
-    if best is None:
-        return []
-    others = [r for r in rated if r.decision.rolling != best.decision.rolling]
-    other = max(others, key=lambda r: r.tokens_per_s, default=best)
-    near = other is not best and other.tokens_per_s > best.tokens_per_s * (1 - ESTIMATE_ERROR)
-    return [best, other] if near else [best]

@@ -1,0 +1,65 @@
+"""Which candidates go on: scores and estimates compare decisions of one order better than those of different orders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+
+from klotski_compiler.plan import Decision
+
+KEPT_SOLVED, KEPT_OTHER = (
+    6,
+    3,
+)  # sizes that are timed of the policy whose residency is solved, and of them in the other order
+ORDER_ERROR = 0.3  # how much less well a score may judge one order than the other
+KEPT_WHOLE = 3  # of those, that may be lowered whole
+ESTIMATE_ERROR = 0.05  # how far a short model's time may be off
+
+
+@dataclass(frozen=True, slots=True)
+class Rated:
+    """A decision with its estimated speed. kind: of its fill, see ``Search.fills``."""
+
+    tokens_per_s: float
+    policy: str
+    decision: Decision
+    kind: str
+
+
+def least(scored: Sequence[tuple[float, Decision]]) -> float:
+    """The best score."""
+    return min((us for us, _ in scored), default=inf)
+
+
+def one_each(scored: Sequence[tuple[float, Decision]]) -> list[tuple[float, Decision]]:
+    """Of scored decisions, best first, the best of each order, number and size of batches: what a score cannot tell is how finely work is
+    divided."""
+    found = {(base.rolling, base.num_batches, base.batch_size): (us, base) for us, base in reversed(scored)}
+    return sorted(found.values(), key=lambda entry: entry[0])
+
+
+def in_both_orders(scored: Sequence[tuple[float, Decision]]) -> list[tuple[float, Decision]]:
+    """Of scored decisions, best first, the first few, and fewer of those in the other order than the best one's: bubbles, which differ more
+    between orders than within one, are not seen by the score."""
+    best_us, first = scored[0][0], scored[0][1].rolling
+    same = [entry for entry in scored if entry[1].rolling == first][:KEPT_SOLVED]
+    other = [(us, base) for us, base in scored if base.rolling != first and us <= best_us * (1 + ORDER_ERROR)]
+    return same + other[:KEPT_OTHER]
+
+
+def by_order(rated: Sequence[Rated]) -> list[Rated]:
+    """The first few different ones of each order."""
+    distinct = list({repr(r.decision): r for r in reversed(rated)}.values())[::-1]
+    return [r for rolling in (False, True) for r in [r for r in distinct if r.decision.rolling == rolling][:KEPT_WHOLE]]
+
+
+def best_of_orders(rated: Sequence[Rated]) -> list[Rated]:
+    """The fastest, and the fastest in the other order where that is about as fast."""
+    best = max(rated, key=lambda r: r.tokens_per_s, default=None)
+    if best is None:
+        return []
+    others = [r for r in rated if r.decision.rolling != best.decision.rolling]
+    other = max(others, key=lambda r: r.tokens_per_s, default=best)
+    near = other is not best and other.tokens_per_s > best.tokens_per_s * (1 - ESTIMATE_ERROR)
+    return [best, other] if near else [best]
