@@ -270,10 +270,12 @@ def resized(d: Decision, size: str, least_rows: int = LEAST_ROWS, most_pages: in
         "decode_batch": (1, d.batch_size),
         # in rolling order its sub-groups are a matter of order, not of memory
         "prefill_groups": (now, now) if d.rolling else (1, d.num_batches),
-        # two pages of half an expert take as much as one whole one: what pays is to have many
-        "pages": (most_pages, now) if now == 1 else (1, most_pages),
+        "pages": (1, most_pages),
     }[size]
-    for other in sorted({max(least, -(-now // 2)), min(most, 2 * now)} - {now}):
+    others = sorted({max(least, -(-now // 2)), min(most, 2 * now)} - {now})
+    if size == "pages" and now == 1:  # two of half an expert take as much as a whole one: what pays is to have many
+        others = sorted({most >> halvings for halvings in range(most.bit_length() - 1)} - {now}, reverse=True)
+    for other in others:
         yield d.model_copy(update={size: other})
 
 
