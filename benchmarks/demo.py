@@ -4,7 +4,7 @@ Writes a random 1.5 GB checkpoint, measures the machine, compiles, shows the pla
 would type without Klotski: transformers with weights offloaded to disk (policy ``accelerate``), eight prompts at a time, with
 Klotski's own readers and kernels. Every step is a command that is printed before it runs.
 
-    python benchmarks/demo.py                      into demo/, about three minutes
+    python benchmarks/demo.py                      into demo/, three minutes; seven on a processor without bf16 instructions
 """
 
 from __future__ import annotations
