@@ -45,7 +45,7 @@ class Relaxation(Runs):
     touched, which is least likely at low; KV as written and read back. Latencies are left out.
     *Spans.* What is decided is decided for all of decode: while contexts grow, no share can follow what is busiest. Decode takes
     at least what the busiest resource of each of its spans does (op times are affine in the position).
-    *Disk.* Before a GPU only experts may live on disk, and those travel by name, whole, in every pass.
+    *Disk.* Before a GPU only experts may live on disk, and those travel by name, in every pass.
     *Parts.* Prefill in p parts keeps the states of a p-th of the prompts, and reads what is not kept p times (``refined_us``).
     *Memory* at S = low: states, least workspace, one expert slot, KV. Keeping is relaxed to fractions. Where host memory cannot hold
     all experts, some pass through it, to be kept on the GPU or to be streamed: one place in it is theirs, or two, of a page; with one,
