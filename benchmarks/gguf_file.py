@@ -58,8 +58,8 @@ def write_gguf(model: Path, path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     writer = gguf.GGUFWriter(partial, "qwen3moe")
     describe(writer, config)
-    targets = list(_targets(config, tensors))
-    for target in targets:
+    wanted = list(targets(config, tensors))
+    for target in wanted:
         first = tensors[target.sources[0]]
         shape = (len(target.sources), *first.shape) if target.stacked else first.shape
         kind, size = (np.dtype(np.float32), 4) if target.wide else (np.dtype(np.uint16), 2)
@@ -68,7 +68,7 @@ def write_gguf(model: Path, path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for target in targets:
+    for target in wanted:
         parts = [tensors[source] for source in target.sources]
         data: Any = np.stack(parts) if target.stacked else np.ascontiguousarray(parts[0])
         writer.write_tensor_data(widened(data) if target.wide else data)
@@ -96,7 +96,8 @@ def describe(writer: Any, config: dict[str, Any]) -> None:
     writer.add_tokenizer_model("no_vocab")
 
 
-def _targets(config: dict[str, Any], tensors: dict[str, Bits]) -> Iterator[Target]:
+def targets(config: dict[str, Any], tensors: dict[str, Bits]) -> Iterator[Target]:
+    """What the file holds, in order."""
     for name, source in WHOLE.items():
         if f"{source}.weight" in tensors:  # a tied head is not in the files, and llama.cpp then takes the embedding
             yield Target(f"{name}.weight", [f"{source}.weight"], False)

@@ -32,29 +32,42 @@ import platform
 import random
 import shlex
 import shutil
-import statistics
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "runtime")]
 
 from benchmarks import cage  # noqa: E402
 from benchmarks.demo import command, weight_bytes  # noqa: E402
+from benchmarks.peer_tables import (  # noqa: E402
+    LEGEND,
+    OURS,
+    Best,
+    Report,
+    Setting,
+    Tried,
+    after_loading,
+    described,
+    held_to,
+    sweeps,
+    tables,
+)
 from klotski_compiler.cli.compile import parse_size  # noqa: E402
 from klotski_compiler.errors import ConfigError, ExecError  # noqa: E402
 from klotski_compiler.outcome import outcome  # noqa: E402
 from klotski_compiler.output import check_file, write_whole  # noqa: E402
 
-OURS, FREE = "klotski", "resident"
+FREE = "resident"
 PEERS = (FREE, "disk_offload", "device_map", "llama_cpp")
 PACKAGES = {"disk_offload": "accelerate", "device_map": "accelerate", "llama_cpp": "gguf llama-cpp-python"}
-SMALL = ("--layers", 6)  # of the model that is made where none is named: 0.55 GB
+SMALL = ("--layers", 12, "--hidden", 1024)  # of the model that is made where none is named: 0.52 GB
 CAP_SHARE = 4
 FIRST_BATCH = 8
 LLAMA_SEQUENCES = 256  # more are refused
@@ -73,35 +86,6 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {
         "unified": [False, True],
     },
 }
-
-LEGEND = [
-    "cap: what a process may take beyond an idle one, page cache included. batch: sequences in flight.",
-    "tokens/s: generated, end to end. load s: before the first pass. prefill: prompt tokens/s. decode: generated tokens/s after each",
-    "row's first; pass s: of one decode pass. In rolling order the two share passes. peak: beyond an idle process, page cache included;",
-    "own: the process's resident part of that. read: from the disk.",
-    "same: share of prompts whose first token is ours; in bf16 a random model's two best logits are often closer than rounding.",
-    "Ratios are of neighbours in time: median (least to most). no load: of the time after loading. equal batch: ours held to the",
-    "peer's batch, one batch at a time, end to end.",
-]
-
-Report = dict[str, Any]
-Setting = dict[str, Any]
-
-
-class Tried(NamedTuple):
-    """A run of a sweep."""
-
-    setting: Setting
-    report: Report
-
-
-class Best(NamedTuple):
-    """What a sweep found. factor: of the cap. tried: in order. why_not: where nothing ran."""
-
-    setting: Setting
-    factor: int
-    tried: list[Tried]
-    why_not: str = ""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -136,6 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         "--output", type=Path, metavar="FILE", help="write the tables here, with command, date and machine"
     )
     arguments = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what runs is ended, too
     typed = shlex.join(["python", "benchmarks/peers.py", *(sys.argv[1:] if argv is None else argv)])
     return outcome("peers", lambda: compare(arguments, typed))
 
@@ -204,9 +189,7 @@ class Bench:
             if key not in tried:
                 count = self.asked.sweep_prompts or setting["batch"]
                 count = min(-(-count // setting["batch"]) * setting["batch"], self.asked.prompts)
-                tried[key] = Tried(
-                    setting | ({"cap": factor} if factor > 1 else {}), self.run(peer, setting, factor, count)
-                )
+                tried[key] = Tried(setting, factor, self.run(peer, setting, factor, count))
             return after_loading(tried[key].report)
 
         factor = 1
@@ -215,7 +198,7 @@ class Bench:
             if not killed or factor * self.cap > CAP_SHARE * self.weights or peer == FREE:
                 return Best({}, factor, list(tried.values()), next(iter(tried.values())).report["failed"])
             factor *= 2
-        best = base if speed(base) >= speed(humble) else humble
+        best = base if speed(base) else humble
         while better := next(
             (s for s in moves(peer, best, self.asked.prompts) if speed(s) > BETTER * speed(best)), None
         ):
@@ -247,7 +230,7 @@ class Bench:
         ]
         words = [sys.executable, ROOT / "benchmarks" / "peer.py", peer, self.model, self.prompts, *options]
         limit = None if peer == FREE else self.cap * factor
-        what = f"{peer}, {described(setting)}, {count} prompts" + (f", cap x {factor}" if factor > 1 else "")
+        what = f"{peer}, {described(setting, factor)}, {count} prompts"
         name = "sweep" if repeat is None else f"repeat {repeat}"
         return self.record.once(f"{name}: {what}", lambda: self._measured(words, peer, limit))
 
@@ -261,11 +244,10 @@ class Bench:
         sizes = ("--prompt-len", asked.prompt_len, "--gen-len", asked.gen_len, "--num-sequences", asked.prompts)
         known = ("--routing", self._routing, "--memory", f"host={self.cap}")
         held = ("--batch-size", batch, "--num-batches", 1) if batch else ()
-        try:
-            words = (*command("klotski_compiler.cli.compile"), self.model, self._profiled(repeat), "-o", plan)
-            self._do([*words, *sizes, *known, *held])
-        except ExecError as error:
-            return {"failed": str(error)}
+        words = (*command("klotski_compiler.cli.compile"), self.model, self._profiled(repeat), "-o", plan)
+        compiled = cage.run([*words, *sizes, *known, *held])
+        if compiled.code:
+            return {"failed": compiled.stderr.strip().replace("\n", "; ")}
         out.unlink(missing_ok=True)
         options = ("--model", self.model, "--scratch", self.work, "--input", self.prompts, "--output", out, "--json")
         report = self._measured([*command("klotski_runtime.cli.run"), plan, *options], OURS, self.cap)
@@ -308,13 +290,16 @@ class Bench:
 
     def _idle(self, peer: str) -> int:
         """What a process takes that has imported a peer's libraries; the second of two, when they are in the page cache."""
-        if peer not in self.idle:
+
+        def measured() -> Report:
             words = [sys.executable, ROOT / "benchmarks" / "peer.py", peer, self.model, self.prompts, "--idle"]
             for _ in range(2):
                 done = cage.run(words, None if self.no_cage else machine_bytes(), None, self.asked.limit)
                 if done.code:
                     raise ExecError(f"{peer}: {done.why}")
-            self.idle[peer] = done.peak_bytes or json.loads(done.stdout)["idle_rss_bytes"]
+            return {"idle_bytes": done.peak_bytes or json.loads(done.stdout)["idle_rss_bytes"]}
+
+        self.idle[peer] = self.record.once(f"idle: {peer}", measured)["idle_bytes"]
         return self.idle[peer]
 
     def _missing(self, peer: str) -> str:
@@ -388,6 +373,8 @@ class Bench:
     def head(self, typed: str) -> list[str]:
         """Command, date, machine, workload."""
         asked = self.asked
+        for name in [key.removeprefix("idle: ") for key in self.record.done if key.startswith("idle: ")]:
+            self._idle(name)
         versions = " ".join(f"{name} {version}" for name in ("torch", "transformers", "accelerate", "llama-cpp-python")
                             if (version := installed(name)))  # fmt: skip
         rate = f"disk slowed to {asked.disk_rate / 1e6:.0f} MB/s" if asked.disk_rate else "disk as it is"
@@ -450,141 +437,6 @@ def bare(model: Path, folder: Path) -> Path:
     config.pop("eos_token_id", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return folder
-
-
-# --------------------------------------------------------------------------------------------------------- arithmetic
-
-
-def end_to_end(report: Report) -> float:
-    """Generated tokens per second from the first weight byte on; 0 for a run that failed."""
-    return 0.0 if "failed" in report else float(report["generated_tokens"] / report["wall_s"])
-
-
-def after_loading(report: Report) -> float:
-    """The same from the first pass on."""
-    if "failed" in report:
-        return 0.0
-    return float(report["generated_tokens"] / (report["prefill_s"] + report["decode_s"]))
-
-
-def prefill(report: Report) -> float:
-    """Prompt tokens per second of prefill."""
-    return 0.0 if "failed" in report else float(report["prompt_tokens"] / report["prefill_s"])
-
-
-def decode(report: Report) -> float:
-    """Tokens per second of decode, which makes all but each row's first; 0 where there is none."""
-    if "failed" in report or not report["decode_s"]:
-        return 0.0
-    return float((report["generated_tokens"] - len(report["first_tokens"])) / report["decode_s"])
-
-
-def ratios(ours: list[Report], theirs: list[Report], rate: Callable[[Report], float]) -> list[float]:
-    """Ours over theirs, pair by pair; a pair in which one failed is left out."""
-    pairs = [(rate(our), rate(their)) for our, their in zip(ours, theirs, strict=True)]
-    return [our / their for our, their in pairs if our and their]
-
-
-def same_first(ours: list[Report], theirs: list[Report]) -> float | None:
-    """Share of prompts with the same first token in the first pair that has both."""
-    for our, their in zip(ours, theirs, strict=True):
-        if "failed" not in our and "failed" not in their:
-            pairs = list(zip(our["first_tokens"], their["first_tokens"], strict=True))
-            return sum(one == other for one, other in pairs) / len(pairs)
-    return None
-
-
-# ------------------------------------------------------------------------------------------------------------- tables
-
-
-def tables(found: dict[str, Best], runs: dict[str, list[Report]]) -> Iterator[str]:
-    """Speeds, ratios, and what did not run."""
-    ours = runs[OURS]
-    words = ("cap MB", "tokens/s", "load s", "prefill", "decode", "pass s", "peak MB", "own MB", "read GB", "same")
-    yield f"{f'medians of {len(ours)}':<26}" + "".join(f"{word:>9}" for word in words) + "  setting"
-    for name, reports in runs.items():
-        if good := [report for report in reports if "failed" not in report]:
-            shown = good[-1].get("shown") or described(found[name].setting)
-            cells = [*numbers(good), cell(same_first(ours, reports), 2) if name != OURS else cell(None)]
-            yield f"{name:<26}" + "".join(cells) + f"  {shown}"
-    yield ""
-    yield f"{'ours over theirs':<16}" + "".join(
-        f"{word:>24}" for word in ("end to end", "no load", "prefill", "decode", "equal batch")
-    )
-    for name, reports in runs.items():
-        if name in found:
-            all_pairs = [ratios(ours, reports, rate) for rate in (end_to_end, after_loading, prefill, decode)]
-            held = runs[held_to(found[name].setting["batch"])]
-            yield f"{name:<16}" + "".join(
-                f"{spread(pairs):>24}" for pairs in [*all_pairs, ratios(held, reports, end_to_end)]
-            )
-    yield ""
-    for name, best in found.items():
-        if best.why_not:
-            yield f"{name}: {best.why_not}"
-        elif best.factor > 1:
-            yield f"{name}: does not run in the cap; {best.factor} times the cap is the least, in doubling steps, that works"
-    for name, reports in runs.items():
-        for report in reports:
-            if "failed" in report:
-                yield f"{name}: a run failed: {report['failed']}"
-
-
-def numbers(reports: list[Report]) -> Iterator[str]:
-    """Median cells of a row."""
-
-    def median(value: Callable[[Report], float | None]) -> float | None:
-        values = [found for report in reports if (found := value(report)) is not None]
-        return float(statistics.median(values)) if values else None
-
-    yield cell(median(lambda r: r["cap_bytes"] and r["cap_bytes"] / 1e6), 0)
-    yield cell(median(end_to_end), 2)
-    yield cell(median(lambda r: r["load_s"]), 2)
-    yield cell(median(prefill), 1)
-    yield cell(median(decode), 2)
-    yield cell(median(lambda r: r.get("decode_pass_s")), 2)
-    yield cell(median(lambda r: r["peak_bytes"] and r["peak_bytes"] / 1e6), 0)
-    yield cell(median(lambda r: r["own_bytes"] / 1e6), 0)
-    yield cell(median(lambda r: r["storage_read_bytes"] / 1e9), 2)
-
-
-def sweeps(found: dict[str, Best]) -> Iterator[str]:
-    """Every setting that was tried."""
-    yield ""
-    yield "sweep: generated tokens/s after loading (batch by batch as many prompts as --sweep-prompts asks for, one batch at least)"
-    for name, best in found.items():
-        for setting, report in best.tried:
-            mark = (
-                "*"
-                if {k: v for k, v in setting.items() if k != "cap"} == best.setting
-                and setting.get("cap", 1) == best.factor
-                else ""
-            )
-            shown = report.get("failed") or f"{after_loading(report):.2f}{mark}"
-            yield f"{name:<16}{described(setting):<60}{shown}"
-    yield ""
-
-
-def described(setting: Setting) -> str:
-    """A setting as text."""
-    return ", ".join(f"{name} {value}" for name, value in sorted(setting.items()))
-
-
-def held_to(batch: int) -> str:
-    """Name of ours at a peer's batch size."""
-    return f"{OURS}, batch {batch}"
-
-
-def cell(number: float | None, places: int = 0) -> str:
-    """A number of a table, or a dash."""
-    return f"{'-':>9}" if number is None else f"{number:>9.{places}f}"
-
-
-def spread(values: list[float]) -> str:
-    """Median and range."""
-    if not values:
-        return "-"
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def installed(package: str) -> str:
