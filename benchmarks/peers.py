@@ -79,7 +79,7 @@ CORES = os.cpu_count() or 1
 OPTIONS: dict[str, dict[str, list[Any]]] = {
     FREE: {"experts": ["grouped_mm", "eager", "batched_mm"]},
     "disk_offload": {"experts": ["grouped_mm", "eager", "batched_mm"]},
-    "device_map": {"experts": ["grouped_mm", "eager", "batched_mm"], "cpu_share": [0.25, 0.5, 0.75, 0.0]},
+    "device_map": {"experts": ["grouped_mm", "eager", "batched_mm"], "cpu_share": [0.25, 0.5, 0.75, 0.1, 0.0]},
     "llama_cpp": {
         "ubatch": [512, 2048],
         "threads": [CORES, *([CORES // 2] if CORES > 1 else [])],
@@ -249,8 +249,8 @@ class Bench:
         if compiled.code:
             return {"failed": compiled.stderr.strip().replace("\n", "; ")}
         out.unlink(missing_ok=True)
-        options = ("--model", self.model, "--scratch", self.work, "--input", self.prompts, "--output", out, "--json")
-        report = self._measured([*command("klotski_runtime.cli.run"), plan, *options], OURS, self.cap)
+        files = ("--model", self.model, "--scratch", self._scratch, "--input", self.prompts, "--output", out)
+        report = self._measured([*command("klotski_runtime.cli.run"), plan, *files, "--json"], OURS, self.cap)
         if "failed" in report:
             return report
         decision = json.loads(plan.read_text())["decision"]
@@ -268,9 +268,11 @@ class Bench:
         idle = self._idle(peer)
         files = [self.model, self.source, self._offload, self._gguf]
         cage.drop_page_cache(path for path in files if path.exists())
+        self._scratch.mkdir(exist_ok=True)
         began = time.time()
         total = (limit + idle) if limit else machine_bytes()
         done = cage.run(words, None if self.no_cage else total, self.disk, self.asked.limit)
+        shutil.rmtree(self._scratch)  # who is killed leaves files behind
         if done.code:
             say(f"  failed: {done.why}")
             return {"failed": done.why, "killed": done.killed, "wall_s": done.wall_s, "began": began}
@@ -319,7 +321,7 @@ class Bench:
 
     def _full(self, setting: Setting, factor: int) -> Setting:
         """A setting with what follows from it."""
-        files = {"offload": str(self._offload), "gguf": str(self._gguf), "scratch": str(self.work)}
+        files = {"offload": str(self._offload), "gguf": str(self._gguf), "scratch": str(self._scratch)}
         share = {"cpu_bytes": int(setting["cpu_share"] * self.cap * factor)} if "cpu_share" in setting else {}
         return setting | files | share
 
@@ -332,6 +334,10 @@ class Bench:
     @property
     def _offload(self) -> Path:
         return self.work / f"{self.source.name}-{self._digest}.offload"
+
+    @property
+    def _scratch(self) -> Path:
+        return self.work / "scratch"
 
     @property
     def _gguf(self) -> Path:
