@@ -104,11 +104,16 @@ def tables(found: dict[str, Best], runs: dict[str, list[Report]]) -> Iterator[st
                 f"{spread(pairs):>24}" for pairs in [*all_pairs, ratios(held, reports, end_to_end)]
             )
     yield ""
+    factors = {name: best.factor for name, best in found.items() if not best.why_not}
+    factors |= {
+        name: max(report.get("factor", 1) for report in reports) for name, reports in runs.items() if name not in found
+    }
+    for name, factor in factors.items():
+        if factor > 1:
+            yield f"{name}: does not run in the cap; {factor} times the cap is the least, in doubling steps, that works"
     for name, best in found.items():
         if best.why_not:
             yield f"{name}: {best.why_not}"
-        elif best.factor > 1:
-            yield f"{name}: does not run in the cap; {best.factor} times the cap is the least, in doubling steps, that works"
     for name, reports in runs.items():
         for report in reports:
             if "failed" in report:
@@ -151,9 +156,9 @@ def described(setting: Setting, factor: int = 1) -> str:
     return ", ".join([*(f"{name} {value}" for name, value in sorted(setting.items())), *more])
 
 
-def held_to(batch: int) -> str:
-    """Name of ours at a peer's batch size."""
-    return f"{OURS}, batch {batch}"
+def held_to(batch: int | None) -> str:
+    """Name of ours, at a peer's batch size if one is given."""
+    return f"{OURS}, batch {batch}" if batch else OURS
 
 
 def cell(number: float | None, places: int = 0) -> str:
