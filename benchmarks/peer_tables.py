@@ -16,7 +16,7 @@ LEGEND = [
     "cap: what a process may take beyond an idle one, page cache included. batch: sequences in flight.",
     "tokens/s: generated, end to end. load s: before the first pass. prefill: prompt tokens/s. decode: generated tokens/s after each",
     "row's first; pass s: of one decode pass. In rolling order the two share passes. peak: beyond an idle process, page cache included;",
-    "own: the process's resident part of that. read: from the disk.",
+    "own: growth of the process's resident memory, pages of its libraries that it came to touch included. read: from the disk.",
     "same: share of prompts whose first token is ours; in bf16 a random model's two best logits are often closer than rounding.",
     "Ratios are of neighbours in time: median (least to most). no load: of the time after loading. equal batch: ours held to the",
     "peer's batch, one batch at a time, end to end.",

@@ -67,7 +67,7 @@ from klotski_compiler.output import check_file, write_whole  # noqa: E402
 FREE = "resident"
 PEERS = (FREE, "disk_offload", "device_map", "llama_cpp")
 PACKAGES = {"disk_offload": "accelerate", "device_map": "accelerate", "llama_cpp": "gguf llama-cpp-python"}
-SMALL = ("--layers", 12, "--hidden", 1024)  # of the model that is made where none is named: 0.52 GB
+SMALL = ("--layers", 16, "--hidden", 1024)  # of the model that is made where none is named: 0.68 GB
 CAP_SHARE = 4
 FIRST_BATCH = 8
 LLAMA_SEQUENCES = 256  # more are refused
@@ -120,7 +120,6 @@ def main(argv: list[str] | None = None) -> int:
         "--output", type=Path, metavar="FILE", help="write the tables here, with command, date and machine"
     )
     arguments = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what runs is ended, too
     typed = shlex.join(["python", "benchmarks/peers.py", *(sys.argv[1:] if argv is None else argv)])
     return outcome("peers", lambda: compare(arguments, typed))
 
@@ -130,6 +129,9 @@ def compare(asked: argparse.Namespace, typed: str) -> str:
     peers = [name for name in asked.peers.split(",") if name]
     if odd := [name for name in peers if name not in PEERS]:
         raise ConfigError("--peers", "", f"{odd[0]} is not one of {', '.join(PEERS)}")
+    for option in ("prompts", "prompt_len", "gen_len", "repeats"):
+        if getattr(asked, option) < 1:
+            raise ConfigError(f"--{option.replace('_', '-')}", "", f"{getattr(asked, option)} is not a positive number")
     for option in ("json", "output"):
         if path := getattr(asked, option):
             check_file(f"--{option}", path)
@@ -471,4 +473,5 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what runs is ended, too
     raise SystemExit(main())

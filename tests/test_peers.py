@@ -229,6 +229,14 @@ def test_runs_that_are_done_are_kept(tmp_path: Path) -> None:
         peers.Record(path, {"prompts": 5})
 
 
+@pytest.mark.parametrize("options", [["--peers", "nobody"], ["--repeats", "0"], ["--model", "nowhere"]])
+def test_bad_usage_is_refused_in_a_line(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert peers.main(["--folder", str(tmp_path), *options]) == 2
+    told = capsys.readouterr().err
+    assert options[1] in told
+    assert len(told.splitlines()) == 1
+
+
 # --------------------------------------------------------------------------------------------------------- real peers
 
 
