@@ -14,6 +14,9 @@ than those of the runs.
 Speeds end to end count from the first weight byte to the last token, imports apart. ``device_map`` rewrites fused experts whenever it
 loads; so the ratio without loading is printed beside it.
 
+Not tried so far: ``llama_cpp`` (written from the interface of llama-cpp-python 0.3.36; only its GGUF file was read back, by the ``gguf``
+package), and cgroups of version 2.
+
     python benchmarks/peers.py                                        a small model, some ten minutes
 
     python benchmarks/checkpoint.py big-model --shape qwen3-30b-a3b --layers 6
