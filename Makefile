@@ -8,7 +8,8 @@ READY  := $(VENV)/.ready
 # The options of pytest.
 PYTEST ?= -n 2 -q
 
-BENCHMARKS := $(filter-out %/__init__.py %/checkpoint.py %/demo.py %/published.py,$(wildcard benchmarks/*.py))
+HELPERS    := __init__ cage checkpoint demo gguf_file peer peer_tables published
+BENCHMARKS := $(filter-out $(HELPERS:%=benchmarks/%.py),$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help test lint demo bench format clean

@@ -1,0 +1,173 @@
+"""What peers.py shows: rates of runs, ratios pair by pair, tables."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+OURS = "klotski"
+
+Report = dict[str, Any]
+Setting = dict[str, Any]
+
+
+LEGEND = [
+    "cap: what a process may take beyond an idle one, page cache included. batch: sequences in flight.",
+    "tokens/s: generated, end to end. load s: before the first pass. prefill: prompt tokens/s. decode: generated tokens/s after each",
+    "row's first; pass s: of one decode pass. In rolling order the two share passes. peak: beyond an idle process, page cache included;",
+    "own: growth of the process's resident memory, pages of its libraries that it came to touch included. read: from the disk.",
+    "same: share of prompts whose first token is ours; in bf16 a random model's two best logits are often closer than rounding.",
+    "Ratios are of neighbours in time: median (least to most). no load: of the time after loading. equal batch: ours held to the",
+    "peer's batch, one batch at a time, end to end.",
+]
+
+
+class Tried(NamedTuple):
+    """A run of a sweep. factor: of the cap."""
+
+    setting: Setting
+    factor: int
+    report: Report
+
+
+class Best(NamedTuple):
+    """What a sweep found. factor: of the cap. tried: in order. why_not: where nothing ran."""
+
+    setting: Setting
+    factor: int
+    tried: list[Tried]
+    why_not: str = ""
+
+
+def end_to_end(report: Report) -> float:
+    """Generated tokens per second from the first weight byte on; 0 for a run that failed."""
+    return 0.0 if "failed" in report else float(report["generated_tokens"] / report["wall_s"])
+
+
+def after_loading(report: Report) -> float:
+    """The same from the first pass on."""
+    if "failed" in report:
+        return 0.0
+    return float(report["generated_tokens"] / (report["prefill_s"] + report["decode_s"]))
+
+
+def prefill(report: Report) -> float:
+    """Prompt tokens per second of prefill."""
+    return 0.0 if "failed" in report else float(report["prompt_tokens"] / report["prefill_s"])
+
+
+def decode(report: Report) -> float:
+    """Tokens per second of decode, which makes all but each row's first; 0 where there is none."""
+    if "failed" in report or not report["decode_s"]:
+        return 0.0
+    return float((report["generated_tokens"] - len(report["first_tokens"])) / report["decode_s"])
+
+
+def ratios(ours: list[Report], theirs: list[Report], rate: Callable[[Report], float]) -> list[float]:
+    """Ours over theirs, pair by pair; a pair in which one failed is left out."""
+    pairs = [(rate(our), rate(their)) for our, their in zip(ours, theirs, strict=True)]
+    return [our / their for our, their in pairs if our and their]
+
+
+def same_first(ours: list[Report], theirs: list[Report]) -> float | None:
+    """Share of prompts with the same first token in the first pair that has both."""
+    for our, their in zip(ours, theirs, strict=True):
+        if "failed" not in our and "failed" not in their:
+            pairs = list(zip(our["first_tokens"], their["first_tokens"], strict=True))
+            return float(sum(one == other for one, other in pairs) / len(pairs))
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def tables(found: dict[str, Best], runs: dict[str, list[Report]]) -> Iterator[str]:
+    """Speeds, ratios, and what did not run."""
+    ours = runs[OURS]
+    words = ("cap MB", "tokens/s", "load s", "prefill", "decode", "pass s", "peak MB", "own MB", "read GB", "same")
+    yield f"{f'medians of {len(ours)}':<26}" + "".join(f"{word:>9}" for word in words) + "  setting"
+    for name, reports in runs.items():
+        if good := [report for report in reports if "failed" not in report]:
+            shown = good[-1].get("shown") or described(found[name].setting)
+            cells = [*numbers(good), cell(same_first(ours, reports), 2) if name != OURS else cell(None)]
+            yield f"{name:<26}" + "".join(cells) + f"  {shown}"
+    yield ""
+    yield f"{'ours over theirs':<16}" + "".join(
+        f"{word:>24}" for word in ("end to end", "no load", "prefill", "decode", "equal batch")
+    )
+    for name, reports in runs.items():
+        if name in found:
+            all_pairs = [ratios(ours, reports, rate) for rate in (end_to_end, after_loading, prefill, decode)]
+            held = runs[held_to(found[name].setting["batch"])]
+            yield f"{name:<16}" + "".join(
+                f"{spread(pairs):>24}" for pairs in [*all_pairs, ratios(held, reports, end_to_end)]
+            )
+    yield ""
+    factors = {name: best.factor for name, best in found.items() if not best.why_not}
+    factors |= {
+        name: max(report.get("factor", 1) for report in reports) for name, reports in runs.items() if name not in found
+    }
+    for name, factor in factors.items():
+        if factor > 1:
+            yield f"{name}: does not run in the cap; {factor} times the cap is the least, in doubling steps, that works"
+    for name, best in found.items():
+        if best.why_not:
+            yield f"{name}: {best.why_not}"
+    for name, reports in runs.items():
+        for report in reports:
+            if "failed" in report:
+                yield f"{name}: a run failed: {report['failed']}"
+
+
+def numbers(reports: list[Report]) -> Iterator[str]:
+    """Median cells of a row."""
+
+    def median(value: Callable[[Report], float | None]) -> float | None:
+        values = [found for report in reports if (found := value(report)) is not None]
+        return float(statistics.median(values)) if values else None
+
+    yield cell(median(lambda r: r["cap_bytes"] and r["cap_bytes"] / 1e6), 0)
+    yield cell(median(end_to_end), 2)
+    yield cell(median(lambda r: r["load_s"]), 2)
+    yield cell(median(prefill), 1)
+    yield cell(median(decode), 2)
+    yield cell(median(lambda r: r.get("decode_pass_s")), 2)
+    yield cell(median(lambda r: r["peak_bytes"] and r["peak_bytes"] / 1e6), 0)
+    yield cell(median(lambda r: r["own_bytes"] / 1e6), 0)
+    yield cell(median(lambda r: r["storage_read_bytes"] / 1e9), 2)
+
+
+def sweeps(found: dict[str, Best]) -> Iterator[str]:
+    """Every setting that was tried."""
+    yield ""
+    yield "sweep: generated tokens/s after loading (batch by batch as many prompts as --sweep-prompts asks for, one batch at least)"
+    for name, best in found.items():
+        for setting, factor, report in best.tried:
+            mark = "*" if (setting, factor) == (best.setting, best.factor) else ""
+            shown = report.get("failed") or f"{after_loading(report):.2f}{mark}"
+            yield f"{name:<16}{described(setting, factor):<60}{shown}"
+    yield ""
+
+
+def described(setting: Setting, factor: int = 1) -> str:
+    """A setting as text. factor: of the cap."""
+    more = [f"cap x {factor}"] if factor > 1 else []
+    return ", ".join([*(f"{name} {value}" for name, value in sorted(setting.items())), *more])
+
+
+def held_to(batch: int | None) -> str:
+    """Name of ours, at a peer's batch size if one is given."""
+    return f"{OURS}, batch {batch}" if batch else OURS
+
+
+def cell(number: float | None, places: int = 0) -> str:
+    """A number of a table, or a dash."""
+    return f"{'-':>9}" if number is None else f"{number:>9.{places}f}"
+
+
+def spread(values: list[float]) -> str:
+    """Median and range."""
+    if not values:
+        return "-"
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"

@@ -1,0 +1,480 @@
+"""Klotski and its peers side by side: one model, the same prompts, precision and memory cap, each at its best setting.
+
+Peers: ``resident`` (transformers, all in memory, no cap: what enough memory would give), ``disk_offload`` (accelerate),
+``device_map`` (transformers, modules that fit in memory and the others on disk), ``llama_cpp`` (a GGUF file of the same weights,
+mapped; optional: ``pip install gguf llama-cpp-python``).
+
+The cap is what a process may take beyond an idle one that has imported its libraries and does nothing: the cgroup of a run gets the
+cap and what such a process was seen to take, page cache counted for both. So no one pays for Python, and everyone for cached pages.
+Every run is a process of its own and starts with the model's files out of the page cache. A peer that cannot run in the cap gets the
+least cap, in doubling steps, that it can run in. What a peer writes once beside the model (an offload folder, a GGUF file) is made
+before and not timed; nor are Klotski's profile, measured anew in every repeat, and its compilation. Routing is profiled on other prompts
+than those of the runs.
+
+Speeds end to end count from the first weight byte to the last token, imports apart. ``device_map`` rewrites fused experts whenever it
+loads; so the ratio without loading is printed beside it.
+
+Not tried so far: ``llama_cpp`` (written from the interface of llama-cpp-python 0.3.36; only its GGUF file was read back, by the ``gguf``
+package), and cgroups of version 2.
+
+    python benchmarks/peers.py                                        a small model, some ten minutes
+
+    python benchmarks/checkpoint.py big-model --shape qwen3-30b-a3b --layers 6
+    python benchmarks/peers.py --model big-model --prompts 1024 --prompt-len 64 --gen-len 32 --cap 2GiB --sweep-prompts 64 \\
+        --json peers.json --output benchmarks/results/peers.txt       hours; what is done is kept in peers.json and not done again
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "runtime")]
+
+from benchmarks import cage  # noqa: E402
+from benchmarks.demo import command, weight_bytes  # noqa: E402
+from benchmarks.peer_tables import (  # noqa: E402
+    LEGEND,
+    OURS,
+    Best,
+    Report,
+    Setting,
+    Tried,
+    after_loading,
+    described,
+    held_to,
+    sweeps,
+    tables,
+)
+from klotski_compiler.cli.compile import parse_size  # noqa: E402
+from klotski_compiler.errors import ConfigError, ExecError, Infeasible  # noqa: E402
+from klotski_compiler.outcome import outcome  # noqa: E402
+from klotski_compiler.output import check_file, write_whole  # noqa: E402
+
+FREE = "resident"
+PEERS = (FREE, "disk_offload", "device_map", "llama_cpp")
+PACKAGES = {"disk_offload": "accelerate", "device_map": "accelerate", "llama_cpp": "gguf llama-cpp-python"}
+SMALL = ("--layers", 16, "--hidden", 1024)  # of the model that is made where none is named: 0.68 GB
+CAP_SHARE = 4
+FIRST_BATCH = 8
+LLAMA_SEQUENCES = 256  # more are refused
+BETTER = 1.03  # a setting must be faster by this to be taken: neighbours differ by less
+ROUTING_PROMPTS = 64
+CORES = os.cpu_count() or 1
+
+# What a sweep tries beside the batch size; the first is where it starts.
+OPTIONS: dict[str, dict[str, list[Any]]] = {
+    FREE: {"experts": ["grouped_mm", "eager", "batched_mm"]},
+    "disk_offload": {"experts": ["grouped_mm", "eager", "batched_mm"]},
+    "device_map": {"experts": ["grouped_mm", "eager", "batched_mm"], "cpu_share": [0.25, 0.5, 0.75, 0.1, 0.0]},
+    "llama_cpp": {
+        "ubatch": [512, 2048],
+        "threads": [CORES, *([CORES // 2] if CORES > 1 else [])],
+        "unified": [False, True],
+    },
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the tables."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint folder (default: a small one is made)")
+    parser.add_argument("--folder", type=Path, default=ROOT / "demo", help="where files go (default: demo)")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--prompt-len", type=int, default=32)
+    parser.add_argument("--gen-len", type=int, default=8)
+    parser.add_argument("--cap", type=parse_size, metavar="SIZE", help="of memory (default: a quarter of the weights)")
+    parser.add_argument("--peers", default=",".join(PEERS), metavar="LIST", help="some of %(default)s")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--sweep-prompts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="at least so many prompts in a sweep's run (default: a batch)",
+    )
+    parser.add_argument(
+        "--disk-rate", type=parse_size, metavar="SIZE", help="slow the disk to so many bytes per second"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=1800, metavar="SECONDS", help="of one run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="keep every run here; runs that are in it are not done again"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the tables here, with command, date and machine"
+    )
+    arguments = parser.parse_args(argv)
+    typed = shlex.join(["python", "benchmarks/peers.py", *(sys.argv[1:] if argv is None else argv)])
+    return outcome("peers", lambda: compare(arguments, typed))
+
+
+def compare(asked: argparse.Namespace, typed: str) -> str:
+    """Sweep, then run all in turn; the tables."""
+    peers = [name for name in asked.peers.split(",") if name]
+    if odd := [name for name in peers if name not in PEERS]:
+        raise ConfigError("--peers", "", f"{odd[0]} is not one of {', '.join(PEERS)}")
+    for option in ("prompts", "prompt_len", "gen_len", "repeats"):
+        if getattr(asked, option) < 1:
+            raise ConfigError(f"--{option.replace('_', '-')}", "", f"{getattr(asked, option)} is not a positive number")
+    for option in ("json", "output"):
+        if path := getattr(asked, option):
+            check_file(f"--{option}", path)
+    bench = Bench(asked)
+    found = {name: bench.sweep(name) for name in peers}
+    runs: dict[str, list[Report]] = {}
+    for repeat in range(asked.repeats):
+        for name, report in bench.repeat(repeat, found):
+            runs.setdefault(name, []).append(report)
+        text = "\n".join([*bench.head(typed), *tables(found, runs), *sweeps(found), *LEGEND]) + "\n"
+        if asked.output:  # what is measured is shown, whatever happens next
+            write_whole(asked.output, text)
+    return text
+
+
+class Bench:
+    """A model, its prompts and a cap; runs one thing at a time and remembers it."""
+
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self.asked = asked
+        asked.folder.mkdir(parents=True, exist_ok=True)
+        self.source: Path = asked.model or asked.folder / "small-model"
+        if asked.model is None:  # writes nothing where it is there
+            self._do([sys.executable, ROOT / "benchmarks" / "checkpoint.py", self.source, *SMALL])
+        if not (self.source / "config.json").exists():
+            raise ConfigError("--model", "", f"{self.source} holds no config.json; name a checkpoint folder")
+        self.weights = weight_bytes(self.source)
+        self.cap: int = asked.cap or self.weights // CAP_SHARE
+        self.work: Path = asked.folder / "peers"
+        self.work.mkdir(exist_ok=True)
+        self.model = bare(self.source, self.work / "model")
+        self.prompts = self._prompts("prompts", asked.prompts, 0)
+        self.disk = cage.Disk(self.work, asked.disk_rate) if asked.disk_rate else None
+        self.no_cage = cage.unavailable(self.disk)
+        if self.no_cage and asked.disk_rate:
+            raise ConfigError("--disk-rate", "", f"needs cgroups, which cannot be had here ({self.no_cage})")
+        sizes = ("prompts", "prompt_len", "gen_len", "sweep_prompts", "disk_rate")
+        about = {name: getattr(asked, name) for name in sizes} | {"cap": self.cap, "weights": self.weights}
+        self.record = Record(asked.json, about | {"model": self.source.name})
+        self.idle: dict[str, int] = {}
+
+    # -------------------------------------------------------------------------------------------------- what is run
+
+    def sweep(self, peer: str) -> Best:
+        """The fastest setting of a peer, and the least cap that it can run in."""
+        if why := self._missing(peer):
+            return Best({}, 1, [], why)
+        tried: dict[str, Tried] = {}
+        base = {name: values[0] for name, values in OPTIONS[peer].items()} | {
+            "batch": min(FIRST_BATCH, self.asked.prompts)
+        }
+        humble = base | {"batch": 1} | ({"cpu_share": 0.0} if "cpu_share" in base else {})
+
+        def speed(setting: Setting) -> float:
+            key = json.dumps([factor, setting], sort_keys=True)
+            if key not in tried:
+                count = self.asked.sweep_prompts or setting["batch"]
+                count = min(-(-count // setting["batch"]) * setting["batch"], self.asked.prompts)
+                tried[key] = Tried(setting, factor, self.run(peer, setting, factor, count))
+            return after_loading(tried[key].report)
+
+        factor = 1
+        while not (speed(base) or speed(humble)):
+            killed = any(one.report.get("killed") for one in list(tried.values())[-2:])
+            if not killed or factor * self.cap > CAP_SHARE * self.weights or peer == FREE:
+                return Best({}, factor, list(tried.values()), next(iter(tried.values())).report["failed"])
+            factor *= 2
+        best = base if speed(base) else humble
+        while better := next(
+            (s for s in moves(peer, best, self.asked.prompts) if speed(s) > BETTER * speed(best)), None
+        ):
+            best = better
+        return Best(best, factor, list(tried.values()))
+
+    def repeat(self, number: int, found: dict[str, Best]) -> Iterator[tuple[str, Report]]:
+        """Ours, then each peer followed by ours at its batch size; (name, report), in this order in time."""
+        yield OURS, self.ours(number, None)
+        held: set[int] = set()
+        for peer, best in found.items():
+            if best.why_not:
+                continue
+            yield peer, self.run(peer, best.setting, best.factor, self.asked.prompts, number)
+            batch = best.setting["batch"]
+            if batch not in held:
+                held.add(batch)
+                yield held_to(batch), self.ours(number, batch)
+
+    def run(self, peer: str, setting: Setting, factor: int, count: int, repeat: int | None = None) -> Report:
+        """One run of a peer; a failure is a report, too."""
+        options = [
+            "--prompts",
+            count,
+            "--gen-len",
+            self.asked.gen_len,
+            "--setting",
+            json.dumps(self._full(setting, factor)),
+        ]
+        words = [sys.executable, ROOT / "benchmarks" / "peer.py", peer, self.model, self.prompts, *options]
+        limit = None if peer == FREE else self.cap * factor
+        what = f"{peer}, {described(setting, factor)}, {count} prompts"
+        name = "sweep" if repeat is None else f"repeat {repeat}"
+        return self.record.once(f"{name}: {what}", lambda: self._measured(words, peer, limit))
+
+    def ours(self, repeat: int, batch: int | None) -> Report:
+        """Compile and run Klotski, in the least cap in which it can; the machine is profiled once in a repeat."""
+        factor = 1
+        while True:
+            what = f"repeat {repeat}: {held_to(batch)}" + (f", cap x {factor}" if factor > 1 else "")
+            report = self.record.once(what, lambda factor=factor: self._ours(repeat, batch, factor))  # type: ignore[misc]
+            if not report.get("killed") or factor * self.cap > CAP_SHARE * self.weights:
+                return report
+            factor *= 2
+
+    def _ours(self, repeat: int, batch: int | None, factor: int) -> Report:
+        asked, plan, out = self.asked, self.work / "plan.json", self.work / "out.jsonl"
+        sizes = ("--prompt-len", asked.prompt_len, "--gen-len", asked.gen_len, "--num-sequences", asked.prompts)
+        known = ("--routing", self._routing, "--memory", f"host={self.cap * factor}")
+        held = ("--batch-size", batch, "--num-batches", 1) if batch else ()
+        words = (*command("klotski_compiler.cli.compile"), self.model, self._profiled(repeat), "-o", plan)
+        compiled = cage.run([*words, *sizes, *known, *held])
+        if compiled.code:
+            why = compiled.stderr.strip().replace("\n", "; ")
+            say(f"  failed: {why}")
+            return {"failed": why, "killed": compiled.code == Infeasible.exit_code}
+        out.unlink(missing_ok=True)
+        files = ("--model", self.model, "--scratch", self._scratch, "--input", self.prompts, "--output", out)
+        report = self._measured([*command("klotski_runtime.cli.run"), plan, *files, "--json"], OURS, self.cap * factor)
+        if "failed" in report:
+            return report
+        decision = json.loads(plan.read_text())["decision"]
+        order = ", rolling" if decision.get("rolling") else ""
+        rows = [json.loads(line)["response"]["body"] for line in out.read_text().splitlines()]
+        return report | {
+            "first_tokens": [row["choices"][0]["token_ids"][0] for row in rows],
+            "prompt_tokens": sum(row["usage"]["prompt_tokens"] for row in rows),
+            "decode_pass_s": report["pass_us"].get("decode", {}).get("measured", 0) / 1e6,
+            "shown": f"{decision['num_batches']} x {decision['batch_size']}{order}",
+            "factor": factor,
+        }
+
+    def _measured(self, words: list[Any], peer: str, limit: int | None) -> Report:
+        """Run caged and cold; the JSON that it printed, and what the cage saw."""
+        idle = self._idle(peer)
+        files = [self.model, self.source, self._offload, self._gguf]
+        cage.drop_page_cache(path for path in files if path.exists())
+        self._scratch.mkdir(exist_ok=True)
+        began = time.time()
+        total = (limit + idle) if limit else machine_bytes()
+        done = cage.run(words, None if self.no_cage else total, self.disk, self.asked.limit)
+        shutil.rmtree(self._scratch)  # who is killed leaves files behind
+        if done.code:
+            say(f"  failed: {done.why}")
+            return {"failed": done.why, "killed": done.killed, "wall_s": done.wall_s, "began": began}
+        report: Report = json.loads(done.stdout.splitlines()[-1])
+        if rows := report.pop("tokens", None):
+            report["first_tokens"] = [row[0] for row in rows]
+        if report.get("decode_passes"):
+            report["decode_pass_s"] = report["decode_s"] / report["decode_passes"]
+        own = report["peak_rss_bytes"] - report["idle_rss_bytes"]
+        peak = max(0, done.peak_bytes - idle) if done.peak_bytes else None
+        say(
+            f"  {report['generated_tokens'] / report['wall_s']:.2f} tokens/s, {after_loading(report):.2f} after loading"
+        )
+        return report | {"own_bytes": own, "peak_bytes": peak, "cap_bytes": limit, "began": began}
+
+    # -------------------------------------------------------------------------------------------- what runs need
+
+    def _idle(self, peer: str) -> int:
+        """What a process takes that has imported a peer's libraries; the second of two, when they are in the page cache."""
+
+        def measured() -> Report:
+            words = [sys.executable, ROOT / "benchmarks" / "peer.py", peer, self.model, self.prompts, "--idle"]
+            for _ in range(2):
+                done = cage.run(words, None if self.no_cage else machine_bytes(), None, self.asked.limit)
+                if done.code:
+                    raise ExecError(f"{peer}: {done.why}")
+            return {"idle_bytes": done.peak_bytes or json.loads(done.stdout)["idle_rss_bytes"]}
+
+        self.idle[peer] = self.record.once(f"idle: {peer}", measured)["idle_bytes"]
+        return self.idle[peer]
+
+    def _missing(self, peer: str) -> str:
+        """Why a peer cannot run at all; empty where it can and has its files."""
+        setting = self._full({}, 1)
+        needed = {"disk_offload": self._offload / "index.json", "llama_cpp": self._gguf}.get(peer)
+        words = [sys.executable, ROOT / "benchmarks" / "peer.py", peer, self.model, self.prompts]
+        ready = needed is None or needed.exists()
+        if not ready:
+            say(f"{peer}: preparing its files")
+        done = cage.run([*words, "--setting", json.dumps(setting), "--idle" if ready else "--prepare"])
+        if not done.code:
+            return ""
+        if "ModuleNotFoundError" in done.stderr and peer in PACKAGES:
+            return f"not installed here; pip install {PACKAGES[peer]}"
+        return done.why
+
+    def _full(self, setting: Setting, factor: int) -> Setting:
+        """A setting with what follows from it."""
+        files = {"offload": str(self._offload), "gguf": str(self._gguf), "scratch": str(self._scratch)}
+        share = {"cpu_bytes": int(setting["cpu_share"] * self.cap * factor)} if "cpu_share" in setting else {}
+        return setting | files | share
+
+    @cached_property
+    def _digest(self) -> str:
+        files = sorted(self.source.glob("*.safetensors"))
+        stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:8]
+
+    @property
+    def _offload(self) -> Path:
+        return self.work / f"{self.source.name}-{self._digest}.offload"
+
+    @property
+    def _scratch(self) -> Path:
+        return self.work / "scratch"
+
+    @property
+    def _gguf(self) -> Path:
+        return self.work / f"{self.source.name}-{self._digest}.gguf"
+
+    @cached_property
+    def _routing(self) -> Path:
+        """Which experts prompts of this kind ask for: not those of the runs."""
+        others = self._prompts("other-prompts", min(ROUTING_PROMPTS, self.asked.prompts), 1)
+        path = self.work / "routing.json"
+        say("profiling the routing of other prompts")
+        self._do([*command("klotski_runtime.cli.profile"), "routing", self.model, "--input", others, "-o", path])
+        return path
+
+    def _profiled(self, repeat: int) -> Path:
+        """The machine, measured once in a repeat, with the disk as slow as in the runs."""
+        path = self.work / f"hw-{os.getpid()}-{repeat}.json"
+        if not path.exists():
+            for old in self.work.glob("hw-*.json"):
+                old.unlink()
+            say("profiling the machine")
+            self._do([*command("klotski_runtime.cli.profile"), "-o", path, "--scratch", self.work])
+        return path
+
+    def _prompts(self, name: str, count: int, seed: int) -> Path:
+        """Random token ids: equal lengths, no padding."""
+        vocabulary, ids = json.loads((self.model / "config.json").read_text())["vocab_size"], random.Random(seed)
+        rows = ({"prompt": [ids.randrange(vocabulary) for _ in range(self.asked.prompt_len)]} for _ in range(count))
+        path = self.work / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    def _do(self, words: list[Any]) -> None:
+        """Run what is not measured. Raises ExecError."""
+        done = cage.run(words, None, getattr(self, "disk", None))
+        if done.code:
+            raise ExecError(done.why)
+
+    def head(self, typed: str) -> list[str]:
+        """Command, date, machine, workload."""
+        asked = self.asked
+        for name in [key.removeprefix("idle: ") for key in self.record.done if key.startswith("idle: ")]:
+            self._idle(name)
+        versions = " ".join(f"{name} {version}" for name in ("torch", "transformers", "accelerate", "llama-cpp-python")
+                            if (version := installed(name)))  # fmt: skip
+        rate = f"disk slowed to {asked.disk_rate / 1e6:.0f} MB/s" if asked.disk_rate else "disk as it is"
+        cgroups = f"no cap on peers: no cgroup can be had here ({self.no_cage})" if self.no_cage else "in a cgroup each"
+        idle = ", ".join(f"{name} {nbytes / 1e6:.0f}" for name, nbytes in self.idle.items())
+        return [
+            f"{date.today()}: {typed}",
+            f"{platform.machine()}, {CORES} cores, {machine_bytes() / 1e9:.0f} GB; {rate}; {versions}",
+            f"{self.source.name}: {self.weights / 1e9:.2f} GB of weights; {asked.prompts} prompts of {asked.prompt_len} tokens, "
+            f"{asked.gen_len} new tokens each",
+            f"cap {self.cap / 1e6:.0f} MB beyond an idle process (MB: {idle}); {cgroups}",
+            "",
+        ]
+
+
+class Record:
+    """Runs that are done, in a file if there is one. about: what they were done with."""
+
+    def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
+        self.path, self.about, self.done = path, about, dict[str, Report]()
+        if path and path.exists():
+            try:
+                kept = json.loads(path.read_text())
+                before, self.done = kept["about"], kept["runs"]
+            except (ValueError, KeyError, TypeError):
+                raise ConfigError(
+                    "--json", "", f"{path} does not hold runs of this command; name another file"
+                ) from None
+            if before != about:
+                changed = ", ".join(name for name in about if before.get(name) != about[name])
+                raise ConfigError("--json", "", f"{path} holds runs with another {changed}; name another file")
+
+    def once(self, name: str, work: Callable[[], Report]) -> Report:
+        """What a run gave; it is done now if it was not yet."""
+        if name not in self.done:
+            say(name)
+            self.done[name] = work()
+            if self.path:
+                write_whole(self.path, json.dumps({"about": self.about, "runs": self.done}, indent=1) + "\n")
+        return self.done[name]
+
+
+def moves(peer: str, setting: Setting, prompts: int) -> Iterator[Setting]:
+    """Settings beside one: what a sweep tries next."""
+    most = min(prompts, LLAMA_SEQUENCES) if peer == "llama_cpp" else prompts
+    for batch in (4 * setting["batch"], 2 * setting["batch"], setting["batch"] // 2):
+        if batch and (batch := min(batch, most)) != setting["batch"]:
+            yield setting | {"batch": batch}
+    for name, values in OPTIONS[peer].items():
+        yield from (setting | {name: value} for value in values if value != setting[name])
+
+
+def bare(model: Path, folder: Path) -> Path:
+    """The same weights without a tokenizer and without an end token: rows are token ids and run to their limit for everyone."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for file in [*model.glob("*.safetensors"), *model.glob("*.safetensors.index.json")]:
+        (folder / file.name).symlink_to(file.resolve())
+    config = json.loads((model / "config.json").read_text())
+    config.pop("eos_token_id", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return folder
+
+
+def installed(package: str) -> str:
+    """A package's version; empty where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def machine_bytes() -> int:
+    """All memory of the machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def say(text: str) -> None:
+    """Progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what runs is ended, too
+    raise SystemExit(main())

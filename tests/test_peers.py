@@ -1,0 +1,289 @@
+"""Peers side by side: the cage holds, pairs are pairs, what is done is kept, peers generate what the resident model does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import cage, gguf_file, peers
+from benchmarks.peer_tables import Best, Report, Tried, decode, end_to_end, prefill, ratios, same_first, sweeps, tables
+from commands import ENVIRONMENT, ROOT
+from klotski_compiler.errors import ConfigError
+from tiny import make_checkpoint
+
+MB = 1 << 20
+
+NO_CAGE = cage.unavailable()
+needs_cage = pytest.mark.skipif(bool(NO_CAGE), reason=f"no cgroup can be made here: {NO_CAGE}")
+
+
+@pytest.fixture(autouse=True)
+def _no_cage_left() -> Iterator[None]:
+    """Whatever a test does, its groups go."""
+    yield
+    parents, _ = cage.parent_groups("memory")
+    assert not [child for parent in parents for child in parent.glob(f"klotski-cage-{os.getpid()}-*")]
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-I", "-S", "-c", code]
+
+
+# --------------------------------------------------------------------------------------------------------------- cage
+
+
+@needs_cage
+def test_who_takes_more_than_the_limit_is_killed_and_reported() -> None:
+    done = cage.run(python(f"bytearray({200 * MB}); print('alive')"), 64 * MB)
+    assert done.killed
+    assert done.code
+    assert "memory" in done.why
+    assert not done.stdout
+
+
+@needs_cage
+def test_who_takes_less_lives_and_its_peak_is_known() -> None:
+    done = cage.run(python(f"bytearray({40 * MB}); print('alive')"), 128 * MB)
+    assert (done.code, done.killed, done.stdout) == (0, False, "alive\n")
+    assert done.peak_bytes == 0 or 40 * MB < done.peak_bytes < 128 * MB
+
+
+@needs_cage
+def test_the_page_cache_counts_and_is_given_up(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(100 * MB))
+    cage.drop_page_cache([tmp_path])
+    done = cage.run(["/bin/cat", file], 50 * MB)
+    assert len(done.stdout) == 100 * MB
+    assert not done.killed
+    assert done.peak_bytes == 0 or 40 * MB < done.peak_bytes <= 50 * MB
+
+
+@needs_cage
+def test_groups_are_removed() -> None:
+    with cage.cage(64 * MB) as groups:
+        folders = [group.folder for group in groups]
+        assert folders
+        assert all(folder.is_dir() for folder in folders)
+    assert not any(folder.exists() for folder in folders)
+
+
+def test_a_run_that_takes_too_long_is_ended() -> None:
+    done = cage.run(python("import time; time.sleep(60)"), timeout_s=0.5)
+    assert done.timed_out
+    assert done.wall_s < 30
+    assert "took longer" in done.why
+
+
+def test_a_failure_is_told_by_its_last_line() -> None:
+    done = cage.run(python("raise ValueError('first\\nlast')"))
+    assert (done.code, done.why) == (1, "last")
+
+
+MOUNTS = {
+    "version 1": "30 20 0:1 / {mount} rw - cgroup cgroup rw,memory\n31 20 0:2 / /none rw - cgroup2 cgroup2 rw\n",
+    "version 2": "31 20 0:2 / {mount} rw - cgroup2 cgroup2 rw\n",
+    "version 2, in a container": "31 20 0:2 /pod {mount} rw - cgroup2 cgroup2 rw\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("mounted", "own", "folders", "names"),
+    [
+        ("version 1", "4:memory:/a/b\n0::/\n", ["a/b"], cage.V1),
+        ("version 2", "0::/a/b\n", ["a/b", "a"], cage.V2),
+        ("version 2", "0::/\n", ["."], cage.V2),
+        ("version 2, in a container", "0::/pod/a\n", ["a", "."], cage.V2),
+    ],
+)
+def test_where_groups_are_made(mounted: str, own: str, folders: list[str], names: Any, tmp_path: Path) -> None:
+    (tmp_path / "cgroups/a/b").mkdir(parents=True)
+    mounts, ours = tmp_path / "mountinfo", tmp_path / "cgroup"
+    mounts.write_text(MOUNTS[mounted].format(mount=tmp_path / "cgroups"))
+    ours.write_text(own)
+    found = cage.parent_groups("memory", mounts, ours)
+    assert found == ([tmp_path / "cgroups" / folder for folder in folders], names)
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def made_up(speed: float, **fields: Any) -> Report:
+    """A run of 4 prompts of 10 tokens, 3 new ones each: 12 tokens at this speed, a quarter of the time for each of load
+    and prefill."""
+    wall_s = 12 / speed
+    return {
+        "generated_tokens": 12,
+        "prompt_tokens": 40,
+        "first_tokens": [1, 2, 3, 4],
+        "wall_s": wall_s,
+        "load_s": wall_s / 4,
+        "prefill_s": wall_s / 4,
+        "decode_s": wall_s / 2,
+        "decode_pass_s": wall_s / 4,
+        "cap_bytes": 100 * MB,
+        "peak_bytes": 90 * MB,
+        "own_bytes": 80 * MB,
+        "storage_read_bytes": 1_000_000_000,
+    } | fields
+
+
+FAILED: Report = {"failed": "killed: it needs more memory than that", "killed": True}
+
+
+def test_rates_are_of_their_phase() -> None:
+    report = made_up(2.0)  # 6 s in all
+    assert end_to_end(report) == 2.0
+    assert prefill(report) == 40 / 1.5
+    assert decode(report) == (12 - 4) / 3
+    assert end_to_end(FAILED) == prefill(FAILED) == decode(FAILED) == 0
+
+
+def test_ratios_are_of_neighbours_and_failures_fall_out() -> None:
+    ours, theirs = [made_up(8.0), made_up(4.0), made_up(6.0)], [made_up(2.0), FAILED, made_up(1.0)]
+    assert ratios(ours, theirs, end_to_end) == [4.0, 6.0]
+
+
+def test_same_first_tokens_are_counted_in_the_first_whole_pair() -> None:
+    assert same_first([made_up(1), made_up(1)], [FAILED, made_up(1, first_tokens=[1, 2, 0, 0])]) == 0.5
+    assert same_first([FAILED], [made_up(1)]) is None
+
+
+def test_the_table_shows_speeds_ratios_and_what_did_not_run() -> None:
+    setting = {"batch": 4, "experts": "eager"}
+    found = {
+        "disk_offload": Best(setting, 2, [Tried(setting, 1, FAILED), Tried(setting, 2, made_up(2.0))]),
+        "llama_cpp": Best({}, 1, [], "not installed here; pip install gguf llama-cpp-python"),
+    }
+    runs = {
+        "klotski": [made_up(8.0, shown="2 x 2"), made_up(6.0, shown="2 x 2")],
+        "disk_offload": [made_up(2.0), made_up(1.0)],
+        "klotski, batch 4": [made_up(4.0, shown="1 x 4"), made_up(2.0, shown="1 x 4")],
+    }
+    text = "\n".join([*tables(found, runs), *sweeps(found)])
+    assert "5.00 (4.00 to 6.00)" in text
+    assert "2.00 (2.00 to 2.00)" in text  # at equal batch
+    assert "llama_cpp: not installed here" in text
+    assert "2 times the cap is the least" in text
+    assert "killed: it needs more memory" in text
+    assert "2.67*" in text  # after loading
+
+
+# -------------------------------------------------------------------------------------------------------------- sweep
+
+
+class Pretend(peers.Bench):
+    """Runs that cost nothing. speed: of a setting; 0 where it is killed."""
+
+    def __init__(self, speed: Any, cap: int = 1) -> None:
+        self.asked = SimpleNamespace(prompts=100, sweep_prompts=0)  # type: ignore[assignment]
+        self.cap, self.weights, self.speed = cap, 4, speed
+        self.ran: list[tuple[int, int]] = []
+
+    def _missing(self, peer: str) -> str:
+        return ""
+
+    def run(self, peer: str, setting: Any, factor: int, count: int, repeat: int | None = None) -> Report:
+        self.ran.append((setting["batch"], count))
+        speed = self.speed(setting, factor)
+        return made_up(speed) if speed else FAILED
+
+
+def test_a_sweep_climbs_to_the_best_setting_and_runs_nothing_twice() -> None:
+    bench = Pretend(lambda s, factor: 0 if s["batch"] > 70 else s["batch"] * (2 if s["experts"] == "eager" else 1))
+    best = bench.sweep("disk_offload")
+    assert best.setting == {"batch": 64, "experts": "eager"}
+    assert best.factor == 1
+    assert len({json.dumps(one.setting) for one in best.tried}) == len(best.tried) == len(bench.ran)
+    assert all(count % batch == 0 or count == 100 for batch, count in bench.ran)
+
+
+def test_a_peer_that_is_killed_gets_the_least_cap_that_works() -> None:
+    best = Pretend(lambda s, factor: s["batch"] if factor >= 4 else 0).sweep("disk_offload")
+    assert (best.factor, best.why_not) == (4, "")
+    never = Pretend(lambda s, factor: 0).sweep("disk_offload")
+    assert "killed" in never.why_not
+
+
+def test_runs_that_are_done_are_kept(tmp_path: Path) -> None:
+    path, calls = tmp_path / "runs.json", iter(range(9))
+
+    def work() -> Report:
+        return {"number": next(calls)}
+
+    record = peers.Record(path, {"prompts": 4})
+    assert record.once("one", work) == record.once("one", work) == {"number": 0}
+    again = peers.Record(path, {"prompts": 4})
+    assert again.once("one", work) == {"number": 0}
+    assert again.once("two", work) == {"number": 1}
+    with pytest.raises(ConfigError, match="another prompts"):
+        peers.Record(path, {"prompts": 5})
+
+
+@pytest.mark.parametrize("options", [["--peers", "nobody"], ["--repeats", "0"], ["--model", "nowhere"]])
+def test_bad_usage_is_refused_in_a_line(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert peers.main(["--folder", str(tmp_path), *options]) == 2
+    told = capsys.readouterr().err
+    assert options[1] in told
+    assert len(told.splitlines()) == 1
+
+
+# --------------------------------------------------------------------------------------------------------- real peers
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose rows do not end early, and prompts beside it."""
+    folder = tmp_path_factory.mktemp("peers")
+    source = make_checkpoint("qwen3_moe", folder / "source", dtype="bfloat16")
+    choose = np.random.default_rng(0)
+    rows = choose.integers(3, 128, (4, 8)).tolist()
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
+    return peers.bare(source, folder / "model")
+
+
+def ran(peer: str, model: Path, **setting: Any) -> Any:
+    words = [sys.executable, ROOT / "benchmarks" / "peer.py", peer, model, model.parent / "prompts.jsonl"]
+    options = ["--gen-len", "3", "--setting", json.dumps({"batch": 2, "experts": "eager"} | setting)]
+    done = subprocess.run([*map(str, words), *options], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_peers_generate_what_the_resident_model_does(model: Path) -> None:
+    pytest.importorskip("accelerate")
+    resident = ran("resident", model)
+    mapped = ran("device_map", model, cpu_bytes=100_000, scratch=str(model.parent))
+    assert resident["tokens"] == mapped["tokens"]
+    assert [len(row) for row in resident["tokens"]] == [3] * 4
+    for report in (resident, mapped):
+        assert (report["generated_tokens"], report["prompt_tokens"]) == (12, 32)
+        assert (report["prefill_passes"], report["decode_passes"]) == (2, 4)
+        assert report["load_s"] + report["prefill_s"] + report["decode_s"] <= report["wall_s"]
+
+
+def test_every_tensor_gets_into_the_gguf_file(model: Path) -> None:
+    tensors = gguf_file.checkpoint_tensors(model)
+    config = json.loads((model / "config.json").read_text())
+    sources = [source for target in gguf_file.targets(config, tensors) for source in target.sources]
+    assert sorted(sources) == sorted(tensors)
+
+
+def test_the_gguf_file_holds_the_same_numbers(model: Path, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    gguf_file.write_gguf(model, tmp_path / "model.gguf")
+    tensors = gguf_file.checkpoint_tensors(model)
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    experts = found["blk.1.ffn_up_exps.weight"].data.view(np.uint16)
+    assert np.array_equal(experts[3], tensors["model.layers.1.mlp.experts.3.up_proj.weight"])
+    norm = found["output_norm.weight"].data
+    assert np.array_equal(norm, gguf_file.widened(tensors["model.norm.weight"]))
