@@ -184,10 +184,10 @@ def test_a_plan_in_which_a_page_is_missing_or_comes_twice_is_refused(how: str) -
 
 
 def test_pages_are_fitted_like_other_buffers() -> None:
-    """From one to as many as there may be, and halves of that: two halves of an expert would take as much as one whole."""
+    """From one to as many as there may be, or as leave enough on disk; then halves and doubles."""
     base = tiny_decision("joint", tiny_spec(), "gpu")
     tried = [d.pages for d in resized(base, "pages", most_pages=18)]
-    assert tried == [18]
+    assert tried == [18, 9, 4, 2]
     assert [d.pages for d in resized(base.model_copy(update={"pages": 18}), "pages", most_pages=18)] == [9]
     assert [d.pages for d in resized(base.model_copy(update={"pages": 2}), "pages", most_pages=18)] == [1, 4]
     assert not list(resized(base.model_copy(update={"unit": 2}), "pages", most_pages=18))
