@@ -246,12 +246,10 @@ class Candidates:
     @cached_property
     def most_pages(self) -> int:
         """Pages that joint may cut an expert into, where experts may have to live on disk before a GPU."""
-        request = self.request
-        experts = [layer.expert for layer in request.spec.layers if layer.expert]
-        kept = sum(layer.num_experts * layer.expert.nbytes for layer in request.spec.layers if layer.expert)
-        if self.tier != "gpu" or kept <= request.budgets["host"]:
+        spec = self.request.spec
+        if self.tier != "gpu" or spec.expert_bytes <= self.request.budgets["host"]:
             return 1
-        return min(most_pages(expert.nbytes) for expert in experts)
+        return min(most_pages(layer.expert.nbytes) for layer in spec.layers if layer.expert)
 
 
 FITTED = ("expert_rows", "lead", "attention_batch", "decode_batch", "prefill_groups", "pages")

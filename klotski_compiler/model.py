@@ -93,6 +93,11 @@ class ModelSpec:
         return sum(module.nbytes * count for module, count in self._modules()) - self.tied * self.embedding.nbytes
 
     @property
+    def expert_bytes(self) -> int:
+        """Bytes of all routed experts."""
+        return sum(layer.num_experts * layer.expert.nbytes for layer in self.layers if layer.expert)
+
+    @property
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the layers that have routed experts."""
         return tuple(index for index, layer in enumerate(self.layers) if layer.expert is not None)

@@ -8,12 +8,9 @@ from math import inf
 
 from klotski_compiler.plan import Decision
 
-KEPT_SOLVED, KEPT_OTHER = (
-    6,
-    3,
-)  # sizes that are timed of the policy whose residency is solved, and of them in the other order
+KEPT_SOLVED, KEPT_OTHER = 6, 3  # sizes that are timed where residency is solved: of the best one's order, of the other
 ORDER_ERROR = 0.3  # how much less well a score may judge one order than the other
-KEPT_WHOLE = 3  # of those, that may be lowered whole
+KEPT_WHOLE = 3  # decisions of each order that may be lowered whole
 ESTIMATE_ERROR = 0.05  # how far a short model's time may be off
 
 

@@ -59,7 +59,7 @@ class Least:
         self.module_bytes = sum(m.nbytes for m in modules) + spec.head.nbytes
         grows = self.passes >= SPANS and self.contexts[1] > GROWN * self.contexts[0]
         self.spans = SPANS if grows else 0
-        self.expert_bytes = sum(layer.num_experts * layer.expert.nbytes for layer in spec.layers if layer.expert)
+        self.expert_bytes = spec.expert_bytes
 
     def _experts(self) -> tuple[list[tuple[Layer, float, int]], list[Counter[int]]]:
         """(layer, q, count): experts that a token picks with probability q, rounded down to a percent where many
