@@ -17,7 +17,7 @@ loads; so the ratio without loading is printed beside it.
 Not tried so far: ``llama_cpp`` (written from the interface of llama-cpp-python 0.3.36; only its GGUF file was read back, by the ``gguf``
 package), and cgroups of version 2.
 
-    python benchmarks/peers.py                                        a small model, some ten minutes
+    python benchmarks/peers.py                                        a small model
 
     python benchmarks/checkpoint.py big-model --shape qwen3-30b-a3b --layers 6
     python benchmarks/peers.py --model big-model --prompts 1024 --prompt-len 64 --gen-len 32 --cap 2GiB --sweep-prompts 64 \\
