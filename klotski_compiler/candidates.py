@@ -68,6 +68,11 @@ class Candidates:
         return self.num_experts > MANY_EXPERTS
 
     @property
+    def sizes_are_free(self) -> bool:
+        """Whether neither the number of batches nor their size is asked for."""
+        return not self.request.num_batches and not self.request.batch_size
+
+    @property
     def finest(self) -> int:
         """Experts of a layer."""
         return max(layer.num_experts for layer in self.request.spec.layers)
@@ -218,7 +223,7 @@ class Candidates:
         base = self.base(policy(name).EXPERTS, num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups)
         kept = {
             size: getattr(d, size) for size in ("attention_batch", "decode_batch", "expert_rows", "rolling", "pages")
-        }
+        } | ({"last_batch": d.last_batch} if num_batches == d.num_batches else {})
         shared = 0 if policy(name).EXPERTS == "solved" else min(d.cpu_batches, num_batches)
         return base.model_copy(update={**kept, "cpu_batches": shared})
 
@@ -230,7 +235,7 @@ class Candidates:
             if d.unit <= lead <= most:
                 yield base.model_copy(update={"lead": lead})
         for num_batches in (2 * d.num_batches, d.num_batches // 2):
-            if num_batches and not self.request.num_batches and not self.request.batch_size:
+            if num_batches and self.sizes_are_free and not d.last_batch:
                 size = -(-d.sequences // num_batches)
                 small = {part: min(getattr(base, part), size) for part in ("attention_batch", "decode_batch")}
                 parts = min(base.prefill_groups, num_batches)
@@ -290,7 +295,7 @@ def fitted_sizes(d: Decision) -> tuple[int, ...]:
 
 def shape_of(d: Decision) -> tuple[int, ...]:
     """What two decisions must share to be the same candidate."""
-    return d.num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups, d.rolling
+    return d.num_batches, d.batch_size, d.last_batch, d.lead, d.unit, d.prefill_groups, d.rolling
 
 
 def largest(limit: int, fits: Callable[[int], bool]) -> int:

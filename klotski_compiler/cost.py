@@ -37,6 +37,8 @@ class Shape:
     In rolling order batches differ in age: ``cohort`` of them are equally old (0: all), the next ones ``stride`` passes older.
     While the first cohort brings its prompts the others bring one token each, ``decode_batch`` sequences per attention call. At
     the beginning of a workload the oldest batches are missing, at its end the youngest: ``not_yet`` and ``no_more`` so many.
+
+    last_batch: sequences of every ``part``-th batch, if not 0.
     """
 
     name: str
@@ -52,6 +54,8 @@ class Shape:
     decode_batch: int = 0
     not_yet: int = 0
     no_more: int = 0
+    last_batch: int = 0
+    part: int = 1
 
     @property
     def decoding(self) -> bool:
@@ -96,13 +100,27 @@ class Shape:
     @property
     def sequences(self) -> int:
         """Sequences of one pass."""
-        return (self.batches - self.not_yet - self.no_more) * self.batch_size
+        return self._sequences(self.no_more, self.batches - self.not_yet)
+
+    def size_of(self, batch: int) -> int:
+        """Sequences of one batch."""
+        return self.last_batch if self.last_batch and (batch + 1) % self.part == 0 else self.batch_size
+
+    def _sequences(self, first: int, end: int) -> int:
+        """Of batches ``first`` to ``end``, exclusive."""
+        lasts = end // self.part - first // self.part if self.last_batch else 0
+        return (end - first) * self.batch_size + lasts * (self.last_batch - self.batch_size)
+
+    def beside_of(self, batch: int) -> list[tuple[int, int]]:
+        """Batches of the age that begins with one, by size: how many there are like each of them."""
+        lasts = self.beside // self.part if self.last_batch else 0
+        return [(self.beside - lasts, batch), *([(lasts, batch + self.part - 1)] if lasts else [])]
 
     def scope_tokens(self, batch: int) -> int:
         """Tokens that one op works on: of one batch, or of ALL batches that are there."""
         if batch != ALL:
-            return self.batch_size * self.tokens_of(batch)
-        return self.sequences + self.batch_size * (self.tokens - 1) * max(0, self.fresh - self.no_more)
+            return self.size_of(batch) * self.tokens_of(batch)
+        return self.sequences + (self.tokens - 1) * self._sequences(self.no_more, max(self.no_more, self.fresh))
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +218,16 @@ class Cost:
         engine = self.hardware.links[link]
         return engine.latency_us + 1e6 * nbytes / engine.bandwidth_bytes_per_s if nbytes > 0 else 0.0
 
+    def load_op_us(self, link: str) -> float:
+        """What a load of weights takes whatever it brings."""
+        binding = LOAD_OPS * self.processor.op_us if link == "disk>host" else 0.0
+        return self.hardware.links[link].latency_us + binding
+
+    @property
+    def bind_us(self) -> float:
+        """Binding a layer's picks."""
+        return BIND_OPS * self.processor.op_us
+
     def kv_us(self, link: str, nbytes: float) -> float:
         """KV of one layer and batch; on its way to and from disk it is packed, and each transfer waits for the disk."""
         packing = SPILL_OPS * self.processor.op_us if "disk" in link and nbytes > 0 else 0.0
@@ -226,34 +254,36 @@ class Cost:
     def attention_us(self, layer: Layer, shape: Shape, context: float, batch: int = 0) -> float:
         """One batch through attention: projections, then keys and values of ``context`` positions (decode) or all pairs."""
         tokens_each, context = shape.tokens_of(batch), shape.context_of(batch, context)
-        calls = -(-shape.batch_size // (shape.attention_batch if batch < shape.fresh else shape.decode_batch))
-        tokens = shape.batch_size / calls * tokens_each
+        sequences = shape.size_of(batch)
+        calls = -(-sequences // (shape.attention_batch if batch < shape.fresh else shape.decode_batch))
+        tokens = sequences / calls * tokens_each
         fixed = self.processor.attention_op_us + self.projections_us(layer, tokens)
         if tokens_each == 1:
-            return calls * (fixed + self.attend_us(layer, shape.batch_size / calls, context, self.processor))
+            return calls * (fixed + self.attend_us(layer, sequences / calls, context, self.processor))
         flops = tokens * context * layer.attention_flops
         return calls * (fixed + 1e6 * flops / self.processor.prefill_attention_flops_per_s)
 
     def attentions_us(self, layer: Layer, shape: Shape, context: float) -> float:
         """All batches through attention."""
-        return shape.beside * sum(self.attention_us(layer, shape, context, batch) for batch in shape.ages)
+        alike = [same for batch in shape.ages for same in shape.beside_of(batch)]
+        return sum(count * self.attention_us(layer, shape, context, batch) for count, batch in alike)
 
-    def project_us(self, layer: Layer, shape: Shape) -> float:
+    def project_us(self, layer: Layer, sequences: int) -> float:
         """The first part of a block whose keys and values the CPU reads: norm, queries, keys and values of the new tokens."""
         return (
             self.processor.attention_op_us / 2
-            + self.projections_us(layer, shape.batch_size)
-            - self._mixing_us(layer, shape)
+            + self.projections_us(layer, sequences)
+            - self._mixing_us(layer, sequences)
         )
 
-    def output_us(self, layer: Layer, shape: Shape) -> float:
+    def output_us(self, layer: Layer, sequences: int) -> float:
         """The last part of such a block: the output projection."""
-        return self.processor.attention_op_us / 2 + self._mixing_us(layer, shape)
+        return self.processor.attention_op_us / 2 + self._mixing_us(layer, sequences)
 
-    def _mixing_us(self, layer: Layer, shape: Shape) -> float:
+    def _mixing_us(self, layer: Layer, sequences: int) -> float:
         """The output projection's share of the projections, by its parameters."""
         params = layer.attention_flops // 4 * self.spec.hidden_size
-        return self.module_us(layer.attention, shape.batch_size) * params / layer.attention.params
+        return self.module_us(layer.attention, sequences) * params / layer.attention.params
 
     def sums_us(self, tokens: float) -> float:
         """Adding what experts on the CPU computed: two reads and a write in twice the compute width."""
@@ -307,7 +337,7 @@ class Cost:
                 binding = LOAD_OPS * self.processor.op_us if op.link == "disk>host" and nbytes > 0 else 0.0
                 return self.transfer_us(op.link, nbytes) + binding
             case Bind():
-                return BIND_OPS * self.processor.op_us
+                return self.bind_us
             case Compute():
                 there = op.batch == ALL or shape.has(op.batch)
                 return self._compute_us(op, tensors, shape, context, late) if there else 0.0
@@ -323,9 +353,19 @@ class Cost:
             if tensor.kind == "kv":
                 new = shape.tokens_of(tensor.index)
                 positions = shape.context_of(tensor.index, context) - new if isinstance(op, Load) else new
-                total += shape.batch_size * positions * self.spec.layers[tensor.layer].kv_elements * self.compute_bytes
+                total += (
+                    shape.size_of(tensor.index)
+                    * positions
+                    * self.spec.layers[tensor.layer].kv_elements
+                    * self.compute_bytes
+                )
             elif tensor.kind == "query" and isinstance(op, Load):
-                total += shape.batch_size * max(x.attention_flops for x in self.spec.layers) // 4 * self.compute_bytes
+                total += (
+                    shape.size_of(tensor.index)
+                    * max(x.attention_flops for x in self.spec.layers)
+                    // 4
+                    * self.compute_bytes
+                )
             elif tensor.kind == "pick":
                 expert = late[tensor.layer][tensor.index]
                 total += tensor.nbytes * self.experts(tensor.layer, shape.scope_tokens(ALL))[expert][1]
@@ -342,12 +382,12 @@ class Cost:
             case "attention":
                 return self.attention_us(self.spec.layers[op.layer], shape, context, op.batch)
             case "project":
-                return self.project_us(self.spec.layers[op.layer], shape)
+                return self.project_us(self.spec.layers[op.layer], shape.size_of(op.batch))
             case "attend":
                 seen = shape.context_of(op.batch, context)
-                return fixed + self.attend_us(self.spec.layers[op.layer], shape.batch_size, seen, processor)
+                return fixed + self.attend_us(self.spec.layers[op.layer], shape.size_of(op.batch), seen, processor)
             case "output":
-                return self.output_us(self.spec.layers[op.layer], shape)
+                return self.output_us(self.spec.layers[op.layer], shape.size_of(op.batch))
             case "add":
                 return fixed + self.sums_us(tokens)
             case "router":
@@ -370,8 +410,12 @@ class Cost:
 
     def routers_us(self, layer: Layer, shape: Shape) -> float:
         """All batches through router and shared expert, or through the dense MLP."""
-        one = self.router_us if layer.expert else self.dense_us
-        return shape.beside * sum(one(layer, shape.scope_tokens(batch)) for batch in shape.ages)
+        alike = [same for batch in shape.ages for same in shape.beside_of(batch)]
+        return sum(count * self.mlp_us(layer, shape.scope_tokens(batch)) for count, batch in alike)
+
+    def mlp_us(self, layer: Layer, tokens: float) -> float:
+        """What comes before the experts of a layer, or in their place: router and shared expert, or the dense MLP."""
+        return (self.router_us if layer.expert else self.dense_us)(layer, tokens)
 
     def router_us(self, layer: Layer, tokens: float) -> float:
         """Gate, then the shared expert (part of the same op)."""

@@ -83,7 +83,7 @@ class Fills(Candidates):
         experts = sum(layer.num_experts * slot_bytes(layer.expert) for layer in spec.layers if layer.expert)
         need = experts + sum(map(slot_bytes, filter(None, modules))) + sum(self._kv_bytes(base))
         need += slot_bytes(spec.head) + slot_bytes(spec.norm)
-        if self.tier != "gpu" or need > room:
+        if self.tier != "gpu" or need > room or base.last_batch:
             return None
         layers = tuple(
             LayerDecision(
@@ -140,7 +140,7 @@ class Fills(Candidates):
     def least_kv_bytes(self, base: Decision) -> int:
         """KV of one layer's batches in flight and what packs it, or all of it where that is less."""
         cache = self._kv_bytes(base)
-        in_flight = SPILLED_BATCHES * max(cache) // base.num_batches
+        in_flight = SPILLED_BATCHES * max(cache) * base.batch_size // base.sequences
         return min(sum(cache), in_flight + spill_bytes(self.cost, base, self.request.workload))
 
     def _staging_bytes(self, base: Decision) -> int:
@@ -160,9 +160,7 @@ class Fills(Candidates):
         """KV of the whole group in each layer."""
         workload, dtype = self.request.workload, self.request.dtype
         positions, spec = workload.prompt_len + workload.gen_len, self.request.spec
-        return [
-            base.num_batches * kv_bytes(spec, n, base.batch_size, positions, dtype) for n in range(len(spec.layers))
-        ]
+        return [kv_bytes(spec, n, base.sequences, positions, dtype) for n in range(len(spec.layers))]
 
     @lru_cache  # noqa: B019 - a Search lives as long as its compilation
     def streaming(self, name: str, lead: int, unit: int, head_pages: int) -> dict[str, int]:

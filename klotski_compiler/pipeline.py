@@ -92,12 +92,12 @@ def shapes(decision: Decision, workload: Workload) -> tuple[Shape, Shape]:
     in which a sub-group joins, and those until the next one does."""
     prompt, batch = workload.prompt_len, decision.batch_size
     last = prompt + workload.gen_len - 1
-    parts = decision.prefill_groups
+    parts, last_one = decision.prefill_groups, {"last_batch": decision.last_batch, "part": decision.part_batches}
     if decision.rolling:
         stride = decision.stride(workload.gen_len)
         whole = Shape(
             "prefill", 1, decision.num_batches, batch, prompt, prompt, prompt, decision.attention_batch,
-            decision.part_batches, stride, decision.decode_batch,
+            decision.part_batches, stride, decision.decode_batch, **last_one,
         )  # fmt: skip
         between = replace(
             whole, name="decode", passes=stride - 1, tokens=1, first_context=prompt + 1, last_context=prompt + stride - 1,
@@ -105,10 +105,18 @@ def shapes(decision: Decision, workload: Workload) -> tuple[Shape, Shape]:
         )  # fmt: skip
         return whole, between
     prefill = Shape(
-        "prefill", parts, -(-decision.num_batches // parts), batch, prompt, prompt, prompt, decision.attention_batch
+        "prefill", parts, decision.part_batches, batch, prompt, prompt, prompt, decision.attention_batch, **last_one
     )
     decode = Shape(
-        "decode", workload.gen_len - 1, decision.num_batches, batch, 1, prompt + 1, last, decision.decode_batch
+        "decode",
+        workload.gen_len - 1,
+        decision.num_batches,
+        batch,
+        1,
+        prompt + 1,
+        last,
+        decision.decode_batch,
+        **last_one,
     )
     return prefill, decode
 
@@ -118,8 +126,8 @@ def lower(
 ) -> Lowered:
     """Run all passes. Raises PlanError where the policy's program is not sound.
 
-    quick: time three positions only; leave out the critical path, and the load of residents but for its time. dump_after: the pass
-    after which to keep the program's text.
+    quick: time three positions only; leave out the critical path, link bytes, and the load of residents but for its time.
+    dump_after: the pass after which to keep the program's text.
     """
     compute_tier = cost.hardware.compute_tier
     table = TensorTable(cost.spec, decision, workload, cost.dtype, compute_tier)
@@ -322,7 +330,14 @@ def _phase(
         out.dumps[shape.name] = _dump(dump_after, entries, steps, [t.name for t in table.all])
     chain = 0.0 if quick else critical_us(cells, prices.middle())
     repeats = shape.passes if shape.name == "decode" else 1  # sub-groups of prefill do not depend on one another
-    return LoweredPhase(replace(shape, passes=replays), steps, times, placed, chain * repeats, prices.moved_bytes())
+    return LoweredPhase(
+        replace(shape, passes=replays),
+        steps,
+        times,
+        placed,
+        chain * repeats,
+        Counter() if quick else prices.moved_bytes(),
+    )
 
 
 class _Prices:

@@ -321,18 +321,20 @@ class LayerDecision(_Record):
 class Decision(_Record):
     """The numbers that a policy needs.
 
-    lead: experts that may be in flight or waiting (slots) at once. unit: experts per load. pages: that an expert is cut into; if
-    there are several, of an expert on disk only the last one lives there, the others in host memory. head_pages: loads of the head (0:
-    resident). prefill_groups: sub-groups that prefill runs in, each re-reading the weights. rolling: whether they join one after
-    another, at equal distances over the life of a sequence, each in a pass in which the others decode, rather than all before the
+    batch_size: sequences of a batch; last_batch: of the last one of each of prefill's sub-groups, where it is the CPU's own and of
+    another size. lead: experts that may be in flight or waiting (slots) at once. unit: experts per load. pages: that an expert is cut
+    into; if there are several, of an expert on disk only the last one lives there, the others in host memory. head_pages: loads of the
+    head (0: resident). prefill_groups: sub-groups that prefill runs in, each re-reading the weights. rolling: whether they join one
+    after another, at equal distances over the life of a sequence, each in a pass in which the others decode, rather than all before the
     first decode pass. attention_batch, decode_batch: sequences whose attention runs at once in prefill and in decode. expert_rows:
-    tokens per matmul of an expert, router or dense MLP at most. cpu_batches: batches, the last ones, whose decode attention the
-    CPU computes where the KV lives. hot: experts per layer that are prefetched before the router speaks. embedding: whether its
-    rows are resident.
+    tokens per matmul of an expert, router or dense MLP at most. cpu_batches: batches, the last ones, whose decode attention the CPU
+    computes where the KV lives. hot: experts per layer that are prefetched before the router speaks. embedding: whether its rows are
+    resident.
     """
 
     num_batches: int
     batch_size: int
+    last_batch: int = 0
     lead: int
     unit: int
     head_pages: int
@@ -370,7 +372,7 @@ class Decision(_Record):
 
     def cohorts(self, num_sequences: int) -> int:
         """Sub-groups of prefill that a workload takes."""
-        return -(-num_sequences // (self.part_batches * self.batch_size))
+        return -(-num_sequences // sum(map(self.size_of, range(self.part_batches))))
 
     def place(self, batch: int, round_: int) -> int:
         """The batch in whose place, in memory or on disk, the KV of a batch is in a round. In rolling order what is a sub-group's in
@@ -401,7 +403,12 @@ class Decision(_Record):
     @property
     def sequences(self) -> int:
         """Sequences of one batch group."""
-        return self.num_batches * self.batch_size
+        return sum(map(self.size_of, range(self.num_batches)))
+
+    def size_of(self, batch: int) -> int:
+        """Sequences of one batch."""
+        last = self.last_batch and batch % self.part_batches == self.part_batches - 1
+        return self.last_batch if last else self.batch_size
 
 
 class Phase(_Record):

@@ -144,6 +144,13 @@ class Program:
         context = (self.shape.first_context + self.shape.last_context) / 2
         return self.cost.op_us(op, self.table.all, self.shape, context, self.late)
 
+    def until_bound_us(self, layer: int, batches: int) -> float:
+        """What the compute tier's processor takes until a layer's late experts are known, with so many batches still to attend to."""
+        context = (self.shape.first_context + self.shape.last_context) / 2
+        spec = self.spec.layers[layer]
+        attention = self.cost.attentions_us(spec, self.shape, context) * batches / len(self.batches)
+        return attention + self.cost.mlp_us(spec, self.shape.scope_tokens(ALL)) + self.cost.bind_us
+
     def _present(self, *keys: tuple[str, int, int]) -> list[int]:
         return [i for key in keys if (i := self.table.id(*key)) is not None]
 
@@ -277,8 +284,8 @@ class Program:
         """The output projection of what came back."""
         self.compute("output", layer, batch, *self.attention_weights(layer), *self._present(("query", -1, batch)))
 
-    def route(self, layer: int, batch: int) -> None:
-        """Router and shared expert, or the dense MLP, of one batch."""
+    def route(self, layer: int, batch: int = ALL) -> None:
+        """Router and shared expert, or the dense MLP, of one batch or of the whole group."""
         self.compute("router" if self.is_moe(layer) else "dense", layer, batch, *self.router_weights(layer))
 
     def bind(self, layer: int, rule: str, first: int, count: int, batch: int = ALL) -> None:

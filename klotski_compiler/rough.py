@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from types import ModuleType
 
-from klotski_compiler.cost import LOAD_OPS, Cost, Shape
+from klotski_compiler.cost import Cost, Shape
 from klotski_compiler.pipeline import LOAD_BYTES, shapes
 from klotski_compiler.plan import ALL, CPU, Decision, LayerDecision, Workload
 from klotski_compiler.tensors import MODULES
@@ -44,7 +44,7 @@ def load_us(cost: Cost, decision: Decision) -> float:
         loads += len(modules)
     nbytes += cost.spec.head.nbytes if on_gpu or not decision.head_pages else 0
     disk = cost.hardware.links["disk>host"]
-    return 1e6 * nbytes / disk.bandwidth_bytes_per_s + loads * (disk.latency_us + LOAD_OPS * cost.processor.op_us)
+    return 1e6 * nbytes / disk.bandwidth_bytes_per_s + loads * cost.load_op_us("disk>host")
 
 
 def _pass_us(cost: Cost, policy: ModuleType, decision: Decision, shape: Shape) -> float:
@@ -69,7 +69,7 @@ def layer_work(cost: Cost, decision: Decision, number: int, chosen: LayerDecisio
     on_gpu, (link, back) = hardware.compute_tier == "gpu", cost.links
     helped = cost.cpu_helps and shape.decoding
     tokens, tier = shape.scope_tokens(ALL), hardware.compute_tier
-    position = shape.batch_size * layer.kv_elements * cost.compute_bytes
+    position = layer.kv_elements * cost.compute_bytes  # of one sequence
     context = (shape.first_context + shape.last_context) / 2
     work = defaultdict[str, float](float)
     for kind in MODULES:
@@ -80,13 +80,13 @@ def layer_work(cost: Cost, decision: Decision, number: int, chosen: LayerDecisio
     for batch in decision.away(number) if chosen.kv != tier else ():
         if not shape.has(batch):
             continue
-        seen = shape.context_of(batch, context)
-        work[back] += cost.kv_us(back, position * shape.tokens_of(batch))
+        seen, sequences = shape.context_of(batch, context), shape.size_of(batch)
+        work[back] += cost.kv_us(back, sequences * position * shape.tokens_of(batch))
         if shape.decodes(batch) and batch in attended:
-            work[CPU] += cost.attend_us(layer, shape.batch_size, seen, hardware.processors[CPU])
-            work[cost.processor_name] -= cost.attend_us(layer, shape.batch_size, seen, cost.processor)
+            work[CPU] += cost.attend_us(layer, sequences, seen, hardware.processors[CPU])
+            work[cost.processor_name] -= cost.attend_us(layer, sequences, seen, cost.processor)
         elif shape.decodes(batch):
-            work[link] += cost.kv_us(link, position * seen)
+            work[link] += cost.kv_us(link, sequences * position * seen)
     if layer.expert is None:
         return work
     touched = cost.experts(number, tokens)

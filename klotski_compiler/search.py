@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import count, cycle
+from itertools import chain, count, cycle
 from math import inf, isinf
 
 from klotski_compiler.bounds.apart import Relaxation
@@ -22,7 +22,7 @@ from klotski_compiler.candidates import FITTED, MANY_EXPERTS, MOST_AGES, Request
 from klotski_compiler.errors import Infeasible, PlanError
 from klotski_compiler.fill import SAMPLED, Fills, slot_bytes
 from klotski_compiler.milp.problem import EXACT_EXPERTS
-from klotski_compiler.milp.solve import relaxed_us
+from klotski_compiler.milp.solve import attended_share, relaxed_us
 from klotski_compiler.pipeline import Lowered, lower
 from klotski_compiler.plan import Decision
 from klotski_compiler.policies import OURS, policy
@@ -43,13 +43,16 @@ __all__ = ["Best", "Rated", "Request", "Search"]
 
 FINE_PLACES = 4  # places in each part of prefill, so many of which a layer may keep the KV of
 KEPT_FINER = 2  # sizes that are tried with so many
-WORTH = 0.002  # what another decision must save of simulated time
+WORTH = 0.0005  # what another decision must save of simulated time
+BUBBLES = 0.003  # of the time of any schedule, at least, that scores leave out
 WORTH_SCORED = 0.0002  # what another micro-batch must save by its score, which is exact: several small steps add up
 WORTH_ROLLING = 0.005  # what rolling order must gain: phases apart are simpler, and their groups end one by one
 ALONE = 0.05  # about what it costs that no unit travels while another computes: the relaxed problem does not see it
 KEPT_FITTED = 4  # decisions per size whose micro-batches are fitted to the memory that they leave
 FITTING_GAIN = 0.1  # how much that may gain
-IMPROVEMENTS = 8  # decisions near the best one that are tried
+IMPROVEMENTS = 10  # decisions near the best one that are tried
+LAST_SHARES = (1.0, 2 / 3, 1 / 3)  # of the sequences that the CPU would attend to, how many its own batch may have
+LAST_STEPS = (0.8, 1.25)  # from one size of it to the next
 KEPT_SCORED = 2  # sizes per policy that are timed on short models
 FAR_BEHIND = 0.07  # of an order that is given up
 BORROWED = 2  # decisions of other policies that are tried in our order
@@ -93,7 +96,7 @@ class Search(Fills):
             # that is found to be far behind stays so.
             here = max((r.tokens_per_s for r in rated if r.decision.rolling == base.rolling), default=0.0)
             behind = 0 < here < (1 - FAR_BEHIND) * max(r.tokens_per_s for r in rated)
-            if not solved or (self._rate(us) > here and not behind):
+            if not solved or (self._rate(us) > here * (1 + BUBBLES) and not behind):
                 rated += self._rated(name, base)
         if solved and not self.is_large:
             for base in self.finer([r.decision for r in rated]):
@@ -289,6 +292,27 @@ class Search(Fills):
                         break
         return best
 
+    def with_last(self, name: str, d: Decision) -> Iterator[Decision]:
+        """The same number of sequences with some of them in a batch of the CPU's own: as many as it would attend to if batches could be
+        divided, or fewer; or about as many as there are in it."""
+        if not self.sizes_are_free or not self.cost.cpu_attends:
+            return
+        base = self.bare(name, d, d.num_batches)
+        part, count = base.sequences // base.prefill_groups, base.part_batches
+        if base.last_batch:
+            lasts = sorted({round(base.last_batch * step) for step in LAST_STEPS} - {base.last_batch})
+            count -= 1
+        else:
+            share = attended_share(self.cost, self.request.workload, base, self.capacity(name, base, {}))
+            lasts = sorted({round(share * part * less) for less in LAST_SHARES}, reverse=True)
+            count = max(1, round((1 - share) * count))
+        for last in lasts:
+            if 0 < last < part:
+                size = -(-(part - last) // count)
+                small = {key: min(getattr(base, key), size) for key in ("attention_batch", "decode_batch")}
+                shape = {"num_batches": (count + 1) * base.prefill_groups, "batch_size": size, "last_batch": last}
+                yield base.model_copy(update=shape | small)
+
     def improved(self, best: Rated) -> Rated:
         """The best of a decision and what is near it, by hill climbing on simulated time: how far ahead, in which units and in how many
         batches pays is a matter of bubbles, which the residency problem does not see."""
@@ -296,7 +320,8 @@ class Search(Fills):
         climbing = True
         while climbing:
             climbing = False
-            for base in self.neighbours(best.policy, best.decision):
+            name, here = best.policy, best.decision
+            for base in chain(self.neighbours(name, here), self.with_last(name, here)):
                 if not left or time.monotonic() > self.deadline:
                     return best
                 if shape_of(base) in tried:

@@ -74,11 +74,9 @@ class TensorTable:
                     self._module("expert", number, expert, layer.expert, expert in chosen.resident_experts, home)
                 for pick in range(len(chosen.late)):
                     self._module("pick", number, pick, layer.expert, False)
-            nbytes, away = (
-                kv_bytes(spec, number, decision.batch_size, positions, self.dtype),
-                set(decision.away(number)),
-            )
+            away = set(decision.away(number))
             for batch in range(decision.num_batches):
+                nbytes = kv_bytes(spec, number, decision.size_of(batch), positions, self.dtype)
                 home = chosen.kv if batch in away else self.compute_tier
                 self._add("kv", number, batch, nbytes, 0, home == self.compute_tier, home)
         self._exchanges()
@@ -90,7 +88,7 @@ class TensorTable:
             return
         first = len(self.all)
         for batch in sorted({batch for layer in range(len(spec.layers)) for batch in decision.attended(layer)}):
-            self._add("query", -1, batch, query_bytes(spec, decision.batch_size, self.dtype), 0, False, "none")
+            self._add("query", -1, batch, query_bytes(spec, decision.size_of(batch), self.dtype), 0, False, "none")
         if any(layer.cpu or layer.cpu_picks for layer in decision.layers):
             self._add("rows", -1, 0, rows_bytes(spec, decision.sequences, self.dtype), 0, False, "none")
             self._add("sums", -1, 0, sums_bytes(spec, decision.sequences, self.dtype), 0, False, "none")

@@ -106,7 +106,11 @@ def spill_bytes(cost: Cost, decision: Decision, workload: Workload) -> int:
     machine with a GPU, which spills to host memory."""
     if cost.hardware.compute_tier != "host":
         return 0
-    position = decision.batch_size * max(layer.kv_elements for layer in cost.spec.layers) * cost.compute_bytes
+    position = (
+        max(decision.batch_size, decision.last_batch)
+        * max(layer.kv_elements for layer in cost.spec.layers)
+        * cost.compute_bytes
+    )
     return _reserved(2 * (workload.prompt_len + workload.gen_len) * position)
 
 

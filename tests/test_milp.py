@@ -132,7 +132,7 @@ def least_period(
     Paths without the prefetch credit, paths that it shortens (``eager``) and paths that it prolongs (``held``).
     """
     w, n, load, unit = g.work[phase], g.count, g.expert.load_us, problem.unit
-    attention, router = w.attention_us, w.router_us
+    attention, router = w.attention_us, w.router_us + (w.bind_us if any(x[2] for x in experts) else 0.0)
     work = list(zip(experts, w.classes, g.sizes, strict=True))
     all_experts = sum(c.compute_us * size for _, c, size in work)
     residents = sum(c.compute_us * x[0] / n for x, c, _ in work)
@@ -141,9 +141,9 @@ def least_period(
     moved = {k: (1 - modules[k] / n) * item.load_us for k, item in g.modules.items()}
     spilled = problem.batches - kv / n
     loads = sum(moved.values()) + sum(step[0] for step in chain + late)
-    plain = [attention + router + all_experts, loads + spilled * w.kv_load_us, spilled * w.kv_store_us]
+    plain = [attention + router + all_experts, loads + spilled * w.row.kv_load_us, spilled * w.row.kv_store_us]
     plain.append(sum(x[3] for x, _, _ in work) / n * far_us(problem, g))
-    plain.append(spilled * w.kv_load_us * (1 - w.kv_ahead) + router + all_experts)
+    plain.append(spilled * w.row.kv_load_us * (1 - w.kv_ahead) + router + all_experts)
     plain.append(unit / problem.lead * sum(a + b for a, b, _ in chain + late))
     plain += [attention + router + path for path in paths(late)]
     eager = [moved.get("attention", 0.0) + attention + router + all_experts, sum(moved.values()) + router + all_experts]
@@ -328,6 +328,8 @@ def by_cbc(problem: Problem) -> float | None:
         s = [integer(f"{g.name}_s{c}", m * n) for c, m in enumerate(g.sizes)]
         d = [integer(f"{g.name}_d{c}", m * n if disk else 0) for c, m in enumerate(g.sizes)]
         x = [m * n - a - b for m, a, b in zip(g.sizes, r, s, strict=True)]
+        binding = integer(f"binding_{g.name}", 1)
+        model += pulp.lpSum(x) <= n * sum(g.sizes) * binding
         for c, late in enumerate(g.late):
             model += x[c] >= 0
             model += d[c] <= s[c]
@@ -349,7 +351,8 @@ def by_cbc(problem: Problem) -> float | None:
             ahead = pulp.LpVariable(f"ahead_{g.name}_{phase}", 0)
             goal.append(problem.passes[phase] * t)
             experts = n * sum(m * c.compute_us for m, c in zip(g.sizes, work.classes, strict=True))
-            before = n * (work.attention_us + work.router_us)
+            router = n * work.router_us + n * work.bind_us * binding
+            before = n * work.attention_us + router
             classes = list(zip(g.sizes, work.classes, strict=True))
             chain = [
                 (load * v, c.compute_us * v, min(1.0, problem.unit / m)) for v, (m, c) in zip(s, classes, strict=True)
@@ -362,12 +365,12 @@ def by_cbc(problem: Problem) -> float | None:
             model += ahead <= modules + pulp.lpSum(a for a, _, _ in chain)
             model += ahead <= modules + n * problem.lead * load
             model += t >= before + experts
-            model += t >= modules + streamed + (blocks - kv) * work.kv_load_us
-            model += t >= (blocks - kv) * work.kv_store_us
-            model += t >= (blocks - kv) * work.kv_load_us * (1 - work.kv_ahead) + n * work.router_us + experts
+            model += t >= modules + streamed + (blocks - kv) * work.row.kv_load_us
+            model += t >= (blocks - kv) * work.row.kv_store_us
+            model += t >= (blocks - kv) * work.row.kv_load_us * (1 - work.kv_ahead) + router + experts
             model += t >= pulp.lpSum(d) * far_us(problem, g)
             model += t >= moved.get("attention", 0) - ahead + before + experts
-            model += t >= modules - ahead + n * work.router_us + experts
+            model += t >= modules - ahead + router + experts
             model += problem.lead * t >= problem.unit * (streamed + pulp.lpSum(b for _, b, _ in chain + late_chain))
             clock(model, f"{g.name}_{phase}_all", chain + late_chain, modules - ahead, t)
             clock(model, f"{g.name}_{phase}_late", late_chain, before, t)

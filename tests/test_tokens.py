@@ -27,7 +27,7 @@ from klotski_compiler.model import Layer, ModelSpec, read_model
 from klotski_compiler.pipeline import lower
 from klotski_compiler.plan import Decision, LayerDecision, Load, Plan, Tensor, Workload, load
 from klotski_compiler.planner import Request, compile_plan
-from klotski_compiler.policies import POLICIES, policy
+from klotski_compiler.policies import OURS, POLICIES, policy
 from klotski_compiler.routing import Routing, uniform
 from klotski_compiler.search import Search
 from klotski_runtime.cli.run import main as klotski_run
@@ -210,13 +210,15 @@ def asked(
     gen_len: int = STEPS,
     share: float = 0.25,
 ) -> Request:
-    """A compilation with memory for all modules but the routed experts, and for ``share`` of those, beyond what streaming takes."""
+    """A compilation with memory for all modules but the routed experts, and for ``share`` of those, beyond what streaming takes; for
+    joint, which would stream other modules rather, for none of those."""
     if policy(policy_name).ONE_BATCH:
         num_batches, batch_size = 1, num_batches * batch_size
     spec, budgets = model.spec, {"host": 1 << 40, "disk": 1 << 40}
     work = workload(prompts, gen_len)
     request = Request(spec, machine(), skewed(spec), work, budgets, "fp32", policy_name, batch_size, num_batches)
     bare, weights = streaming_all(request)
+    share = 0.0 if policy_name == OURS else share
     room = sum(t.slot_bytes * (share if t.kind == "expert" else 1) for t in weights)
     return replace(request, budgets=budgets | {"host": bare + round(room)})
 
@@ -522,6 +524,19 @@ def test_prefill_in_parts_beside_a_gpu(models: Models, same: Same, tmp_path: Pat
     """Every sub-group's KV goes to host memory, to a place of its own."""
     model = models("mixtral")
     same(model, run(decided(model, "flexgen", "host", gpu=True, prefill_groups=3, cpu_batches=1), model, tmp_path).rows)
+
+
+@pytest.mark.parametrize(("parts", "rolling"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize("last", [1, 3])
+def test_a_batch_of_the_cpus_own(
+    last: int, parts: int, rolling: bool, models: Models, same: Same, tmp_path: Path
+) -> None:
+    """Smaller or larger than the others, one in each sub-group of prefill; the run is short of sequences for the last of them."""
+    model = models("qwen2_moe")
+    sizes = {"num_batches": 4, "last_batch": last, "prefill_groups": parts, "rolling": rolling}
+    plan = decided(model, "joint", "host", 7, gpu=True, cpu_batches=parts, **sizes)
+    assert plan.decision.sequences == 2 * (4 - parts) + last * parts
+    same(model, run(plan, model, tmp_path).rows)
 
 
 def test_a_head_tied_to_the_embedding_in_a_narrower_type(models: Models, same: Same, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from plans import tiny_decision, tiny_hardware, tiny_spec
 
 ROUNDING_US = 15  # starts and ends of some ten ops are rounded to microseconds one by one
 WORKLOAD = Workload(prompt_len=64, gen_len=6, num_sequences=12)
-BALANCED = Workload(prompt_len=24, gen_len=2, num_sequences=12)  # loads take prefill about as long as computes
+BALANCED = Workload(prompt_len=8, gen_len=2, num_sequences=12)  # loads take prefill about as long as computes
 
 
 def period(window: Window, order: Sequence[int]) -> int:

@@ -194,7 +194,7 @@ class Relaxation(Runs):
         layers = self.passes * self._least(self._layers_us, 1, first, low, high)
         ends = decode - layers - self.passes * first * len(self.routed) * self.cost.processor.op_us
         if batches:  # of equal size they take least
-            ops = self.passes * self._least(lambda n: batches * self._layers_us(n / batches), 1, first, low, high)
+            ops = self.passes * self._least(partial(self._batched_us, batches), 1, first, low, high)
             decode, layers = decode + ops - layers, ops
         most = 1.0 if batches else self.most(high)
         yield "prefill", self.work(PREFILL, prefill, (0.0, inf), 0.0, weights, staging)
@@ -211,6 +211,10 @@ class Relaxation(Runs):
             yield f"decode[{j}]", self.beside(layers * part, cores, weights, most, part)
             if batches:
                 yield from self.attention(f"decode[{j}]", first, low, batches, cores, ends * part, weights, part)
+
+    def _batched_us(self, batches: int, tokens: float) -> float:
+        """What is before the experts of all layers, with attention in so many batches."""
+        return batches * self._projections_us(tokens / batches) + self._mlps_us(tokens)
 
     def most(self, high: int) -> float:
         """The share of sequences that all but a few are."""

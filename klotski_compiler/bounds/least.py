@@ -119,12 +119,18 @@ class Least:
 
     def _layers_us(self, tokens: float) -> float:
         """Of that, what is before the experts of all layers."""
-        return sum(count * self._layer_us(layer, tokens) for layer, count in self.layers)
+        return self._projections_us(tokens) + self._mlps_us(tokens)
 
-    def _layer_us(self, layer: Layer, tokens: float) -> float:
-        """Projections of attention, then router and shared expert, or the dense MLP."""
-        mlp_us = self.cost.router_us if layer.expert else self.cost.dense_us
-        return self.cost.processor.attention_op_us + self.cost.projections_us(layer, tokens) + mlp_us(layer, tokens)
+    def _projections_us(self, tokens: float) -> float:
+        """Attention in all layers, without what it does with keys and values: an op works on one batch."""
+        return sum(count * self._projected_us(layer, tokens) for layer, count in self.layers)
+
+    def _mlps_us(self, tokens: float) -> float:
+        """Router and shared expert, or the dense MLP, in all layers: an op may work on all batches."""
+        return sum(count * self.cost.mlp_us(layer, tokens) for layer, count in self.layers)
+
+    def _projected_us(self, layer: Layer, tokens: float) -> float:
+        return self.cost.processor.attention_op_us + self.cost.projections_us(layer, tokens)
 
     def _core_us(self, layer: Layer, high: int, processor: Processor, span: tuple[float, float]) -> float:
         """Keys and values of all sequences in a span of decode, times being affine between its first and its last pass: linear in

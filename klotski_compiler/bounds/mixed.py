@@ -38,7 +38,7 @@ class Mixed(Relaxation):
     keep a processor busy, in ops on ever fewer tokens. Those are the last passes of every sequence, so they see no fewer positions than
     the others, on average, and no more than the last pass does. What is late may be kept or sent in other shares than the rest.
 
-    An op of experts works on the prompts of one cohort and on one token of each other sequence at most; attention and router on one
+    An op of router or experts works on the prompts of one cohort and on one token of each other sequence at most; attention on one
     cohort. With x <= S sequences in a pass, an expert is touched with at least x / S of the probability for S.
     """
 
@@ -185,14 +185,13 @@ class Mixed(Relaxation):
         return -(-high // self.ages[0])
 
     def _layered_us(self, high: int) -> tuple[float, float, float]:
-        """The same of what is before experts: no op works on sequences of two ages."""
+        """The same of what is before experts: no op of attention works on sequences of two ages."""
         total, prompt, cohort = self.workload.num_sequences, self.workload.prompt_len, self._cohort(high)
-        alone = total * self._layers_us(cohort) / cohort
-        return (
-            total * self._layers_us(cohort * prompt) / cohort,
-            self.between * alone,
-            (self.passes - self.between) * alone,
-        )
+        alone = total * self._projections_us(cohort) / cohort
+        joining = total * self._projections_us(cohort * prompt) / cohort
+        attention = joining, self.between * alone, (self.passes - self.between) * alone
+        join, between, beside = map(sum, zip(attention, self._each_us(self._mlps_us, high), strict=True))
+        return join, between, beside
 
     def _passes_us(self, high: int) -> tuple[float, float, float]:
         """Least work of the processor beside experts and cached keys and values."""

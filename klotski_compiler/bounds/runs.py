@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
+from functools import partial
 
 from klotski_compiler.bounds.least import DECODE, Least, Weight
 from klotski_compiler.milp.formulation import SCALE_US, Terms, plus
@@ -28,17 +28,19 @@ class Runs(Least):
         weights: list[Weight],
         part: float = 1.0,
     ) -> Iterator[tuple[str, list[Terms]]]:
-        """Decode by layers, of n batches: an op of attention works on one, an op of experts on one or on all of them.
+        """Decode by layers, of n batches: an op of attention works on one, an op of router or experts on one or on all of them.
 
-        What is not full is priced as if it were, so batches are equal and the CPU's share of a layer is m / n. An op of experts on all
-        is a *barrier*: attention and router of its layer come before it, those of the next layer after it. So are the ends of a pass.
-        Between two barriers lies a *run* of r layers; in all of them but the last, the GPU computes all experts batch by batch. With M
-        batches of its layers on the CPU, a run takes at least
+        Batches that are not full are priced as if they were; where sizes differ (``last_batch``), ops of experts are on all batches,
+        and those of attention take least if sizes were equal. An op of experts on all is a *barrier*: attention and router of its layer
+        come before it, those of the next layer after it. So are the ends of a pass. Between two barriers lies a *run* of r layers; in
+        all of them but the last, the GPU computes all experts batch by batch. With a share x of the sequences of its layers on the CPU,
+        in batches of whatever size, a run takes at least
 
-            A(M) = max(what the GPU does; for M > 0: first part of a block, M batches on the CPU, last part of one and its router),
+            A(x) = max(what the GPU does; for x > 0: first part of a block, the CPU's attention, last part of one and its router),
 
-        since the CPU begins after a first part, and a last part needs what it did last. Over all runs of a length, shares and times
-        average to a point not below the lower envelope of (M / (r n), A(M)).
+        since the CPU begins after a first part, and a last part needs what it did last. With one batch x is 0 or 1 (and no run is
+        longer than a layer): what layers take on average lies on the line between the two. With more, A is convex but for x = 0, where
+        what is around the CPU's attention must count no more than what the GPU does.
 
         Barriers, runs and ends do not overlap, so T >= runs + ends + what barriers take. Of a layer's, let G be the GPU's experts on
         all, C the CPU's, of which there are c, and w their exchange; E the GPU's if it computed all of them, F those by batches. Then
@@ -81,26 +83,26 @@ class Runs(Least):
         longer), as a function of the CPU's share. split_us: of a layer's experts, batch by batch."""
         cost, size, layers = self.cost, low / batches, len(self.cost.spec.layers)
         times = first * self.passes * part * layers / SCALE_US
-        layer_us = min(self._layer_us(layer, size) for layer, _ in self.layers)
+        projected = partial(self._projected_us, tokens=size)
+        layer_us = min(batches * projected(layer) + cost.mlp_us(layer, low) for layer, _ in self.layers)
         inside = (1 - 1 / run) * split_us * part * layers / SCALE_US if len(self.routed) == layers else 0.0
         core_here, core_cpu = cores_us[0] / SCALE_US, cores_us[1] / SCALE_US
-        core_cpu += times * batches * cost.hardware.processors[CPU].op_us
-        here = times * batches * layer_us + core_here + inside
+        here = times * layer_us + core_here + inside
         alike = len({(layer.kv_elements, layer.sliding_window) for layer, _ in self.layers}) == 1
         if batches == 1 and not alike:  # processors take turns
             return [(core_cpu - core_here, here)]
         if batches > MOST_BATCHES or run == RUNS or not alike:
             return [(-core_here, here), (core_cpu, 0.0)]
-        there = max(1, int(size))
+        there = max(1, int(size)) if batches == 1 else 1
         mixed_bytes = there * max(layer.attention_flops // 4 for layer, _ in self.layers) * cost.compute_bytes
         around_us = cost.transfer_us(cost.links[1], query_bytes(cost.spec, there, cost.dtype))
-        around_us += cost.transfer_us(cost.links[0], mixed_bytes)
+        around_us += cost.transfer_us(cost.links[0], mixed_bytes) + cost.hardware.processors[CPU].op_us
         if run == 1 or len(self.layers) == 1:  # first and last part of layers that differ may take less
-            around_us += layer_us
-        shares = [m / (run * batches) for m in range(run * batches + 1)]
-        return below(
-            [(x, max(here - x * core_here, times / run * around_us + x * core_cpu if x else 0.0)) for x in shares]
-        )
+            around_us += min(self._projected_us(layer, there) + cost.mlp_us(layer, there) for layer, _ in self.layers)
+        around = times / run * around_us
+        if batches == 1:
+            return [(max(here - core_here, around + core_cpu) - here, here)]
+        return [(-core_here, here), (core_cpu, min(around, here))]
 
     def barriers(self, weights: list[Weight]) -> Terms:
         """Of a run of r layers, r - 1 or more are no barriers: layers that do not route, or whose experts are all computed batch by batch.
@@ -117,17 +119,3 @@ class Runs(Least):
         """Of each layer that routes, its part of what ``experts`` take in all layers."""
         each = [total / count for total, (_, _, count) in zip(totals, self.experts, strict=True)]
         return [sum(n * each[number] for number, n in members.items()) for members in self.routed]
-
-
-def below(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Lines (slope, value at 0) of the lower envelope of points, which are given from left to right."""
-    hull: list[tuple[float, float]] = []
-    for x, y in points:
-        while len(hull) > 1:
-            (x0, y0), (x1, y1) = hull[-2:]
-            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
-                break
-            hull.pop()
-        hull.append((x, y))
-    lines = [((y1 - y0) / (x1 - x0), x0, y0) for (x0, y0), (x1, y1) in pairwise(hull)]
-    return [(slope, y - slope * x) for slope, x, y in lines]

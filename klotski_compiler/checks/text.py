@@ -30,8 +30,12 @@ def ids(plan: Plan) -> None:
 
 def parts(plan: Plan) -> None:
     """What prefill's sub-groups all run, with batches of their own, is the same for all of them: where a batch's KV lives. In rolling
-    order they are equally large."""
+    order, and where the last batch of each differs from the others, they are equally large."""
     decision = plan.decision
+    if decision.last_batch and (decision.num_batches % decision.prefill_groups or decision.part_batches < 2):
+        raise Fault(
+            f"{decision.num_batches} batches in {decision.prefill_groups} sub-groups cannot each have a last one"
+        )
     if decision.rolling and (decision.prefill_groups < 2 or decision.num_batches % decision.prefill_groups):
         raise Fault(f"{decision.num_batches} batches cannot roll in {decision.prefill_groups} sub-groups of equal size")
     homes: dict[tuple[int, int], str] = {}

@@ -127,6 +127,10 @@ class _Pass:
         )
         if here is None or not ready:
             return f"a batch is not yet routed in L{op.layer}, or has left it"
+        if op.batch != ALL and self.plan.decision.last_batch:
+            return (
+                "works on one batch, where batches of several sizes are there: the bound counts on ops over all of them"
+            )
         # A set per scope, and one of all batches' sets together, so that no op asks every batch.
         others = (ALL, op.batch) if op.batch != ALL else (ALL, ALL - 1)
         if is_sent(self.plan, op):

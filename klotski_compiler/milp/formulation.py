@@ -2,21 +2,24 @@
 
 Sets         g layer groups (of N_g equal layers), c expert classes of a group in compute order (of m_c experts per
              layer), p phases (prefill, decode), k modules (attention, router, shared, dense), t tiers.
-Parameters   of one layer and pass: A attention, R router or dense MLP, C_c one expert's compute, L one expert's link
-             time, l_c its expected link time after the router, M_k a module's link time, V and W link time of one
-             batch's KV in and out; in decode beside a GPU also P_c one expert's compute on the CPU and, of one batch
-             that the CPU attends to, H its time there (with what the GPU does around it) and K the time it spares the
-             GPU; n = batches of the group, b = lead (expert slots), u = unit (experts per load), s slot bytes.
+Parameters   of one layer and pass: A attention, R router or dense MLP, B binding what is late (0 where nothing is),
+             C_c one expert's compute, L one expert's link time, l_c its expected link time after the router, M_k a
+             module's link time, V and W link time of one batch's KV in and out; in decode beside a GPU also P_c one
+             expert's compute on the CPU and, of one batch that the CPU attends to, H its time there (with what the
+             GPU does around it) and K the time it spares the GPU (W', H', K': of a last batch that is the CPU's in
+             all layers); n = batches of the group without that one, b = lead (expert slots), u = unit (experts per
+             load), s slot bytes.
 Variables    resident[g.c], static[g.c], late[g.c]: experts that never move, are streamed by name, are bound after the
              router; cpu[g.c]: experts that the CPU computes in decode (in prefill they are streamed by name);
-             disk[g.c]: of the static ones, those that live on disk although the machine has host memory between: it is
-             too small, or reading them in every pass hides and loading them once does not; resident[g.k],
-             resident[head], resident[embedding]: modules; kv[g]: batches whose KV stays in the compute tier; spilling:
-             whether any does not; streaming[k]: whether any module of a kind is not resident; attended[g]: batches, of
-             those whose KV does not, that the CPU attends to; helping[g]: whether it computes experts. All are integer,
-             and totals over the layers of g. If all layers are to be alike: each[v], the same per layer, for v the KV
-             and the CPU's shares (of experts where those are few and large).
-             prefetched_us[g.p]: link time already done when a layer begins; period_us[g.p], period_us[end.p]: T.
+             disk[g.c]: of the static ones, those that live on disk although the machine has host memory between: it
+             is too small, or reading them in every pass hides and loading them once does not; resident[g.k],
+             resident[head], resident[embedding]: modules; kv[g]: batches whose KV stays in the compute tier;
+             spilling: whether any does not; streaming[k]: whether any module of a kind is not resident; attended[g]:
+             batches, of those whose KV does not, that the CPU attends to; helping[g]: whether it computes experts;
+             binding[g]: whether any are bound late. All are integer, and totals over the layers of g. If all layers
+             are to be alike: each[v], the same per layer, for v the KV and the CPU's shares (of experts where those
+             are few and large). prefetched_us[g.p]: link time already done when a layer begins; period_us[g.p],
+             period_us[end.p]: T.
 Objective    sum_p passes_p (sum_g N_g T[g.p] + T[end.p]) + time to load what is resident, once.
 
 Where experts live does not change compute times, so all of this is linear. Inequalities are written per layer; a row is
@@ -118,6 +121,7 @@ class Formulation:
         self.variables()
         self.assign()
         self.helping()
+        self.binding()
         self.alike()
         self.spill()
         self.streaming()
@@ -156,6 +160,7 @@ class Formulation:
             self._count(f"kv[{g.name}]", blocks, at_least=0 if problem.may_spill else blocks)
             self._count(f"attended[{g.name}]", blocks if problem.attends else 0)
             self._count(f"helping[{g.name}]", 1 if problem.cpu and g.sizes else 0)
+            self._count(f"binding[{g.name}]", 1 if any(g.late) else 0)
             for c, size in enumerate(g.sizes):
                 whole = size * g.count
                 self._count(f"resident[{g.name}.c{c}]", whole)
@@ -227,6 +232,14 @@ class Formulation:
         spared = {f"cpu[{g.name}.c{c}]": -cost.compute_us for c, cost in enumerate(work.classes)}
         return plus({"": g.count * whole}, spared if self.helped(phase) else {})
 
+    def binds_us(self, g: Group, work: LayerWork) -> Terms:
+        """B."""
+        return {f"binding[{g.name}]": g.count * work.bind_us}
+
+    def routed_us(self, g: Group, work: LayerWork) -> Terms:
+        """R + B: what the GPU does between attention and experts."""
+        return plus({"": g.count * work.router_us}, self.binds_us(g, work))
+
     def cpu_us(self, g: Group, work: LayerWork) -> Terms:
         """sum_c P_c cpu[g.c] and, if there is any, the exchange."""
         experts = {f"cpu[{g.name}.c{c}]": cost.cpu_us for c, cost in enumerate(work.classes)}
@@ -235,18 +248,21 @@ class Formulation:
     def linked_us(self, g: Group, phase: str, work: LayerWork) -> Terms:
         """What the link into the compute tier carries."""
         loads = [step.load for step in self.steps(g, phase, work)]
-        return plus(self.modules_us(g), *loads, self.sent_us(g, work.kv_load_us))
+        return plus(self.modules_us(g), *loads, self.sent_us(g, work.row.kv_load_us))
 
     def attention_us(self, g: Group, work: LayerWork) -> Terms:
-        """A - K for every batch that the CPU attends to."""
-        return {"": g.count * work.attention_us, f"attended[{g.name}]": -work.spared_us}
+        """A - K' - K for every batch that the CPU attends to."""
+        here = work.attention_us - work.last.spared_us
+        return {"": g.count * here, f"attended[{g.name}]": -work.row.spared_us}
 
     def attentions(self, g: Group, phase: str, work: LayerWork) -> Iterator[tuple[str, Terms]]:
         """What the experts wait for: A + R on the GPU and, where KV is spilled and the CPU attends, H and what the GPU does around
         it."""
         yield "", plus(self.attention_us(g, work), {"": g.count * work.router_us})
-        if work.cpu_attend_us:
-            yield ".cpu", self.attend_us(g, work.cpu_attend_us + work.around_us / self.problem.batches)
+        if work.row.cpu_attend_us:
+            around = {"": g.count * work.around_us} if self.problem.last else {}
+            each = work.around_us / self.problem.batches if not around else 0.0
+            yield ".cpu", plus(self.attend_us(g, work, each), around)
 
     def uniform(self, g: Group) -> list[str]:
         """What must be the same in all layers of the group, if asked for."""
@@ -264,13 +280,14 @@ class Formulation:
         """us (N_g n - kv[g])."""
         return {"": g.count * self.problem.batches * us, f"kv[{g.name}]": -us}
 
-    def attend_us(self, g: Group, us: float) -> Terms:
-        """us attended[g]."""
-        return {f"attended[{g.name}]": us}
+    def attend_us(self, g: Group, work: LayerWork, around_us: float = 0.0) -> Terms:
+        """H' + H attended[g]."""
+        each = work.row.cpu_attend_us + around_us
+        return {"": g.count * work.last.cpu_attend_us, f"attended[{g.name}]": each}
 
     def sent_us(self, g: Group, us: float) -> Terms:
         """us (N_g n - kv[g] - attended[g]): KV that the link brings."""
-        return plus(self.kv_us(g, us), self.attend_us(g, -us))
+        return plus(self.kv_us(g, us), {f"attended[{g.name}]": -us})
 
     # --------------------------------------------------------------------------------------------------- families
 
@@ -293,6 +310,14 @@ class Formulation:
                 cpu = {f"cpu[{g.name}.c{c}]": 1.0 for c in range(len(g.sizes))}
                 most = -float(sum(g.sizes) * g.count)
                 self._row(f"helping[{g.name}]", {**cpu, f"helping[{g.name}]": most}, -float("inf"), 0.0)
+
+    def binding(self) -> None:
+        """sum_c late[g.c] <= N_g m binding[g]."""
+        for g in self.problem.groups:
+            late = {f"late[{g.name}.c{c}]": 1.0 for c in range(len(g.sizes)) if g.late[c]}
+            if late:
+                most = -float(sum(g.sizes) * g.count)
+                self._row(f"binding[{g.name}]", {**late, f"binding[{g.name}]": most}, -float("inf"), 0.0)
 
     def alike(self) -> None:
         """v[g] = N_g each[v[g]] for what one more of would make a layer wait."""
@@ -327,7 +352,7 @@ class Formulation:
         for g in problem.groups:
             used = plus(used, {f"resident[{g.name}.{k}]": sign * m.slot_bytes for k, m in g.modules.items()})
             used = plus(used, {f"resident[{g.name}.c{c}]": sign * g.expert.slot_bytes for c in range(len(g.sizes))})
-            used = plus(used, {f"kv[{g.name}]": sign * g.kv_slot_bytes})
+            used = plus(used, {f"kv[{g.name}]": sign * g.kv_slot_bytes, "": 0.0 if here else g.count * g.last_kv_bytes})
             fixed += g.count * (sum(m.slot_bytes for m in g.modules.values()) + sum(g.sizes) * g.expert.slot_bytes)
             fixed += g.count * problem.batches * g.kv_slot_bytes
             if not here and self.homes_on_disk:
@@ -336,8 +361,11 @@ class Formulation:
         for g in problem.groups if problem.attends else ():  # as much as the layer that attends to most batches
             share = sum(other.count for other in problem.groups)
             used = plus(used, {f"attended[{g.name}]": problem.query_bytes / share})
+            used[""] += g.count * problem.last_query_bytes / share
         if here:
-            used = plus(used, {"resident[embedding]": problem.embedding.slot_bytes, "spilling": problem.spill_bytes})
+            spill_bytes = max(0, problem.spill_bytes - problem.last_spill_bytes)
+            used = plus(used, {"resident[embedding]": problem.embedding.slot_bytes, "spilling": spill_bytes})
+            used[""] += problem.last_spill_bytes
             streamed, kept = problem.head_slots
             used = plus(used, {"": streamed, "resident[head]": kept - streamed})
             used = plus(used, {f"streaming[{kind}]": nbytes for kind, nbytes in problem.module_slots.items()})
@@ -359,25 +387,25 @@ class Formulation:
         self._row(f"prefetch_slots[{g.name}.{phase}]", plus(self.modules_us(g), slots, credit), 0.0)
 
     def processor(self, g: Group, phase: str, work: LayerWork) -> None:
-        """T >= A + R + experts: all of the layer's compute, wherever its experts live."""
-        router = {"": g.count * work.router_us}
-        terms = [self.attention_us(g, work), router, self.experts_us(g, phase, work)]
+        """T >= A + R + B + experts: all of the layer's compute, wherever its experts live."""
+        terms = [self.attention_us(g, work), self.routed_us(g, work), self.experts_us(g, phase, work)]
         if not self.problem.cpu:
             terms.append(times(self.problem.drag[0], self.linked_us(g, phase, work)))
         self._period("processor", g, phase, plus(*terms))
 
     def cpu_processor(self, g: Group, phase: str, work: LayerWork) -> None:
-        """T >= A + R + sum_c P_c cpu[g.c]: the router speaks first;  with H in the place of A + R, and then also  T >= H + experts: the
+        """T >= A + R + sum_c P_c cpu[g.c]: the router speaks first;  with H in the place of A + R, and then also  T >= H + B + experts: the
         router waits for what the CPU attends to;  and T >= H + sum_c P_c cpu[g.c] + what the link slows that down."""
-        if not self.helped(phase) and not work.cpu_attend_us:
+        if not self.helped(phase) and not work.row.cpu_attend_us:
             return
         computes = self.cpu_us(g, work) if self.helped(phase) else {}
         for part, attention in self.attentions(g, phase, work):
             self._period(f"cpu.experts{part}", g, phase, plus(attention, computes))
             if part:
-                self._period("cpu.attention", g, phase, plus(attention, self.experts_us(g, phase, work)))
+                after = plus(self.binds_us(g, work), self.experts_us(g, phase, work))
+                self._period("cpu.attention", g, phase, plus(attention, after))
         slowed = times(self.problem.drag[0], self.linked_us(g, phase, work))
-        self._period("cpu", g, phase, plus(self.attend_us(g, work.cpu_attend_us), computes, slowed))
+        self._period("cpu", g, phase, plus(self.attend_us(g, work), computes, slowed))
 
     def link(self, g: Group, phase: str, work: LayerWork) -> None:
         """T >= streamed modules + static loads + late loads + spilled KV, slowed by the CPU: a layer prefetches for the next what it
@@ -385,9 +413,9 @@ class Formulation:
         slowed: Terms = {}
         if self.problem.cpu:
             experts = self.cpu_us(g, work) if self.helped(phase) else {}
-            slowed = times(self.problem.drag[1], plus(self.attend_us(g, work.cpu_attend_us), experts))
+            slowed = times(self.problem.drag[1], plus(self.attend_us(g, work), experts))
         else:
-            rest = plus(self.attention_us(g, work), {"": g.count * work.router_us}, self.experts_us(g, phase, work))
+            rest = plus(self.attention_us(g, work), self.routed_us(g, work), self.experts_us(g, phase, work))
             slowed = times(self.problem.drag[1], rest)
         self._period("link", g, phase, plus(self.linked_us(g, phase, work), slowed))
 
@@ -399,15 +427,16 @@ class Formulation:
             self._period("disk_link", g, phase, {f"disk[{g.name}.c{c}]": each for c in range(len(g.sizes))})
 
     def store_link(self, g: Group, phase: str, work: LayerWork) -> None:
-        """T >= spilled KV on its way back."""
-        if work.kv_store_us:
-            self._period("store_link", g, phase, self.kv_us(g, work.kv_store_us))
+        """T >= spilled KV on its way back, W'."""
+        if work.row.kv_store_us:
+            back = plus(self.kv_us(g, work.row.kv_store_us), {"": g.count * work.last.kv_store_us})
+            self._period("store_link", g, phase, back)
 
     def weights_first(self, g: Group, phase: str, work: LayerWork) -> None:
-        """T >= M_attention - prefetched + all compute;  T >= M - prefetched + R + experts: modules before what needs
+        """T >= M_attention - prefetched + all compute;  T >= M - prefetched + R + B + experts: modules before what needs
         them."""
         credit = times(-1.0, self._prefetched(g, phase))
-        rest = plus({"": g.count * work.router_us}, self.experts_us(g, phase, work))
+        rest = plus(self.routed_us(g, work), self.experts_us(g, phase, work))
         whole = plus(self.attention_us(g, work), rest)
         self._period("weights_first.attention", g, phase, plus(self.modules_us(g, "attention"), whole, credit))
         self._period("weights_first.router", g, phase, plus(self.modules_us(g), rest, credit))
@@ -422,20 +451,20 @@ class Formulation:
             self._period(f"deadlines.{name}", g, phase, plus(start, path))
 
     def late_deadlines(self, g: Group, phase: str, work: LayerWork) -> None:
-        """T >= A + R + late loads up to i + computes from i on, for every late class i: the router speaks first. With A + R, and
+        """T >= A + R + B + late loads up to i + computes from i on, for every late class i: the router speaks first. With A + R, and
         where the CPU attends with H in their place."""
         for part, start in self.attentions(g, phase, work):
             for name, path in _paths([step for step in self.steps(g, phase, work) if step.late]):
-                self._period(f"late_deadlines.{name}{part}", g, phase, plus(start, path))
+                self._period(f"late_deadlines.{name}{part}", g, phase, plus(start, self.binds_us(g, work), path))
 
     def kv_deadline(self, g: Group, phase: str, work: LayerWork) -> None:
-        """T >= V (1 - what the spill slots hold) + R + experts: the last batch's KV arrives before its attention."""
-        if ahead := work.kv_load_us * (1.0 - work.kv_ahead):
-            after = plus({"": g.count * work.router_us}, self.experts_us(g, phase, work))
+        """T >= V (1 - what the spill slots hold) + R + B + experts: the last batch's KV arrives before its attention."""
+        if ahead := work.row.kv_load_us * (1.0 - work.kv_ahead):
+            after = plus(self.routed_us(g, work), self.experts_us(g, phase, work))
             self._period("kv_deadline", g, phase, plus(self.sent_us(g, ahead), after))
 
     def slot_order(self, g: Group, phase: str, work: LayerWork) -> None:
-        """T >= A + R + residents + computes up to i + loads from i on - b L + prefetched - M, for every class i.
+        """T >= A + R + B + residents + computes up to i + loads from i on - b L + prefetched - M, for every class i.
 
         Until class i is computed at most b further experts fit; what is left, and what the next layer wants to find,
         comes after. With A + R, and where the CPU attends with H in their place.
@@ -446,7 +475,8 @@ class Formulation:
         for part, attention in self.attentions(g, phase, work):
             for i in range(len(steps)):
                 path = plus(*(s.compute for s in steps[:i]), *(s.load for s in steps[i:]))
-                self._period(f"slot_order.{steps[i].name}{part}", g, phase, plus(found, attention, path))
+                before = plus(attention, self.binds_us(g, work))
+                self._period(f"slot_order.{steps[i].name}{part}", g, phase, plus(found, before, path))
 
     def slot_time(self, g: Group, phase: str, work: LayerWork) -> None:
         """b T >= u sum over streamed experts of (load + compute): each holds its slot while its unit loads and

@@ -22,6 +22,7 @@ EXACT_EXPERTS = 16  # up to so many experts, a class holds equally popular ones 
 MAX_CLASSES = 8
 SPILL_SLOTS = 3  # KV blocks in flight once any layer spills: read ahead, in use, written back
 SPANS, GROWN = 3, 1.5  # decode whose context grows by more than that factor is priced in so many spans
+LAST_SLOTS = 2  # of what only the CPU attends to, while prefill writes it back
 HEAD_SLOTS = 2  # pages of a streamed head
 MODULE_SLOTS = 2  # of each kind of module that streams: in use, and on its way to the next layer
 
@@ -47,23 +48,32 @@ class ClassWork:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerWork:
-    """One layer in one pass: all batches through attention, then through router (or dense MLP); classes; and of one row of
-    batches (see Problem) whose KV lives elsewhere: what it takes the links, what attending to it takes the CPU and spares
-    the GPU.
+class RowWork:
+    """One row of batches (see Problem) whose KV lives elsewhere, in one layer and pass: what it takes the links, what attending to it
+    takes the CPU and spares the GPU."""
 
-    around_us: what the GPU does before and after all that the CPU attends to: the first batch's projections, the last
-    one's output and router. exchange_us: what any expert on the CPU takes beside its work: its input's way there, its
-    output's back."""
+    kv_load_us: float = 0.0
+    kv_store_us: float = 0.0
+    cpu_attend_us: float = 0.0
+    spared_us: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWork:
+    """One layer in one pass: all batches through attention, then together through router (or dense MLP); classes; rows of batches, and
+    the last one where that is the CPU's.
+
+    bind_us: binding what is late, if anything is. around_us: what the GPU does before and after all that the CPU attends to:
+    the first batch's projections, the last one's output and router. exchange_us: what any expert on the CPU takes beside its
+    work: its input's way there, its output's back."""
 
     attention_us: float
     router_us: float
+    bind_us: float
     classes: tuple[ClassWork, ...]
-    kv_load_us: float
-    kv_store_us: float
+    row: RowWork
+    last: RowWork
     kv_ahead: float
-    cpu_attend_us: float = 0.0
-    spared_us: float = 0.0
     around_us: float = 0.0
     exchange_us: float = 0.0
 
@@ -72,7 +82,7 @@ class LayerWork:
 class Group:
     """Identical layers. sizes: experts per class and layer. late: whether a class may be bound after the router.
     page: what of an expert on disk lives there, all of it unless experts are cut into pages.
-    kv_slot_bytes: the KV of one layer and row of batches."""
+    kv_slot_bytes: the KV of one layer and row of batches; last_kv_bytes: of the last one, where that is the CPU's."""
 
     name: str
     layers: tuple[int, ...]
@@ -82,6 +92,7 @@ class Group:
     expert: Item
     page: Item
     kv_slot_bytes: int
+    last_kv_bytes: int
     work: dict[str, LayerWork]
 
     @property
@@ -104,8 +115,10 @@ class EndWork:
 class Problem:
     """All numbers of one residency problem. passes: how often each phase's pass runs in the whole workload.
 
-    batches: rows of batches of a group, n: the batches at one place in each of prefill's sub-groups, whose KV lives in one tier.
-    attends: whether the CPU may compute attention; query_bytes: what that takes in either tier, per row.
+    batches: rows of batches of a group, n: the batches at one place in each of prefill's sub-groups, whose KV lives in one tier. Beside
+    them there may be a last row, of another size, to which the CPU attends in every layer: last, 0 or 1.
+    attends: whether the CPU may compute attention; query_bytes: what that takes in either tier, per row, and for the last one.
+    spill_bytes: what KV that is not kept takes in the compute tier; last_spill_bytes: what that of the last row takes.
     head: all its pages, head_pages of them (0: it must be resident). head_slots: bytes beside it, of its pages' slots if it streams,
     of the logits of all words at once if it does not. may_spill: the machine can write KV back.
     staging: see ``program.staging_slots``.
@@ -125,6 +138,7 @@ class Problem:
     embedding: Item
     norm_bytes: int
     spill_bytes: int
+    last_spill_bytes: int
     may_spill: bool
     compute_tier: str
     home_tier: str
@@ -135,7 +149,9 @@ class Problem:
     staging: int = 2
     cpu: bool = False
     attends: bool = False
+    last: int = 0
     query_bytes: int = 0
+    last_query_bytes: int = 0
     uniform: bool = False
     drag: tuple[float, float] = (0.0, 0.0)
 
@@ -177,8 +193,7 @@ def build(
     def item(module: Module, share: int = 1, loads: float = 1.0) -> Item:
         slot = align_up(module.nbytes // share + 2 * PAGE_BYTES * module.segments) * share
         times = [
-            module.nbytes * 1e6 / cost.hardware.links[link].bandwidth_bytes_per_s
-            + loads * cost.hardware.links[link].latency_us
+            module.nbytes * 1e6 / cost.hardware.links[link].bandwidth_bytes_per_s + loads * cost.load_op_us(link)
             if link in cost.hardware.links
             else 0.0
             for link in (into, "disk>host")
@@ -186,11 +201,14 @@ def build(
         return Item(slot, *times)
 
     positions = workload.prompt_len + workload.gen_len
-    kv = [
-        align_up(kv_bytes(cost.spec, n, decision.batch_size, positions, cost.dtype))
-        for n in range(len(cost.spec.layers))
-    ]
-    groups, rows = [], -(-decision.num_batches // decision.part_batches)
+    kv, last_kv = (
+        [align_up(kv_bytes(cost.spec, n, size, positions, cost.dtype)) for n in range(len(cost.spec.layers))]
+        for size in (decision.batch_size, decision.last_batch)
+    )
+    groups, rows, last = [], -(-decision.num_batches // decision.part_batches), int(decision.last_batch > 0)
+    queries, last_queries = (
+        rows * align_up(query_bytes(cost.spec, size, cost.dtype)) for size in (decision.batch_size, decision.last_batch)
+    )
     for number, members in enumerate(_identical(cost)):
         layer = cost.spec.layers[members[0]]
         classes = _classes(cost, members[0])
@@ -206,12 +224,13 @@ def build(
                 expert=item(layer.expert, loads=1 / decision.unit) if layer.expert else Item(0, 0.0, 0.0),
                 page=page(layer.expert) if layer.expert else Item(0, 0.0, 0.0),
                 kv_slot_bytes=rows * kv[members[0]],
+                last_kv_bytes=rows * last_kv[members[0]],
                 work={s.name: _work(cost, members[0], classes, s, decision, (into, back)) for s in phases},
             )
         )
     return Problem(
         groups=tuple(groups),
-        batches=decision.part_batches,
+        batches=decision.part_batches - last,
         passes={shape.name: rounds[shape.name] * shape.passes for shape in phases},
         end={shape.name: _end(cost, shape, max(1, pages)) for shape in phases},
         head=item(cost.spec.head, share=max(1, pages), loads=max(1, pages)),
@@ -220,6 +239,7 @@ def build(
         embedding=item(cost.spec.embedding),
         norm_bytes=item(cost.spec.norm).slot_bytes,
         spill_bytes=SPILL_SLOTS * max(kv) + spill_bytes(cost, decision, workload),
+        last_spill_bytes=LAST_SLOTS * max(last_kv),
         may_spill=may_spill and back in cost.hardware.links,
         compute_tier=cost.hardware.compute_tier,
         home_tier="host" if on_gpu else "",
@@ -231,7 +251,9 @@ def build(
         cpu=cost.cpu_helps,
         uniform=uniform,
         attends=cost.cpu_attends and any(shape.decodes(shape.batches - 1) for shape in phases),
-        query_bytes=rows * align_up(query_bytes(cost.spec, decision.batch_size, cost.dtype)),
+        last=last,
+        query_bytes=queries,
+        last_query_bytes=last_queries,
         drag=(cost.drag(CPU, into), cost.drag(into, CPU)) if CPU in cost.hardware.processors else (0.0, 0.0),
     )
 
@@ -330,31 +352,21 @@ def _work(
     layer, processor, unit = cost.spec.layers[number], cost.processor, decision.unit
     helped = cost.cpu_helps and shape.decoding
     tokens = shape.scope_tokens(ALL)
-    router = cost.routers_us(layer, shape) + (processor.op_us if layer.expert else 0.0)  # and one bind
+    router = cost.mlp_us(layer, tokens)
     work = []
     for members in classes:
         compute = sum(cost.expert_us(number, e, tokens) for e in members) / len(members) + processor.op_us / unit
         touched = sum(cost.experts(number, tokens)[e][1] for e in members) / len(members)
         link = cost.hardware.links[links[0]]
         assert layer.expert is not None
-        late = touched * layer.expert.nbytes * 1e6 / link.bandwidth_bytes_per_s + link.latency_us / unit
+        late = touched * layer.expert.nbytes * 1e6 / link.bandwidth_bytes_per_s + cost.load_op_us(links[0]) / unit
         elsewhere = sum(cost.expert_us(number, e, tokens, CPU) for e in members) / len(members) if helped else 0.0
         work.append(ClassWork(compute, late, elsewhere))
-    position = shape.batch_size * layer.kv_elements * cost.compute_bytes
-    load = store = 0.0
-    # A row of batches: how many, on average, of each age; those that decode, with the positions that attention to them sees.
-    row = shape.beside / decision.part_batches
-    seen = [shape.context_of(batch, middle(shape)) for batch in shape.ages if shape.decodes(batch)]
-    if links[1] in cost.hardware.links:
-        load = row * sum(cost.kv_us(links[0], position * positions) for positions in seen)
-        store = row * sum(cost.kv_us(links[1], position * shape.tokens_of(batch)) for batch in shape.ages)
-    attention = cost.attentions_us(layer, shape, middle(shape))
-    attend = spared = around = 0.0
-    if seen and cost.cpu_attends:
-        cpu, sequences = cost.hardware.processors[CPU], shape.batch_size
-        attend = row * sum(cpu.op_us + cost.attend_us(layer, sequences, positions, cpu) for positions in seen)
-        spared = row * sum(cost.attend_us(layer, sequences, positions, processor) for positions in seen)
-        around = cost.project_us(layer, shape) + cost.output_us(layer, shape) + router / shape.batches
+    attention, around = cost.attentions_us(layer, shape, middle(shape)), 0.0
+    row, last = (_row(cost, layer, shape, decision, size, links) for size in (shape.batch_size, shape.last_batch))
+    if row.cpu_attend_us:
+        sequences = shape.last_batch or shape.batch_size
+        around = cost.project_us(layer, sequences) + cost.output_us(layer, sequences) + router
         small = query_bytes(cost.spec, sequences, cost.dtype)
         around += cost.transfer_us(links[1], small) + cost.transfer_us(links[0], small)
     exchange = 0.0
@@ -362,7 +374,22 @@ def _work(
         exchange = cost.transfer_us(links[1], rows_bytes(cost.spec, tokens, cost.dtype)) + cost.sums_us(tokens)
         exchange += cost.transfer_us(links[0], sums_bytes(cost.spec, tokens, cost.dtype))
     ahead = min(1.0, SPILL_SLOTS / shape.batches)
-    return LayerWork(attention, router, tuple(work), load, store, ahead, attend, spared, around, exchange)
+    return LayerWork(attention, router, cost.bind_us, tuple(work), row, last, ahead, around, exchange)
+
+
+def _row(cost: Cost, layer: Layer, shape: Shape, decision: Decision, size: int, links: tuple[str, str]) -> RowWork:
+    """A row of batches of a size: how many, on average, of each age; those that decode, with the positions that attention sees."""
+    position, row = size * layer.kv_elements * cost.compute_bytes, shape.beside / decision.part_batches
+    seen = [shape.context_of(batch, middle(shape)) for batch in shape.ages if shape.decodes(batch)]
+    load = store = attend = spared = 0.0
+    if links[1] in cost.hardware.links:
+        load = row * sum(cost.kv_us(links[0], position * positions) for positions in seen)
+        store = row * sum(cost.kv_us(links[1], position * shape.tokens_of(batch)) for batch in shape.ages)
+    if size and seen and cost.cpu_attends:
+        cpu = cost.hardware.processors[CPU]
+        attend = row * sum(cpu.op_us + cost.attend_us(layer, size, positions, cpu) for positions in seen)
+        spared = row * sum(cost.attend_us(layer, size, positions, cost.processor) for positions in seen)
+    return RowWork(load, store, attend, spared)
 
 
 def _end(cost: Cost, shape: Shape, pages: int) -> EndWork:

@@ -30,12 +30,18 @@ def build(p: Program) -> None:
     """Compute in order; before each op, write every load that has a slot and whose expert is known."""
     queue = Queue(p)
     p.returning = URGENT
+    together = (
+        p.shape.decoding
+    )  # of few tokens, routers cost ops; of prompts, work that the GPU may do while the CPU attends
     p.embed()
     for layer in p.layers:
         queue.advance(layer)
         for batch in p.attend_with_cpu(layer):
-            p.route(layer, batch)
+            if not together:
+                p.route(layer, batch)
             queue.attended(layer, batch)
+        if together:
+            p.route(layer)
         queue.release(*p.attention_weights(layer), *p.router_weights(layer))
         if p.is_moe(layer):
             p.bind(layer, "rank", 0, len(p.picks(layer)))
@@ -127,7 +133,7 @@ class Queue:
     """
 
     def __init__(self, p: Program) -> None:
-        self.p, self.clock, self.bound, self.layer = p, Clock(p), -1, 0
+        self.p, self.clock, self.bound, self.layer, self.todo = p, Clock(p), -1, 0, len(p.batches)
         self.free, self.free_kv, self.free_pages = p.decision.lead, KV_AHEAD, HEAD_SLOTS
         self.opening: deque[Unit] = deque()  # of the next pass: what fits before its first release
         self.queues: dict[str, deque[Unit]] = {kind: deque() for kind in ("module", "kv", "named", "far", "late")}
@@ -160,7 +166,8 @@ class Queue:
 
     def advance(self, layer: int, waiting: bool = False) -> None:
         """Write what can travel now, first what is needed first; if the processor is ``waiting``, also what is still to be fetched."""
-        self.layer = layer
+        if layer != self.layer:
+            self.layer, self.todo = layer, len(self.p.batches)
         self._fetch()
         while ready := [queue[0] for queue in self._sendable(waiting) if queue and self._may_go(queue[0])]:
             unit = min(ready, key=lambda unit: unit.order)
@@ -203,7 +210,20 @@ class Queue:
             return self.free_kv > 0
         if unit.kind == "late":
             return unit.layer <= self.bound and unit.slots <= self.free
-        return unit.kind == "module" or unit.slots + self._kept(unit.layer) <= self.free
+        if unit.kind == "module":
+            return True
+        return unit.slots + self._kept(unit.layer) <= self.free and not self._delays(unit)
+
+    def _delays(self, unit: Unit) -> bool:
+        """Whether a load for the next layer would keep the link from the late experts of this one longer than it would rest until those
+        are known."""
+        late = self.queues["late"]
+        if unit.layer <= self.layer or not late or late[0].layer != self.layer or self.bound >= self.layer:
+            return False
+        link = self.p.cost.links[0]
+        begin = max(self.clock.arrival(unit.tensors), self.clock.now[link])
+        known = self.clock.now[self.p.processor] + self.p.until_bound_us(self.layer, self.todo)
+        return begin + self.p.expected_us(Load(link, link, unit.tensors)) - known > max(0.0, known - begin)
 
     def _kept(self, layer: int) -> int:
         """Slots that named experts of a layer must leave free: one unit for what an earlier one still waits for, which would else have
@@ -226,6 +246,7 @@ class Queue:
     def attended(self, layer: int, batch: int) -> None:
         """Attention to a batch has been written: if its KV was sent, the next may be."""
         self.free_kv += batch in self.p.sent_batches(layer)
+        self.todo -= 1
         self.advance(layer)
 
     def release(self, *tensors: int, slots: int = 0) -> None:

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -108,12 +109,13 @@ class Engine:
         end_tokens: ids that end a sequence. number: of the group, for the trace. progress: called after every pass with the
         tokens generated in it. Raises ExecError.
         """
-        size = self.plan.decision.batch_size
-        batches = [list(sequences[i : i + size]) for i in range(0, len(sequences), size)]
-        decision = self.plan.decision
+        decision, firsts = self.plan.decision, [0]
+        while firsts[-1] < len(sequences):
+            firsts.append(firsts[-1] + decision.size_of(len(firsts) - 1))
+        batches = [list(sequences[first:end]) for first, end in pairwise(firsts)]
         chunks = Chunks(decision.attention_batch, decision.decode_batch, decision.expert_rows, decision.expert_rows)
         group = Group(self.skeleton, [[s.prompt for s in batch] for batch in batches], chunks, self._rows)
-        active = ActiveGroup(group, list(sequences), Roster(self.plan, len(batches)), end_tokens, progress)
+        active = ActiveGroup(group, list(sequences), firsts, Roster(self.plan, len(batches)), end_tokens, progress)
         once = active.roster.back_to_back
         for round_ in range(1 if once else active.roster.rounds):
             if all(s.done for s in sequences):
@@ -195,7 +197,7 @@ class Engine:
         regions = len(decision.layers) * decision.num_batches
         row = (
             max(shape.elements for shape in self.places.kv_shapes)
-            * decision.batch_size
+            * max(decision.batch_size, decision.last_batch)
             * self.skeleton.compute_dtype.itemsize
         )
         return SpillFile(scratch, regions, self.places.capacity, row)
@@ -249,17 +251,18 @@ class Engine:
 
 
 class ActiveGroup:
-    """A batch group while its phases run."""
+    """A batch group while its phases run. firsts: number of the first sequence of each batch."""
 
     def __init__(
         self,
         group: Group,
         sequences: list[Row],
+        firsts: list[int],
         roster: Roster,
         end_tokens: frozenset[int],
         progress: Callable[[int], None] | None,
     ) -> None:
-        self.group, self.sequences, self.roster = group, sequences, roster
+        self.group, self.sequences, self.firsts, self.roster = group, sequences, firsts, roster
         self.end_tokens, self.progress = end_tokens, progress
         self.widths = [batch.queries for batch in group.batches.values()]
 
@@ -390,6 +393,7 @@ class PhaseRunner:
         group = self.part
         if group is None or not group.batches or (op.batch != ALL and op.batch not in group.batches):
             return False
+        scope = None if op.batch == ALL else op.batch
         match op.fn:
             case "embed":
                 group.embed()
@@ -405,9 +409,9 @@ class PhaseRunner:
             case "add":
                 group.add(self._exchange(step.slots[0], self.engine.skeleton.wide_dtype))
             case "router":
-                group.router(op.layer, op.batch)
+                group.router(op.layer, scope)
             case "dense":
-                group.dense(op.layer, op.batch)
+                group.dense(op.layer, scope)
             case "experts":
                 self._experts(op, step, group)
             case "norm":
@@ -468,8 +472,7 @@ class PhaseRunner:
 
     def _sample(self, group: Group) -> bool:
         assert self.active is not None
-        size = self.engine.plan.decision.batch_size
-        firsts = [(seat.batch * size, group.batches[number].size) for number, seat in self.seats.items()]
+        firsts = [(self.active.firsts[seat.batch], group.batches[number].size) for number, seat in self.seats.items()]
         numbers = [number for first, count in firsts for number in range(first, first + count)]
         return self.active.take(numbers, group.sample().tolist())
 
