@@ -144,6 +144,24 @@ class Program:
         context = (self.shape.first_context + self.shape.last_context) / 2
         return self.cost.op_us(op, self.table.all, self.shape, context, self.late)
 
+    def routes_best_together(self, layer: int) -> bool:
+        """Whether all batches should go through a layer's router together once the last one has come from attention, or each at once:
+        together takes least, but the processor may have nothing else to do while the CPU attends or KV is on its way."""
+        spec, context = self.spec.layers[layer], (self.shape.first_context + self.shape.last_context) / 2
+        here = cpu = sent = early = late = router = 0.0
+        for batch in filter(self.shape.has, self.batches):
+            router = self.cost.mlp_us(spec, self.shape.scope_tokens(batch))
+            if self.on_cpu(layer, batch):
+                cpu += self.expected_us(Compute(CPU, "attend", layer, batch, ()))
+                late += router
+                continue
+            here += self.cost.attention_us(spec, self.shape, context, batch)
+            early += router
+            if batch in self.sent_batches(layer):
+                sent += self.expected_us(Load(self.cost.links[0], self.cost.links[0], tuple(self._kv(layer, batch))))
+        together = max(here, cpu, sent) + self.cost.mlp_us(spec, self.shape.scope_tokens(ALL))
+        return together <= max(here + early, cpu, sent and sent + router) + late
+
     def until_bound_us(self, layer: int, batches: int) -> float:
         """What the compute tier's processor takes until a layer's late experts are known, with so many batches still to attend to."""
         context = (self.shape.first_context + self.shape.last_context) / 2

@@ -30,12 +30,10 @@ def build(p: Program) -> None:
     """Compute in order; before each op, write every load that has a slot and whose expert is known."""
     queue = Queue(p)
     p.returning = URGENT
-    together = (
-        p.shape.decoding
-    )  # of few tokens, routers cost ops; of prompts, work that the GPU may do while the CPU attends
     p.embed()
     for layer in p.layers:
         queue.advance(layer)
+        together = p.routes_best_together(layer)
         for batch in p.attend_with_cpu(layer):
             if not together:
                 p.route(layer, batch)
