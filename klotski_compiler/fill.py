@@ -24,6 +24,10 @@ from klotski_compiler.workspace import spill_bytes, workspace
 SPILLED_BATCHES = 3  # of one layer's KV in flight where KV does not live in the compute tier
 SAMPLED = 2  # layers of the short model on which candidates are timed; a second one has twice as many
 FILLS = ("resident", "alike", "any", "no spill")  # of those that look the same, the simplest
+STRETCHED, STRETCH = (
+    " with loads stretched",
+    1.1,
+)  # suffix of a kind: loads are taken for so many times as long as they are
 NOTHING: Mapping[str, int] = MappingProxyType({})
 
 
@@ -51,7 +55,9 @@ class Fills(Candidates):
         """One kind of fill; None where everything resident does not fit. Raises Infeasible."""
         if kind == "resident":
             return self.all_kept(base, reserve)
-        return self.fill(name, base, reserve, may_spill=kind != "no spill", uniform=kind == "alike")
+        plain = kind.removesuffix(STRETCHED)
+        stretch = STRETCH if plain != kind else 1.0
+        return self.fill(name, base, reserve, may_spill=plain != "no spill", uniform=plain == "alike", stretch=stretch)
 
     def fill(
         self,
@@ -60,14 +66,15 @@ class Fills(Candidates):
         reserve: Mapping[str, int] = NOTHING,
         may_spill: bool = True,
         uniform: bool = False,
+        stretch: float = 1.0,
     ) -> Decision:
         """What is resident. Raises Infeasible where not even streaming everything fits.
 
-        reserve: bytes per tier to leave free beyond what the slots of a short model showed. may_spill, uniform: see ``residency``.
+        reserve: bytes per tier to leave free beyond what the slots of a short model showed. may_spill, uniform, stretch: see ``residency``.
         """
         capacity = self.capacity(name, base, reserve)
         if policy(name).EXPERTS == "solved":
-            solved = residency(self.cost, self.request.workload, base, capacity, may_spill, uniform)
+            solved = residency(self.cost, self.request.workload, base, capacity, may_spill, uniform, stretch)
             self.truncated |= solved.truncated
             return solved.decide(base)
         filled = self.greedy(name, base, capacity)

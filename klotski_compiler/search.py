@@ -20,7 +20,7 @@ from klotski_compiler.bounds.apart import Relaxation
 from klotski_compiler.bounds.certificate import relaxations
 from klotski_compiler.candidates import FITTED, MANY_EXPERTS, MOST_AGES, Request, fitted_sizes, lean, resized, shape_of
 from klotski_compiler.errors import Infeasible, PlanError
-from klotski_compiler.fill import SAMPLED, Fills, slot_bytes
+from klotski_compiler.fill import SAMPLED, STRETCHED, Fills, slot_bytes
 from klotski_compiler.milp.problem import EXACT_EXPERTS
 from klotski_compiler.milp.solve import attended_share, relaxed_us
 from klotski_compiler.pipeline import Lowered, lower
@@ -37,6 +37,7 @@ from klotski_compiler.shortlist import (
     in_both_orders,
     least,
     one_each,
+    second_of,
 )
 
 __all__ = ["Best", "Rated", "Request", "Search"]
@@ -103,7 +104,9 @@ class Search(Fills):
                 rated += self._rated(name, base)
         if solved and (kept := self.all_kept(plain)):  # with buffers as they come, everything may fit
             rated.append(Rated(self.estimate(name, kept), name, kept, "resident"))
-        rated += [self.improved(best) for best in best_of_orders(rated)] if solved else []
+        # Where experts live on three tiers, several sizes are about as good, and what is near them is not.
+        starts = best_of_orders(rated) + (second_of(rated) if self.most_pages > 1 else []) if solved else []
+        rated += [self.improved(start) for start in starts]
         rated.sort(key=lambda r: -r.tokens_per_s)
         kept_whole = self.retimed(by_order(rated)) if solved else rated[:KEPT_WHOLE]
         if not kept_whole:
@@ -313,27 +316,35 @@ class Search(Fills):
                 shape = {"num_batches": (count + 1) * base.prefill_groups, "batch_size": size, "last_batch": last}
                 yield base.model_copy(update=shape | small)
 
+    def _near(self, best: Rated) -> Iterator[tuple[Decision, str]]:
+        """Decisions near one, and how to fill them: also as if loads took longer than they do, since the link, unlike in the residency
+        problem, cannot be busy all the time."""
+        name, here = best.policy, best.decision
+        if best.kind != "resident" and not best.kind.endswith(STRETCHED):
+            yield self.bare(name, here, here.num_batches), best.kind + STRETCHED
+        for base in chain(self.neighbours(name, here), self.with_last(name, here)):
+            yield base, best.kind
+
     def improved(self, best: Rated) -> Rated:
         """The best of a decision and what is near it, by hill climbing on simulated time: how far ahead, in which units and in how many
         batches pays is a matter of bubbles, which the residency problem does not see."""
-        tried, left = {shape_of(best.decision)}, IMPROVEMENTS
+        tried, left = {(shape_of(best.decision), best.kind)}, IMPROVEMENTS
         climbing = True
         while climbing:
             climbing = False
-            name, here = best.policy, best.decision
-            for base in chain(self.neighbours(name, here), self.with_last(name, here)):
+            for base, kind in self._near(best):
                 if not left or time.monotonic() > self.deadline:
                     return best
-                if shape_of(base) in tried:
+                if (shape_of(base), kind) in tried:
                     continue
-                tried.add(shape_of(base))
+                tried.add((shape_of(base), kind))
                 left -= 1
                 with suppress(Infeasible):
-                    if not (decision := self.filled(best.policy, base, best.kind)):
+                    if not (decision := self.filled(best.policy, base, kind)):
                         continue
                     rate = self.estimate(best.policy, decision)
                     if rate > best.tokens_per_s * (1 + WORTH):
-                        best, climbing = replace(best, tokens_per_s=rate, decision=decision), True
+                        best, climbing = replace(best, tokens_per_s=rate, decision=decision, kind=kind), True
                         break
         return best
 

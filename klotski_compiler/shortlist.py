@@ -60,3 +60,14 @@ def best_of_orders(rated: Sequence[Rated]) -> list[Rated]:
     other = max(others, key=lambda r: r.tokens_per_s, default=best)
     near = other is not best and other.tokens_per_s > best.tokens_per_s * (1 - ESTIMATE_ERROR)
     return [best, other] if near else [best]
+
+
+def second_of(rated: Sequence[Rated]) -> list[Rated]:
+    """The fastest that has other batches than the fastest of all, in the same order."""
+    best = max(rated, key=lambda r: r.tokens_per_s, default=None)
+    if best is None:
+        return []
+    batches = best.decision.num_batches, best.decision.batch_size
+    others = [r for r in rated if (r.decision.num_batches, r.decision.batch_size) != batches]
+    others = [r for r in others if r.decision.rolling == best.decision.rolling]
+    return sorted(others, key=lambda r: -r.tokens_per_s)[:1]

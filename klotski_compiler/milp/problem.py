@@ -170,9 +170,11 @@ def build(
     capacity: dict[str, int],
     may_spill: bool = True,
     uniform: bool = False,
+    stretch: float = 1.0,
     spans: bool = False,
 ) -> Problem:
-    """Price everything that the formulation needs. ``decision``: see ``solve.residency``. spans: decode in several, see ``_spans``."""
+    """Price everything that the formulation needs. ``decision``, ``stretch``: see ``solve.residency``. spans: decode in several, see
+    ``_spans``."""
     on_gpu = cost.hardware.compute_tier == "gpu"
     into, back = cost.links
     whole = [shape for shape in shapes(decision, workload) if shape.passes]
@@ -200,6 +202,9 @@ def build(
         ]
         return Item(slot, *times)
 
+    def stretched(expert: Item) -> Item:
+        return replace(expert, load_us=stretch * expert.load_us)
+
     positions = workload.prompt_len + workload.gen_len
     kv, last_kv = (
         [align_up(kv_bytes(cost.spec, n, size, positions, cost.dtype)) for n in range(len(cost.spec.layers))]
@@ -221,7 +226,7 @@ def build(
                 sizes=tuple(len(c) for c in classes),
                 late=tuple(min(touched[e][1] for e in c) <= WORTH_WAITING for c in classes),
                 modules={kind: item(m) for kind in MODULES if (m := getattr(layer, kind))},
-                expert=item(layer.expert, loads=1 / decision.unit) if layer.expert else Item(0, 0.0, 0.0),
+                expert=stretched(item(layer.expert, loads=1 / decision.unit)) if layer.expert else Item(0, 0.0, 0.0),
                 page=page(layer.expert) if layer.expert else Item(0, 0.0, 0.0),
                 kv_slot_bytes=rows * kv[members[0]],
                 last_kv_bytes=rows * last_kv[members[0]],

@@ -81,17 +81,18 @@ def residency(
     capacity: dict[str, int],
     may_spill: bool = True,
     uniform: bool = False,
+    stretch: float = 1.0,
 ) -> Solved:
     """The best residency for policy ``joint`` under the sizes of ``decision``.
 
     decision: no residents; ``head_pages`` is what the head is streamed in if it is not resident (0: it must be).
     capacity: bytes of the compute tier, and on a machine with a GPU of ``host``, for resident weights and KV: without
     streaming and staging slots, states and workspace. may_spill: KV may live outside the compute tier. uniform: KV and
-    the CPU's shares are the same in all layers. Raises Infeasible with the bytes that are short even if everything is
-    streamed and KV spilled.
+    the CPU's shares are the same in all layers. stretch: how many times as long as they are loads of experts are taken
+    for. Raises Infeasible with the bytes that are short even if everything is streamed and KV spilled.
     """
     began = time.perf_counter()
-    problem = build(cost, workload, decision, capacity, may_spill, uniform, spans=True)
+    problem = build(cost, workload, decision, capacity, may_spill, uniform, stretch, spans=True)
     formulation = Formulation(problem)
     model = formulation.add_all()
     solver = Solver(model)
