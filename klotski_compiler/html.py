@@ -184,7 +184,7 @@ def _candidates(plan: Plan) -> str:
             rows.append(f'<tr>{name}<td colspan="4" class="faint">{escape(c.why_not)}</td></tr>')
             continue
         kind = "accent" if c.policy == plan.policy else "plain"
-        cells = (f"{c.num_batches} x {c.batch_size}", f"{c.tokens_per_s:.2f}", report.against_best(plan, c))
+        cells = (c.batches, f"{c.tokens_per_s:.2f}", report.against_best(plan, c))
         numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
         bar = f'<div class="bar">{_part(kind, c.tokens_per_s / most)}{marks}</div>'
         rows.append(f'<tr>{name}{numbers}<td class="wide">{bar}</td></tr>')

@@ -23,7 +23,7 @@ from klotski_compiler.errors import PlanError
 if TYPE_CHECKING:
     import networkx
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 PAGE_BYTES = 4096
 ALL = -1  # the batch of an op that covers the whole group
 CPU = "cpu"  # the processor of host memory, and its stream
@@ -405,6 +405,13 @@ class Decision(_Record):
         """Sequences of one batch group."""
         return sum(map(self.size_of, range(self.num_batches)))
 
+    @property
+    def batches(self) -> str:
+        """``8 x 32``, or ``7 x 31 + 1 x 40``."""
+        lasts = self.prefill_groups if self.last_batch else 0
+        other = f" + {lasts} x {self.last_batch}" if lasts else ""
+        return f"{self.num_batches - lasts} x {self.batch_size}{other}"
+
     def size_of(self, batch: int) -> int:
         """Sequences of one batch."""
         last = self.last_batch and batch % self.part_batches == self.part_batches - 1
@@ -455,9 +462,8 @@ class Candidate(_Record):
 
     policy: str
     tokens_per_s: float
-    num_batches: int
-    batch_size: int
     feasible: bool
+    batches: str = ""
     why_not: str = ""
 
 

@@ -90,8 +90,7 @@ def candidates(best: list[Best], timed: list[Rated], refusals: dict[str, Infeasi
         if rated.policy not in refusals:
             found.setdefault(rated.policy, (rated.tokens_per_s, rated.decision))
     lines = [
-        Candidate(policy=name, tokens_per_s=rate, num_batches=d.num_batches, batch_size=d.batch_size, feasible=True)
-        for name, (rate, d) in found.items()
+        Candidate(policy=name, tokens_per_s=rate, feasible=True, batches=d.batches) for name, (rate, d) in found.items()
     ]
     lines += [_refused(name, refusal) for name, refusal in refusals.items() if name not in found]
     return sorted(lines, key=lambda c: -c.tokens_per_s)
@@ -99,4 +98,4 @@ def candidates(best: list[Best], timed: list[Rated], refusals: dict[str, Infeasi
 
 def _refused(name: str, refusal: Infeasible) -> Candidate:
     why = str(refusal).splitlines()[0]
-    return Candidate(policy=name, tokens_per_s=0.0, num_batches=0, batch_size=0, feasible=False, why_not=why)
+    return Candidate(policy=name, tokens_per_s=0.0, feasible=False, why_not=why)

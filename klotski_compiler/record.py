@@ -111,7 +111,8 @@ def notes(search: Search, best: Best, predicted: Forecast) -> Iterator[str]:
         more = replace(request, budgets={**request.budgets, tier: request.budgets[tier] + step})
         changes.append((f"{size(step)} more of {tier}", Search(more), decision.num_batches))
     if decision.sequences < request.workload.num_sequences:
-        changes.append(("one more batch", search, decision.num_batches + 1))
+        if not decision.last_batch:
+            changes.append(("one more batch", search, decision.num_batches + 1))
     else:
         yield "one more batch: the workload already fits in one group"
     for what, tried, num_batches in changes:

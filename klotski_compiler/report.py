@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from textwrap import wrap
 
-from klotski_compiler.plan import Bind, Candidate, Compute, Load, Op, Phase, Plan, Step, Store, step_text
+from klotski_compiler.plan import Bind, Candidate, Compute, Decision, Load, Op, Phase, Plan, Step, Store, step_text
 
 WIDTH = 100  # columns of a timeline
 
@@ -117,7 +117,7 @@ def decision_rows(plan: Plan) -> list[Row]:
     rows = [
         (
             "group",
-            f"{_count(d.num_batches, 'batch')} of {_count(d.batch_size, 'sequence')} share every transfer; {whole}",
+            f"{_count(d.num_batches, 'batch')} of {_batch_sizes(d)} share every transfer; {whole}",
         ),
         ("resident", _residents(plan)),
         *_streamed(plan),
@@ -144,6 +144,12 @@ def decision_rows(plan: Plan) -> list[Row]:
     head = "resident" if d.head_pages == 0 else f"streamed in {_count(d.head_pages, 'page')}"
     rows.append(("vocabulary", f"head {head}, embedding {'resident' if d.embedding else 'gathered row by row'}"))
     return rows
+
+
+def _batch_sizes(d: Decision) -> str:
+    """How large batches are."""
+    last = f" (the last of each sub-group, the CPU's own, of {d.last_batch})" if d.last_batch else ""
+    return _count(d.batch_size, "sequence") + last
 
 
 def _on_cpu(plan: Plan) -> Iterator[Row]:
@@ -220,15 +226,14 @@ def _streamed(plan: Plan) -> Iterator[Row]:
 
 
 def _kv_places(plan: Plan) -> str:
-    nbytes, blocks = Counter[str](), Counter[str]()
+    nbytes = Counter[str]()
     for tensor in plan.tensors:
         if tensor.kind == "kv":
             nbytes[tensor.home] += tensor.nbytes
-            blocks[tensor.home] += 1
-    total = sum(blocks.values())
+    total = sum(nbytes.values())
     return ", ".join(
-        f"{'all' if count == total else format(count / total, '.0%')} in {tier} ({size(nbytes[tier])})"
-        for tier, count in blocks.most_common()
+        f"{'all' if held == total else format(held / total, '.0%')} in {tier} ({size(held)})"
+        for tier, held in nbytes.most_common()
     )
 
 
@@ -281,13 +286,12 @@ def _groups(plan: Plan) -> str:
 
 def candidates(plan: Plan) -> str:
     """Every policy's best schedule."""
-    lines = [f"Policies{'batches':>20}{'tokens/s':>12}{'against best':>15}"]
+    lines = [f"Policies{'batches':>26}{'tokens/s':>12}{'against best':>15}"]
     for c in plan.candidates:
         if not c.feasible:
             lines.append(f"  {c.policy:<16}{c.why_not}")
             continue
-        batches = f"{c.num_batches} x {c.batch_size}"
-        lines.append(f"  {c.policy:<16}{batches:>10}{c.tokens_per_s:>12.2f}{against_best(plan, c):>15}")
+        lines.append(f"  {c.policy:<16}{c.batches:>16}{c.tokens_per_s:>12.2f}{against_best(plan, c):>15}")
     return "\n".join(lines)
 
 
@@ -572,7 +576,7 @@ def compare(one: Plan, other: Plan) -> str:
         "workload", *(f"{p.workload.num_sequences} x ({p.workload.prompt_len} + {p.workload.gen_len})" for p in plans)
     )
     words("policy", *(p.policy for p in plans))
-    words("batches", *(f"{p.decision.num_batches} x {p.decision.batch_size}" for p in plans))
+    words("batches", *(p.decision.batches for p in plans))
     words("slots and unit", *(f"{p.decision.lead}, {p.decision.unit} per load" for p in plans))
     words("pages of an expert", *(str(p.decision.pages) for p in plans))
     for name in ("resident_experts", "static", "late"):

@@ -83,7 +83,7 @@ def best_other(plan: Plan) -> str:
 def table(request: Request, swept: str, found: Sequence[Point]) -> Iterator[str]:
     """A line per point: sizes, speed, bound, what binds, the best other policy."""
     yield (
-        f"{axis(request, swept):>14}  {'policy':<16}{'n x b':>10}{'tokens/s':>11}{'bound':>11}{'gap':>8}"
+        f"{axis(request, swept):>14}  {'policy':<16}{'n x b':>16}{'tokens/s':>11}{'bound':>11}{'gap':>8}"
         f"  {'binds':<12}best other"
     )
     for point in found:
@@ -93,7 +93,7 @@ def table(request: Request, swept: str, found: Sequence[Point]) -> Iterator[str]
         plan, d, forecast = point.found, point.found.decision, point.found.forecast
         busiest = max(forecast.busy_us, key=lambda stream: forecast.busy_us[stream])
         yield (
-            f"{point.value:>14g}  {plan.policy:<16}{f'{d.num_batches} x {d.batch_size}':>10}{forecast.tokens_per_s:>11.2f}"
+            f"{point.value:>14g}  {plan.policy:<16}{d.batches:>16}{forecast.tokens_per_s:>11.2f}"
             f"{forecast.bound_tokens_per_s:>11.2f}{forecast.gap:>8.1%}  {busiest:<12}{best_other(plan)}"
         )
 

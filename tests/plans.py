@@ -232,15 +232,12 @@ def make_plan(spec: ModelSpec, hardware: Hardware, policy_name: str, decision: D
             Candidate(
                 policy=policy_name,
                 tokens_per_s=rate,
-                num_batches=decision.num_batches,
-                batch_size=decision.batch_size,
                 feasible=True,
+                batches=decision.batches,
             ),
             Candidate(
                 policy="other",
                 tokens_per_s=0.0,
-                num_batches=0,
-                batch_size=0,
                 feasible=False,
                 why_not="host is short by 1,000 bytes",
             ),

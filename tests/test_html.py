@@ -144,7 +144,7 @@ def test_every_section_of_the_report_is_there(plan: Plan) -> None:
 
 
 def test_nothing_that_a_plan_says_becomes_markup(plan: Plan) -> None:
-    hostile = Candidate(policy=HOSTILE, tokens_per_s=0, num_batches=1, batch_size=1, feasible=False, why_not=HOSTILE)
+    hostile = Candidate(policy=HOSTILE, tokens_per_s=0, feasible=False, why_not=HOSTILE)
     forecast = plan.forecast.model_copy(
         update={"schedule_class": HOSTILE, "class_bounds": {HOSTILE: 1.0}, "bubble_us": {HOSTILE: 1}}
     )

@@ -226,7 +226,7 @@ def candidates_of(plan: Plan) -> tuple[Candidate, ...]:
     """The table, fastest first, with the plan at its head."""
     best = plan.candidates[0]
     assert (plan.policy, plan.forecast.tokens_per_s) == (best.policy, best.tokens_per_s)
-    assert (plan.decision.num_batches, plan.decision.batch_size) == (best.num_batches, best.batch_size)
+    assert plan.decision.batches == best.batches
     rates = [c.tokens_per_s for c in plan.candidates]
     assert rates == sorted(rates, reverse=True)
     return plan.candidates
