@@ -24,10 +24,8 @@ from klotski_compiler.workspace import spill_bytes, workspace
 SPILLED_BATCHES = 3  # of one layer's KV in flight where KV does not live in the compute tier
 SAMPLED = 2  # layers of the short model on which candidates are timed; a second one has twice as many
 FILLS = ("resident", "alike", "any", "no spill")  # of those that look the same, the simplest
-STRETCHED, STRETCH = (
-    " with loads stretched",
-    1.1,
-)  # suffix of a kind: loads are taken for so many times as long as they are
+STRETCHED = " with loads stretched"  # suffix of a kind
+STRETCH = 1.1  # how many times as long as they are it takes loads for
 NOTHING: Mapping[str, int] = MappingProxyType({})
 
 

@@ -107,17 +107,10 @@ def shapes(decision: Decision, workload: Workload) -> tuple[Shape, Shape]:
     prefill = Shape(
         "prefill", parts, decision.part_batches, batch, prompt, prompt, prompt, decision.attention_batch, **last_one
     )
-    decode = Shape(
-        "decode",
-        workload.gen_len - 1,
-        decision.num_batches,
-        batch,
-        1,
-        prompt + 1,
-        last,
-        decision.decode_batch,
-        **last_one,
-    )
+    decode = replace(
+        prefill, name="decode", passes=workload.gen_len - 1, batches=decision.num_batches, tokens=1, first_context=prompt + 1,
+        last_context=last, attention_batch=decision.decode_batch,
+    )  # fmt: skip
     return prefill, decode
 
 
@@ -330,14 +323,8 @@ def _phase(
         out.dumps[shape.name] = _dump(dump_after, entries, steps, [t.name for t in table.all])
     chain = 0.0 if quick else critical_us(cells, prices.middle())
     repeats = shape.passes if shape.name == "decode" else 1  # sub-groups of prefill do not depend on one another
-    return LoweredPhase(
-        replace(shape, passes=replays),
-        steps,
-        times,
-        placed,
-        chain * repeats,
-        Counter() if quick else prices.moved_bytes(),
-    )
+    moved = Counter[str]() if quick else prices.moved_bytes()
+    return LoweredPhase(replace(shape, passes=replays), steps, times, placed, chain * repeats, moved)
 
 
 class _Prices:

@@ -386,3 +386,24 @@ def test_a_refusal_names_sizes_that_fit(gpu: bool, asked: dict[str, int]) -> Non
     assert sizes
     for option, size in sizes.items():
         plan_of(compiled(gpu, near, "joint", num_batches=1, **asked | {option.replace("-", "_"): int(size)}))
+
+
+def test_a_batch_of_the_cpus_own_is_tried() -> None:
+    """Long prompts of a small model: KV is most of what there is, the CPU would attend to a few sequences, not to half of them."""
+    spec, hardware = read_model("olmoe-1b-7b"), read_hardware("rtx4090")
+    budgets = {tier: memory.capacity_bytes for tier, memory in hardware.tiers.items()}
+    workload = Workload(prompt_len=4000, gen_len=64, num_sequences=128)
+    search = Search(Request(spec, hardware, uniform(spec), workload, budgets, spec.compute_dtype, policy="joint"))
+    base = search.base("solved", 2, 16, 6, 3, 2)
+    found = list(search.with_last("joint", base))
+    assert found
+    for decision in found:
+        assert (decision.part_batches, decision.num_batches % decision.prefill_groups) == (2, 0)
+        assert base.sequences <= decision.sequences <= base.sequences + decision.num_batches
+        assert search.score("joint", decision) < 1.1 * search.score("joint", base)
+    sizes = {
+        decision.last_batch for decision in search.with_last("joint", found[0].model_copy(update={"last_batch": 5}))
+    }
+    assert min(sizes) < 5 < max(sizes)
+    fixed = Search(replace(search.request, batch_size=16))
+    assert not list(fixed.with_last("joint", base))

@@ -151,6 +151,18 @@ def unlike_parts() -> Plan:
     return edited(plan, tensors=tuple(tensors))
 
 
+def uneven_parts() -> Plan:
+    """Three batches in two parts of prefill, of which only one can have a last batch of its own size."""
+    plan = tiny_plan("joint", gpu=True, kv="host", num_batches=3, prefill_groups=2)
+    return edited(plan, decision=plan.decision.model_copy(update={"last_batch": 1}))
+
+
+def experts_by_batch() -> Plan:
+    """Experts computed batch by batch where batches are of two sizes."""
+    plan = tiny_plan("flexgen", gpu=True, kv="host", num_batches=2)
+    return edited(plan, decision=plan.decision.model_copy(update={"last_batch": 1}))
+
+
 HIGHEST = max(PLAN.forecast.peak_bytes.values())
 SPOILED: dict[str, tuple[str, Callable[[], Plan]]] = {
     "a line is no step": ("text", lambda: garbled(" >x")),
@@ -159,6 +171,8 @@ SPOILED: dict[str, tuple[str, Callable[[], Plan]]] = {
     "a batch does not exist": ("ids", lambda: op_changed(computes("attention"), batch=3)),
     "a stream is unknown": ("ids", lambda: op_changed(loads("expert"), stream="wire")),
     "a part of prefill keeps KV elsewhere": ("parts", unlike_parts),
+    "a part has no last batch": ("parts", uneven_parts),
+    "experts by batch where sizes differ": ("work", experts_by_batch),
     "a wait points forward": ("streams", lambda: changed(loads("expert"), lambda s: s._replace(waits=(Wait(len(STEPS) - 1, 0),)))),
     "an op waits for itself": ("streams", lambda: changed(loads("pick"), lambda s: s._replace(waits=(Wait(STEPS.index(s), 0),)))),
     "a wait points nowhere": ("streams", lambda: changed(loads("expert"), lambda s: s._replace(waits=(Wait(999, 1),)))),
