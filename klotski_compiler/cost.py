@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 
 from klotski_compiler.hardware import Hardware, Processor, matmul_us
 from klotski_compiler.model import Layer, ModelSpec, Module
-from klotski_compiler.plan import ALL, CPU, Bind, Compute, Load, Op, Store, Tensor
+from klotski_compiler.plan import ALL, CPU, Bind, Compute, Load, Op, Store, Tensor, batches_of
 from klotski_compiler.routing import Routing
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -117,10 +117,13 @@ class Shape:
         return [(self.beside - lasts, batch), *([(lasts, batch + self.part - 1)] if lasts else [])]
 
     def scope_tokens(self, batch: int) -> int:
-        """Tokens that one op works on: of one batch, or of ALL batches that are there."""
-        if batch != ALL:
+        """Tokens that one op works on: of one batch, or of all that are there, from one on."""
+        if batch >= 0:
             return self.size_of(batch) * self.tokens_of(batch)
-        return self.sequences + (self.tokens - 1) * self._sequences(self.no_more, max(self.no_more, self.fresh))
+        first, end = max(ALL - batch, self.no_more), self.batches - self.not_yet
+        return self._sequences(first, max(first, end)) + (self.tokens - 1) * self._sequences(
+            first, max(first, self.fresh)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -339,7 +342,7 @@ class Cost:
             case Bind():
                 return self.bind_us
             case Compute():
-                there = op.batch == ALL or shape.has(op.batch)
+                there = op.batch == ALL or any(map(shape.has, batches_of(op.batch, shape.batches)))
                 return self._compute_us(op, tensors, shape, context, late) if there else 0.0
 
     def moved_bytes(

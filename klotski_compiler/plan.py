@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 6
 PAGE_BYTES = 4096
-ALL = -1  # the batch of an op that covers the whole group
+ALL = -1  # the batch of an op that covers the whole group; -1 - n: all batches from number n on
 CPU = "cpu"  # the processor of host memory, and its stream
 APART, MIXED = "phases apart", "mixed passes"  # classes of schedules
 NOWHERE = -1  # the slot of a pick that is computed where its expert lives
@@ -139,11 +139,11 @@ class Store:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Run ``fn`` of a layer (-1: outside the layers) on one batch or on ``ALL``, with ``tensors`` in the tier of the processor
-    that the stream is named after.
+    """Run ``fn`` of a layer (-1: outside the layers) on one batch, on ``ALL`` or (routers, dense MLPs) on all from one on, with
+    ``tensors`` in the tier of the processor that the stream is named after.
 
-    ``attention`` is a whole block; ``project``, ``attend`` (on the CPU) and ``output`` are its three parts. ``experts`` on the
-    CPU add into ``sums``, which ``add`` adds to the hidden states.
+    ``attention`` is a whole block; ``project``, ``attend`` (on the CPU) and ``output`` are its three parts. ``experts`` on the CPU add into
+    ``sums``, which ``add`` adds to the hidden states.
     """
 
     stream: str
@@ -220,11 +220,18 @@ def op_text(op: Op, names: list[str]) -> str:
 
 
 def _batch_text(batch: int) -> str:
-    return "b*" if batch == ALL else f"b{batch}"
+    if batch < 0:
+        return "b*" if batch == ALL else f"b{ALL - batch}*"
+    return f"b{batch}"
+
+
+def batches_of(batch: int, batches: int) -> range:
+    """The batches that an op works on, of so many."""
+    return range(ALL - batch, batches) if batch < 0 else range(batch, batch + 1)
 
 
 def _parse_batch(word: str) -> int:
-    return ALL if word == "b*" else int(word[1:])
+    return ALL - int(word[1:-1] or 0) if word.endswith("*") else int(word[1:])
 
 
 def _parse_pages(word: str) -> Pages:

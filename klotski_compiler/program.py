@@ -144,23 +144,26 @@ class Program:
         context = (self.shape.first_context + self.shape.last_context) / 2
         return self.cost.op_us(op, self.table.all, self.shape, context, self.late)
 
-    def routes_best_together(self, layer: int) -> bool:
-        """Whether all batches should go through a layer's router together once the last one has come from attention, or each at once:
-        together takes least, but the processor may have nothing else to do while the CPU attends or KV is on its way."""
+    def routes_together(self, layer: int) -> int:
+        """The first of the batches that should go through a layer's router together, once the last one has come from attention; those
+        before it each at once. Together takes least, but the processor may have nothing else to do while the CPU attends or KV is on
+        its way."""
         spec, context = self.spec.layers[layer], (self.shape.first_context + self.shape.last_context) / 2
-        here = cpu = sent = early = late = router = 0.0
-        for batch in filter(self.shape.has, self.batches):
-            router = self.cost.mlp_us(spec, self.shape.scope_tokens(batch))
-            if self.on_cpu(layer, batch):
-                cpu += self.expected_us(Compute(CPU, "attend", layer, batch, ()))
-                late += router
-                continue
-            here += self.cost.attention_us(spec, self.shape, context, batch)
-            early += router
-            if batch in self.sent_batches(layer):
-                sent += self.expected_us(Load(self.cost.links[0], self.cost.links[0], tuple(self._kv(layer, batch))))
-        together = max(here, cpu, sent) + self.cost.mlp_us(spec, self.shape.scope_tokens(ALL))
-        return together <= max(here + early, cpu, sent and sent + router) + late
+        there = list(filter(self.shape.has, self.batches))
+        link, late = self.cost.links[0], [batch for batch in there if self.on_cpu(layer, batch)]
+        here = sum(self.cost.attention_us(spec, self.shape, context, batch) for batch in there if batch not in late)
+        cpu = sum(self.expected_us(Compute(CPU, "attend", layer, batch, ())) for batch in late)
+        sent = [tuple(self._kv(layer, batch)) for batch in self.sent_batches(layer) if batch in there]
+        other = max(cpu, sum(self.expected_us(Load(link, link, kv)) for kv in sent))
+
+        def end_us(first: int) -> float:
+            each = {b: self.cost.mlp_us(spec, self.shape.scope_tokens(b)) for b in there if b < first}
+            early = sum(us for batch, us in each.items() if batch not in late)
+            rest = self.cost.mlp_us(spec, self.shape.scope_tokens(ALL - first)) if first <= there[-1] else 0.0
+            return max(here + early, other) + sum(each.values()) - early + rest
+
+        choices = {0, min(self.shape.fresh, len(self.batches)), len(self.batches), *late[:1]}
+        return min(sorted(choices), key=end_us)
 
     def until_bound_us(self, layer: int, batches: int) -> float:
         """What the compute tier's processor takes until a layer's late experts are known, with so many batches still to attend to."""

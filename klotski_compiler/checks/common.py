@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from klotski_compiler.plan import ALL, Bind, Compute, Phase, Plan, Step, Tensor
+from klotski_compiler.plan import Bind, Compute, Phase, Plan, Step, Tensor, batches_of
 
 LOAD = "load"
 UNROLLED = 3  # passes that stand for all: what opens a phase, a settled one, and the last, which opens nothing
@@ -32,7 +32,7 @@ def computing(plan: Plan) -> Iterator[tuple[Phase, tuple[Step, ...]]]:
 
 def scope_of(batch: int, phase: Phase) -> Sequence[int]:
     """The batches that an op works on."""
-    return range(phase.batches) if batch == ALL else (batch,)
+    return batches_of(batch, phase.batches)
 
 
 def by_layer(plan: Plan) -> dict[tuple[str, int], list[Tensor]]:

@@ -65,7 +65,8 @@ def _out_of_range(plan: Plan, phase: Phase, step: Step) -> str:
         return "" if op.link.count(">") == 1 else f"link {op.link} is not of the form tier>tier"
     if op.stream not in plan.processors:
         return f"computes on {op.stream}, which is no processor"
-    if not (-1 <= op.layer < len(plan.decision.layers) and (op.batch == ALL or 0 <= op.batch < phase.batches)):
+    least = -phase.batches if isinstance(op, Compute) and op.fn in ("router", "dense") else ALL
+    if not (-1 <= op.layer < len(plan.decision.layers) and least <= op.batch < max(1, phase.batches)):
         return f"layer {op.layer} or batch {op.batch} does not exist"
     if isinstance(op, Bind):
         return "" if op.rule in RULES and op.count > 0 else f"binds {op.count} picks by {op.rule}"

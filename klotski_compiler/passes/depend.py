@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from klotski_compiler.passes.slots import Placed
-from klotski_compiler.plan import ALL, NOWHERE, OVERWRITE, Bind, Compute, Load, Store, Tensor, writes
+from klotski_compiler.plan import ALL, NOWHERE, OVERWRITE, Bind, Compute, Load, Store, Tensor, batches_of, writes
 
 Cell = Hashable
 Cells = tuple[list[Cell], list[Cell]]
@@ -114,7 +114,7 @@ def _cells_of(placed: Placed, tensors: Sequence[Tensor], batches: int) -> Cells:
 def _compute_cells(
     op: Compute, placed: Placed, tensors: Sequence[Tensor], batches: int, reads: list[Cell], written: list[Cell]
 ) -> None:
-    scope = list(range(batches)) if op.batch == ALL else [op.batch]
+    scope = list(batches_of(op.batch, batches))
     hidden: list[Cell] = [("hidden", batch) for batch in scope]
     for number, slot in zip(op.tensors, placed.slots, strict=True):
         tensor = tensors[number]

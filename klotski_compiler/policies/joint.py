@@ -33,13 +33,13 @@ def build(p: Program) -> None:
     p.embed()
     for layer in p.layers:
         queue.advance(layer)
-        together = p.routes_best_together(layer)
+        together = p.routes_together(layer)
         for batch in p.attend_with_cpu(layer):
-            if not together:
+            if batch < together:
                 p.route(layer, batch)
             queue.attended(layer, batch)
-        if together:
-            p.route(layer)
+        if together in p.batches:
+            p.route(layer, ALL - together)
         queue.release(*p.attention_weights(layer), *p.router_weights(layer))
         if p.is_moe(layer):
             p.bind(layer, "rank", 0, len(p.picks(layer)))

@@ -391,9 +391,8 @@ class PhaseRunner:
         if op.fn == "embed":
             self._begin(at)
         group = self.part
-        if group is None or not group.batches or (op.batch != ALL and op.batch not in group.batches):
+        if group is None or not group.batches or (op.batch >= 0 and op.batch not in group.batches):
             return False
-        scope = None if op.batch == ALL else op.batch
         match op.fn:
             case "embed":
                 group.embed()
@@ -409,9 +408,9 @@ class PhaseRunner:
             case "add":
                 group.add(self._exchange(step.slots[0], self.engine.skeleton.wide_dtype))
             case "router":
-                group.router(op.layer, scope)
+                group.router(op.layer, op.batch)
             case "dense":
-                group.dense(op.layer, scope)
+                group.dense(op.layer, op.batch)
             case "experts":
                 self._experts(op, step, group)
             case "norm":

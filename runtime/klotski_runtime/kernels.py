@@ -319,9 +319,9 @@ class Group:
             hidden += split.finish(packed[_region(packed, own, sequences)])
 
     @torch.inference_mode()
-    def router(self, layer: int, batch: int | None) -> None:
-        """wide <- h + base and x <- the experts' input, where h is x; notes the experts and weights of each token of one batch or
-        (None) of the group."""
+    def router(self, layer: int, batch: int) -> None:
+        """wide <- h + base and x <- the experts' input, where h is x; notes the experts and weights of each token of one batch, or
+        (-1 - n) of all from number n on."""
         for rows in _split(self._rows(batch), self._chunks.token_rows):
             hidden = self._x[rows]
             routed = self._skeleton.moe_block(layer, hidden)
@@ -332,22 +332,23 @@ class Group:
                 self._weights = torch.empty_like(self._indices, dtype=self._wide.dtype)
             self._indices[rows] = routed.indices.int()
             self._weights[rows] = routed.weights.to(self._wide.dtype)
-        if batch is None:
-            self._assignments.clear()
-        self._assignments.pop(batch, None)
-        self._assignments.pop(None, None)
+        for scope in [batch, None] if batch >= 0 else list(self._assignments):
+            self._assignments.pop(scope, None)
         self._routed = layer
 
     @torch.inference_mode()
-    def dense(self, layer: int, batch: int | None) -> None:
-        """wide <- h + mlp(norm(h)) where h is x, of one batch or (None) of the group."""
+    def dense(self, layer: int, batch: int) -> None:
+        """wide <- h + mlp(norm(h)) where h is x, of the batches that ``router`` would take."""
         for rows in _split(self._rows(batch), self._chunks.token_rows):
             hidden = self._x[rows]
             self._wide[rows].copy_(hidden).add_(self._skeleton.dense_block(layer, hidden))
 
-    def _rows(self, batch: int | None) -> slice:
-        """The rows of one batch, or of all."""
-        return slice(0, len(self._x)) if batch is None else self.batches[batch].rows
+    def _rows(self, batch: int) -> slice:
+        """The rows of one batch, or of all from one on that are there."""
+        if batch >= 0:
+            return self.batches[batch].rows
+        first = min((own.first for number, own in self.batches.items() if number >= -1 - batch), default=len(self._x))
+        return slice(first, len(self._x))
 
     @torch.inference_mode()
     def counts(self, layer: int, batch: int | None) -> list[int]:
