@@ -15,8 +15,10 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -87,10 +89,11 @@ def main(argv: list[str] | None = None) -> int:
     cells = list(product(arguments.models, arguments.machines, arguments.workloads))
     found = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    commit = _commit()
     with ProcessPoolExecutor(arguments.workers) as pool:
         missing = {pool.submit(cell, *names): names for names in cells if " | ".join(names) not in found}
         for done, future in enumerate(as_completed(missing), 1):
-            found[" | ".join(missing[future])] = future.result()
+            found[" | ".join(missing[future])] = future.result() | {"commit": commit}
             write_whole(arguments.json, json.dumps(found, indent=1) + "\n")
             print(f"{done} of {len(missing)}: {' | '.join(missing[future])}", file=sys.stderr)
     text = "\n".join(summary(arguments, {key: found[key] for key in map(" | ".join, cells)})) + "\n"
@@ -98,6 +101,15 @@ def main(argv: list[str] | None = None) -> int:
         write_whole(arguments.output, text)
     print(text)
     return 0
+
+
+def _commit() -> str:
+    """What is checked out, if that is known: a table may be filled over more than one day."""
+    try:
+        words = ("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -145,6 +157,8 @@ def summary(arguments: argparse.Namespace, cells: dict[str, dict[str, Any]]) -> 
         f"{platform.machine()}, {os.cpu_count()} cores; {len(rows)} cells, "
         f"{len(cells) - len(rows) - failed} in which nothing fits, {failed} failed"
     )
+    commits = Counter(found.get("commit", "unknown") for found in cells.values())
+    yield f"computed at {', '.join(f'{commit} ({count} cells)' for commit, count in commits.most_common())}"
     yield ""
     ratios, closed, gaps = [], [], []
     lines = []

@@ -148,21 +148,27 @@ class Program:
         """The first of the batches that should go through a layer's router together, once the last one has come from attention; those
         before it each at once. Together takes least, but the processor may have nothing else to do while the CPU attends or KV is on
         its way."""
-        spec, context = self.spec.layers[layer], (self.shape.first_context + self.shape.last_context) / 2
-        there = list(filter(self.shape.has, self.batches))
-        link, late = self.cost.links[0], [batch for batch in there if self.on_cpu(layer, batch)]
-        here = sum(self.cost.attention_us(spec, self.shape, context, batch) for batch in there if batch not in late)
-        cpu = sum(self.expected_us(Compute(CPU, "attend", layer, batch, ())) for batch in late)
-        sent = [tuple(self._kv(layer, batch)) for batch in self.sent_batches(layer) if batch in there]
-        other = max(cpu, sum(self.expected_us(Load(link, link, kv)) for kv in sent))
+        spec, shape, cost = self.spec.layers[layer], self.shape, self.cost
+        there = list(filter(shape.has, self.batches))
+        late = [batch for batch in there if self.on_cpu(layer, batch)]
+        sent = [batch for batch in self.sent_batches(layer) if batch in there]
+        position = spec.kv_elements * cost.compute_bytes
+        busy = []  # at both ends of the phase and in its middle: of the processor, and of what it may wait for
+        for context in (shape.first_context, (shape.first_context + shape.last_context) / 2, shape.last_context):
+            seen = {batch: shape.size_of(batch) * shape.context_of(batch, context) for batch in (*late, *sent)}
+            cpu = sum(cost.attend_us(spec, 1, seen[batch], cost.hardware.processors[CPU]) for batch in late)
+            link = sum(cost.kv_us(cost.links[0], position * seen[batch]) for batch in sent)
+            here = sum(cost.attention_us(spec, shape, context, batch) for batch in there if batch not in late)
+            busy.append((here, max(cpu, link)))
 
         def end_us(first: int) -> float:
-            each = {b: self.cost.mlp_us(spec, self.shape.scope_tokens(b)) for b in there if b < first}
+            each = {b: cost.mlp_us(spec, shape.scope_tokens(b)) for b in there if b < first}
             early = sum(us for batch, us in each.items() if batch not in late)
-            rest = self.cost.mlp_us(spec, self.shape.scope_tokens(ALL - first)) if first <= there[-1] else 0.0
-            return max(here + early, other) + sum(each.values()) - early + rest
+            rest = cost.mlp_us(spec, shape.scope_tokens(ALL - first)) if first <= there[-1] else 0.0
+            after = sum(each.values()) - early + rest
+            return sum(max(here + early, other) + after for here, other in busy)
 
-        choices = {0, min(self.shape.fresh, len(self.batches)), len(self.batches), *late[:1]}
+        choices = {0, min(shape.fresh, len(self.batches)), len(self.batches), *late[:1]}
         return min(sorted(choices), key=end_us)
 
     def until_bound_us(self, layer: int, batches: int) -> float:

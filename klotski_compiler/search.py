@@ -104,8 +104,9 @@ class Search(Fills):
                 rated += self._rated(name, base)
         if solved and (kept := self.all_kept(plain)):  # with buffers as they come, everything may fit
             rated.append(Rated(self.estimate(name, kept), name, kept, "resident"))
-        # Where experts live on three tiers, several sizes are about as good, and what is near them is not.
-        starts = best_of_orders(rated) + (second_of(rated) if self.most_pages > 1 else []) if solved else []
+        # Of many small experts, or where they live on three tiers, several sizes are about as good, and what is near them is not.
+        rugged = not self.is_large and (self.most_pages > 1 or self.finest > EXACT_EXPERTS)
+        starts = best_of_orders(rated) + (second_of(rated) if rugged else []) if solved else []
         rated += [self.improved(start) for start in starts]
         rated.sort(key=lambda r: -r.tokens_per_s)
         kept_whole = self.retimed(by_order(rated)) if solved else rated[:KEPT_WHOLE]

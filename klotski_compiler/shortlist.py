@@ -63,11 +63,11 @@ def best_of_orders(rated: Sequence[Rated]) -> list[Rated]:
 
 
 def second_of(rated: Sequence[Rated]) -> list[Rated]:
-    """The fastest that has other batches than the fastest of all, in the same order."""
+    """The fastest that has other batches than the fastest of all, in the same order; everything resident leaves nothing to improve."""
     best = max(rated, key=lambda r: r.tokens_per_s, default=None)
     if best is None:
         return []
     batches = best.decision.num_batches, best.decision.batch_size
     others = [r for r in rated if (r.decision.num_batches, r.decision.batch_size) != batches]
-    others = [r for r in others if r.decision.rolling == best.decision.rolling]
+    others = [r for r in others if r.decision.rolling == best.decision.rolling and r.kind != "resident"]
     return sorted(others, key=lambda r: -r.tokens_per_s)[:1]
