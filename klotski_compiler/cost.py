@@ -111,10 +111,17 @@ class Shape:
         lasts = end // self.part - first // self.part if self.last_batch else 0
         return (end - first) * self.batch_size + lasts * (self.last_batch - self.batch_size)
 
-    def beside_of(self, batch: int) -> list[tuple[int, int]]:
-        """Batches of the age that begins with one, by size: how many there are like each of them."""
+    @property
+    def middle_context(self) -> float:
+        """The positions seen that stand for all passes."""
+        return (self.first_context + self.last_context) / 2
+
+    @property
+    def alike(self) -> list[tuple[int, int]]:
+        """A batch of each age and size that are there, and how many are like it: (count, batch)."""
         lasts = self.beside // self.part if self.last_batch else 0
-        return [(self.beside - lasts, batch), *([(lasts, batch + self.part - 1)] if lasts else [])]
+        kinds = [(self.beside - lasts, 0), *([(lasts, self.part - 1)] if lasts else [])]
+        return [(count, first + number) for first in self.ages for count, number in kinds]
 
     def scope_tokens(self, batch: int) -> int:
         """Tokens that one op works on: of one batch, or of all that are there, from one on."""
@@ -223,8 +230,11 @@ class Cost:
 
     def load_op_us(self, link: str) -> float:
         """What a load of weights takes whatever it brings."""
-        binding = LOAD_OPS * self.processor.op_us if link == "disk>host" else 0.0
-        return self.hardware.links[link].latency_us + binding
+        return self.hardware.links[link].latency_us + self._arrival_us(link)
+
+    def _arrival_us(self, link: str) -> float:
+        """What handing a load to readers and binding it takes."""
+        return LOAD_OPS * self.processor.op_us if link == "disk>host" else 0.0
 
     @property
     def bind_us(self) -> float:
@@ -268,8 +278,7 @@ class Cost:
 
     def attentions_us(self, layer: Layer, shape: Shape, context: float) -> float:
         """All batches through attention."""
-        alike = [same for batch in shape.ages for same in shape.beside_of(batch)]
-        return sum(count * self.attention_us(layer, shape, context, batch) for count, batch in alike)
+        return sum(count * self.attention_us(layer, shape, context, batch) for count, batch in shape.alike)
 
     def project_us(self, layer: Layer, sequences: int) -> float:
         """The first part of a block whose keys and values the CPU reads: norm, queries, keys and values of the new tokens."""
@@ -337,8 +346,7 @@ class Cost:
                 nbytes = self.moved_bytes(op, tensors, shape, context, late)
                 if first.kind == "kv":
                     return self.kv_us(op.link, nbytes)
-                binding = LOAD_OPS * self.processor.op_us if op.link == "disk>host" and nbytes > 0 else 0.0
-                return self.transfer_us(op.link, nbytes) + binding
+                return self.transfer_us(op.link, nbytes) + (self._arrival_us(op.link) if nbytes > 0 else 0.0)
             case Bind():
                 return self.bind_us
             case Compute():
@@ -413,8 +421,7 @@ class Cost:
 
     def routers_us(self, layer: Layer, shape: Shape) -> float:
         """All batches through router and shared expert, or through the dense MLP."""
-        alike = [same for batch in shape.ages for same in shape.beside_of(batch)]
-        return sum(count * self.mlp_us(layer, shape.scope_tokens(batch)) for count, batch in alike)
+        return sum(count * self.mlp_us(layer, shape.scope_tokens(batch)) for count, batch in shape.alike)
 
     def mlp_us(self, layer: Layer, tokens: float) -> float:
         """What comes before the experts of a layer, or in their place: router and shared expert, or the dense MLP."""

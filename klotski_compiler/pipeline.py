@@ -344,7 +344,7 @@ class _Prices:
         self.rounds = rounds
         self.slower: dict[str, float] = {}
         self._rounds: dict[int, list[float]] = {}
-        self._context = (shape.first_context + shape.last_context) / 2
+        self._context = shape.middle_context
         if rounds:
             return
         self._first = self._priced(shape, shape.first_context)

@@ -141,7 +141,7 @@ class Program:
 
     def expected_us(self, op: Op) -> float:
         """What an op takes in the middle pass, by the cost model."""
-        context = (self.shape.first_context + self.shape.last_context) / 2
+        context = self.shape.middle_context
         return self.cost.op_us(op, self.table.all, self.shape, context, self.late)
 
     def routes_together(self, layer: int) -> int:
@@ -154,7 +154,7 @@ class Program:
         sent = [batch for batch in self.sent_batches(layer) if batch in there]
         position = spec.kv_elements * cost.compute_bytes
         busy = []  # at both ends of the phase and in its middle: of the processor, and of what it may wait for
-        for context in (shape.first_context, (shape.first_context + shape.last_context) / 2, shape.last_context):
+        for context in (shape.first_context, shape.middle_context, shape.last_context):
             seen = {batch: shape.size_of(batch) * shape.context_of(batch, context) for batch in (*late, *sent)}
             cpu = sum(cost.attend_us(spec, 1, seen[batch], cost.hardware.processors[CPU]) for batch in late)
             link = sum(cost.kv_us(cost.links[0], position * seen[batch]) for batch in sent)
@@ -173,7 +173,7 @@ class Program:
 
     def until_bound_us(self, layer: int, batches: int) -> float:
         """What the compute tier's processor takes until a layer's late experts are known, with so many batches still to attend to."""
-        context = (self.shape.first_context + self.shape.last_context) / 2
+        context = self.shape.middle_context
         spec = self.spec.layers[layer]
         attention = self.cost.attentions_us(spec, self.shape, context) * batches / len(self.batches)
         return attention + self.cost.mlp_us(spec, self.shape.scope_tokens(ALL)) + self.cost.bind_us

@@ -70,7 +70,7 @@ def layer_work(cost: Cost, decision: Decision, number: int, chosen: LayerDecisio
     helped = cost.cpu_helps and shape.decoding
     tokens, tier = shape.scope_tokens(ALL), hardware.compute_tier
     position = layer.kv_elements * cost.compute_bytes  # of one sequence
-    context = (shape.first_context + shape.last_context) / 2
+    context = shape.middle_context
     work = defaultdict[str, float](float)
     for kind in MODULES:
         if kind not in chosen.resident and (module := getattr(layer, kind)):

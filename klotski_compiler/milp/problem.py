@@ -346,11 +346,6 @@ def class_members(cost: Cost, layer: int, sizes: tuple[int, ...]) -> list[list[i
     return out
 
 
-def middle(shape: Shape) -> float:
-    """The context at which a phase is priced."""
-    return (shape.first_context + shape.last_context) / 2
-
-
 def _work(
     cost: Cost, number: int, classes: list[list[int]], shape: Shape, decision: Decision, links: tuple[str, str]
 ) -> LayerWork:
@@ -367,7 +362,7 @@ def _work(
         late = touched * layer.expert.nbytes * 1e6 / link.bandwidth_bytes_per_s + cost.load_op_us(links[0]) / unit
         elsewhere = sum(cost.expert_us(number, e, tokens, CPU) for e in members) / len(members) if helped else 0.0
         work.append(ClassWork(compute, late, elsewhere))
-    attention, around = cost.attentions_us(layer, shape, middle(shape)), 0.0
+    attention, around = cost.attentions_us(layer, shape, shape.middle_context), 0.0
     row, last = (_row(cost, layer, shape, decision, size, links) for size in (shape.batch_size, shape.last_batch))
     if row.cpu_attend_us:
         sequences = shape.last_batch or shape.batch_size
@@ -385,7 +380,7 @@ def _work(
 def _row(cost: Cost, layer: Layer, shape: Shape, decision: Decision, size: int, links: tuple[str, str]) -> RowWork:
     """A row of batches of a size: how many, on average, of each age; those that decode, with the positions that attention sees."""
     position, row = size * layer.kv_elements * cost.compute_bytes, shape.beside / decision.part_batches
-    seen = [shape.context_of(batch, middle(shape)) for batch in shape.ages if shape.decodes(batch)]
+    seen = [shape.context_of(batch, shape.middle_context) for batch in shape.ages if shape.decodes(batch)]
     load = store = attend = spared = 0.0
     if links[1] in cost.hardware.links:
         load = row * sum(cost.kv_us(links[0], position * positions) for positions in seen)
