@@ -1,44 +1,49 @@
-"""Same tokens: whatever a plan streams, and in which order, the engine writes what transformers' resident model writes.
-
-The rule (README, "Same tokens"): in fp32, token ids are equal. A row may part from the reference only where the reference's own two
-best logits are less than 1e-4 apart; such rows are counted, and shown as a warning.
-"""
+"""Same tokens: whatever a plan streams, and in which order, the engine writes what transformers' resident model writes (``same``)."""
 
 from __future__ import annotations
 
 import json
 import random
 import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property, lru_cache
 from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from klotski_compiler.cli.compile import main as klotski_compile
-from klotski_compiler.hardware import Hardware, to_json
-from klotski_compiler.model import Layer, ModelSpec, read_model
-from klotski_compiler.pipeline import lower
-from klotski_compiler.plan import Decision, LayerDecision, Load, Plan, Tensor, Workload, load
-from klotski_compiler.planner import Request, compile_plan
-from klotski_compiler.policies import OURS, POLICIES, policy
-from klotski_compiler.routing import Routing, uniform
-from klotski_compiler.search import Search
+from klotski_compiler.hardware import to_json
+from klotski_compiler.plan import Load, load
+from klotski_compiler.planner import compile_plan
+from klotski_compiler.policies import POLICIES, policy
 from klotski_runtime.cli.run import main as klotski_run
-from klotski_runtime.engine import Engine, Row
-from klotski_runtime.skeleton import CACHE, import_model
-from plans import edited, make_plan, tiny_decision, tiny_hardware
-from tiny import FAMILIES, make_checkpoint
+from klotski_runtime.engine import Row
+from klotski_runtime.skeleton import CACHE
+from plans import tiny_decision
+from same import (
+    PROMPTS,
+    STEPS,
+    Models,
+    Resident,
+    Same,
+    asked,
+    decided,
+    drawn,
+    loaded,
+    machine,
+    plan_of,
+    ragged,
+    resident,
+    run,
+    streaming_all,
+    workload,
+)
+from tiny import FAMILIES
 
-MARGIN = 1e-4
-STEPS = 18
-LENGTHS = (12, 9, 1, 20, 20, 5, 3, 17, 8)
 TRAINED = Path(__file__).parents[2] / "shared" / "models" / "moe-text-28m"
 KINDS = ("prose", "glossary", "python", "c_header")
 """The trained model's four kinds of text."""
@@ -62,14 +67,6 @@ def some_pairs(third: int) -> pytest.MarkDecorator:
 trained_model = pytest.mark.skipif(not TRAINED.exists(), reason="the trained model is not here")
 
 
-def ragged(*lengths: int, seed: int = 1) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 128, (length,), generator=generator).tolist() for length in lengths]
-
-
-PROMPTS = ragged(*LENGTHS)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Matmuls of tiny models gain nothing from a second thread, and wait for it long where tests run side by side."""
@@ -77,275 +74,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-# ------------------------------------------------------------------------------------------------------- the reference
-
-
-class Text(NamedTuple):
-    """What the reference wrote after a prompt, and at each token how far its logit was above the next best."""
-
-    tokens: list[int]
-    margins: list[float]
-
-
-class Resident:
-    """A checkpoint on disk, and transformers' model of it with all weights in memory."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.spec = folder, read_model(folder)
-        self._texts: dict[tuple[int, ...], Text] = {}
-
-    @cached_property
-    def model(self) -> Any:
-        return resident(self.folder, torch.float32)
-
-    def text(self, prompt: Sequence[int]) -> Text:
-        """STEPS tokens, greedy, this prompt alone; nothing ends it."""
-        key = tuple(prompt)
-        if key not in self._texts:
-            self._texts[key] = self.generate(prompt, STEPS, frozenset())
-        return self._texts[key]
-
-    def generate(self, prompt: Sequence[int], steps: int, end: frozenset[int]) -> Text:
-        """Up to ``steps`` tokens, greedy, this prompt alone; a token of ``end`` is the last."""
-        out = self.model.generate(
-            torch.tensor([list(prompt)]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=steps,
-            do_sample=False,
-            eos_token_id=sorted(end) or None,
-            pad_token_id=0,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        top = torch.cat(out.logits).topk(2).values
-        return Text(out.sequences[0, len(prompt) :].tolist(), (top[:, 0] - top[:, 1]).tolist())
-
-
-def resident(folder: Path, dtype: torch.dtype) -> Any:
-    """transformers' model, with eager experts and no end token of its own."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager").eval()
-    model.generation_config.eos_token_id = None
-    return model
-
-
-Models = Callable[..., Resident]
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    """Tiny models by family and further arguments of ``make_checkpoint``, each made once."""
-
-    @lru_cache
-    def make(family: str, **options: Any) -> Resident:
-        return Resident(make_checkpoint(family, tmp_path_factory.mktemp(family), **options))
-
-    return make
-
-
-class Same:
-    """The rule, over the rows of one test."""
-
-    def __init__(self) -> None:
-        self.parted = self.equal = self.tokens = 0
-
-    def __call__(self, model: Resident, rows: Sequence[Row], end: frozenset[int] = frozenset()) -> None:
-        """Assert it."""
-        for row in rows:
-            want = model.generate(row.prompt, row.max_new_tokens, end) if end else model.text(row.prompt)
-            expected = want.tokens[: row.max_new_tokens]
-            pairs = enumerate(zip(row.tokens, expected, strict=False))
-            equal = next((i for i, (token, wanted) in pairs if token != wanted), min(len(row.tokens), len(expected)))
-            if row.tokens != expected:
-                margin = want.margins[equal]
-                assert margin < MARGIN, f"token {equal} of {row}, expected {expected} with a margin of {margin}"
-                self.parted += 1  # from here on the two continue different texts
-            self.equal += equal
-            self.tokens += len(expected)
-        assert self.equal > 0.9 * self.tokens > 0  # else nearly nothing was compared
-
-
-@pytest.fixture
-def same(record_property: Callable[[str, object], None]) -> Iterator[Same]:
-    """Counts, and shows, the rows that part from the reference."""
-    rule = Same()
-    yield rule
-    record_property("rows that part from the reference", rule.parted)
-    if rule.parted:
-        warnings.warn(f"{rule.parted} rows part from the reference where it hardly decides", stacklevel=1)
-
-
-# --------------------------------------------------------------------------------------------------------------- plans
-
-
-def machine(gpu: bool = False) -> Hardware:
-    """A slow machine, as fast in fp32 as in bf16."""
-    hardware = tiny_hardware(gpu)
-    processors = {
-        name: processor.model_copy(update={"matmul": dict.fromkeys(("bf16", "fp32"), processor.matmul["bf16"])})
-        for name, processor in hardware.processors.items()
-    }
-    return hardware.model_copy(update={"processors": processors})
-
-
-def skewed(spec: ModelSpec) -> Routing:
-    """A quarter of the experts and one more, others in each layer, are eight times as popular as the rest."""
-
-    def shares(number: int, layer: Layer) -> tuple[float, ...]:
-        popular = layer.num_experts // 4 + 1
-        weights = [8.0 if (e + 3 * number) % layer.num_experts < popular else 1.0 for e in range(layer.num_experts)]
-        return tuple(w / sum(weights) for w in weights)
-
-    popularity = tuple(shares(number, layer) for number, layer in enumerate(spec.layers))
-    return uniform(spec).model_copy(update={"popularity": popularity})
-
-
-def asked(
-    model: Resident,
-    policy_name: str,
-    prompts: Sequence[list[int]],
-    num_batches: int = 3,
-    batch_size: int = 2,
-    gen_len: int = STEPS,
-    share: float = 0.25,
-) -> Request:
-    """A compilation with memory for all modules but the routed experts, and for ``share`` of those, beyond what streaming takes; for
-    joint, which would stream other modules rather, for none of those."""
-    if policy(policy_name).ONE_BATCH:
-        num_batches, batch_size = 1, num_batches * batch_size
-    spec, budgets = model.spec, {"host": 1 << 40, "disk": 1 << 40}
-    work = workload(prompts, gen_len)
-    request = Request(spec, machine(), skewed(spec), work, budgets, "fp32", policy_name, batch_size, num_batches)
-    bare, weights = streaming_all(request)
-    share = 0.0 if policy_name == OURS else share
-    room = sum(t.slot_bytes * (share if t.kind == "expert" else 1) for t in weights)
-    return replace(request, budgets=budgets | {"host": bare + round(room)})
-
-
-def streaming_all(request: Request, kv: str = "host") -> tuple[int, list[Tensor]]:
-    """What a schedule takes that keeps no weight of a layer in memory; and these weights. kv: where all of it lives."""
-    search = Search(request)
-    base = next(search.bases(request.policy))
-    layers = tuple(layer.model_copy(update={"kv": kv}) for layer in base.layers)
-    lowered = lower(search.cost, request.policy, base.model_copy(update={"layers": layers}), request.workload)
-    weights = [t for t in lowered.tensors if t.layer >= 0 and t.kind not in ("kv", "pick")]
-    return lowered.peak_bytes["host"], weights
-
-
-def workload(prompts: Sequence[list[int]], gen_len: int) -> Workload:
-    return Workload(prompt_len=max(map(len, prompts)), gen_len=gen_len, num_sequences=len(prompts))
-
-
-def decided(
-    model: Resident, policy_name: str, kv: str = "host", gen_len: int = STEPS, gpu: bool = False, **changes: Any
-) -> Plan:
-    """A plan in which every layer streams all of its weights; joint loads half of the experts by name and half by rank. On a GPU
-    the CPU has as much of the work as the policy gives it, and joint a named expert of every layer."""
-    spec = replace(model.spec, compute_dtype="fp32")
-    batch_size = 6 if policy(policy_name).ONE_BATCH else 2
-    decision = tiny_decision(policy_name, spec, kv, batch_size=batch_size, **changes)
-    group = "late" if policy(policy_name).EXPERTS == "picks" else "static"
-    layers = tuple(
-        layer.model_copy(
-            update={"resident": (), "resident_experts": (), group: (*layer.resident_experts, *getattr(layer, group))}
-        )
-        for layer in decision.layers
-    )
-    if any(layer.expand_flops for layer in spec.layers):  # such a cache is for GPUs
-        decision = decision.model_copy(update={"cpu_batches": 0})
-    if gpu and policy_name == "joint":
-        layers = tuple(x.model_copy(update={"static": x.static[1:], "cpu": x.static[:1]}) for x in layers)
-    if policy_name == "joint" and gpu and kv == "host":  # some KV in either place
-        layers = tuple(x.model_copy(update={"kv_batches": n % 2}) for n, x in enumerate(layers))
-    decision = decision.model_copy(update={"layers": layers})
-    return plan_of(spec, policy_name, decision, workload(PROMPTS, gen_len), gpu)
-
-
-def drawn(spec: ModelSpec, policy_name: str, rng: random.Random) -> tuple[Decision, Workload]:
-    """A random decision that the policy can take, for a random workload."""
-    module, layers = policy(policy_name), list[LayerDecision]()
-    for layer in spec.layers:
-        order = rng.sample(range(layer.num_experts), layer.num_experts)
-        kept = rng.randint(0, len(order) - 1) if order else 0
-        picks = {"static": 0, "solved": rng.randint(0, len(order) - kept), "picks": len(order) - kept}[module.EXPERTS]
-        named = len(order) - picks
-        modules = [k for k in ("attention", "router", "shared", "dense") if getattr(layer, k) and rng.random() < 0.4]
-        layers.append(
-            LayerDecision(
-                resident=tuple(modules),
-                resident_experts=tuple(order[:kept]),
-                static=tuple(order[kept:named]),
-                late=tuple(order[named:]),
-                kv=rng.choice(["host", "disk"]),
-                kv_batches=rng.randint(0, 1) if module.EXPERTS == "solved" else 0,
-            )
-        )
-    most, top_k = max(layer.num_experts for layer in spec.layers), max(layer.top_k for layer in spec.layers)
-    num_batches = 1 if module.ONE_BATCH else rng.randint(1, 4)
-    batch_size, unit, parts = rng.randint(1, 3), rng.randint(1, 3), rng.randint(1, num_batches)
-    decision = Decision(
-        num_batches=num_batches,
-        batch_size=batch_size,
-        lead={"static": most, "solved": unit * rng.randint(2, 5), "picks": rng.randint(min(most, top_k + unit), most)}[
-            module.EXPERTS
-        ],
-        unit=unit,
-        head_pages=rng.choice([0, 1, 2, 5]),
-        prefill_groups=parts,
-        rolling=num_batches % parts == 0 and parts > 1 and rng.random() < 0.7,
-        attention_batch=rng.randint(1, batch_size),
-        decode_batch=rng.randint(1, batch_size),
-        expert_rows=rng.choice([1, 7, 64]),
-        hot=rng.randint(0, top_k) if module.EXPERTS == "picks" else 0,
-        embedding=rng.random() < 0.5,
-        layers=tuple(layers),
-    )
-    prompts = PROMPTS[: decision.sequences + rng.randint(0, decision.sequences)]
-    return decision, workload(prompts, rng.choice([2, 3, 9] if decision.rolling else [1, 2, 3, 9]))
-
-
-def plan_of(spec: ModelSpec, policy_name: str, decision: Decision, work: Workload, gpu: bool = False) -> Plan:
-    """The plan of a decision."""
-    return edited(make_plan(spec, machine(gpu), policy_name, decision, work), model_digest="").sealed()
-
-
-def loaded(plan: Plan, phase: str = "decode") -> set[str]:
-    """Kinds of tensors that a pass of the phase loads."""
-    return {plan.tensors[t].kind for step in plan.steps[phase] if isinstance(step.op, Load) for t in step.op.tensors}
-
-
-# ------------------------------------------------------------------------------------------------------------- running
-
-
-class Ran(NamedTuple):
-    """rows: all of them, done. passes: decode passes of each group that were run to their end."""
-
-    rows: list[Row]
-    passes: list[int]
-
-
-def run(
-    plan: Plan,
-    model: Resident,
-    scratch: Path,
-    prompts: Sequence[list[int]] = PROMPTS,
-    end: frozenset[int] = frozenset(),
-) -> Ran:
-    """All prompts through one engine, group after group."""
-    rows, passes = [Row(prompt, plan.envelope.gen_len) for prompt in prompts], list[int]()
-    engine = Engine(plan, model.folder, import_model(model.folder), scratch, threads=1, emulate=True)
-    try:
-        engine.load()
-        size = len(rows) if plan.decision.rolling else plan.envelope.sequences
-        for first in range(0, len(rows), size):
-            before = len(engine.measured.passes_us.get("decode", []))
-            engine.run(rows[first : first + size], end)
-            passes.append(len(engine.measured.passes_us.get("decode", [])) - before)
-    finally:
-        engine.close()
-    assert all(row.done for row in rows)
-    return Ran(rows, passes)
 
 
 # ------------------------------------------------------------------------------------------- every policy, every family
@@ -381,25 +109,29 @@ def test_a_plan_that_streams_everything(
 
 
 @some_pairs(1)
-def test_a_plan_for_a_gpu(family: str, policy_name: str, models: Models, same: Same, tmp_path: Path) -> None:
-    helped(models(family), policy_name, same, tmp_path)
+def test_a_plan_for_a_gpu(
+    family: str, policy_name: str, device: torch.device, models: Models, same: Same, tmp_path: Path
+) -> None:
+    helped(models(family), policy_name, device, same, tmp_path)
 
 
 @pytest.mark.parametrize("policy_name", ["moe_lightning", "hybrimoe"])
 @each_family
-def test_the_cpu_helps_a_gpu(family: str, policy_name: str, models: Models, same: Same, tmp_path: Path) -> None:
+def test_the_cpu_helps_a_gpu(
+    family: str, policy_name: str, device: torch.device, models: Models, same: Same, tmp_path: Path
+) -> None:
     """One policy with attention on the CPU, one with experts."""
-    helped(models(family), policy_name, same, tmp_path)
+    helped(models(family), policy_name, device, same, tmp_path)
 
 
-def helped(model: Resident, policy_name: str, same: Same, tmp_path: Path) -> None:
-    """With host memory in the GPU's place: every weight and all KV in host memory, the CPU at work beside the GPU."""
+def helped(model: Resident, policy_name: str, device: torch.device, same: Same, tmp_path: Path) -> None:
+    """Every weight and all KV in host memory, the CPU at work beside the GPU."""
     plan = decided(model, policy_name, gen_len=8, gpu=True, unit=2, head_pages=3, embedding=False)
     kinds = {"head", "attention", "router"} | (
         {"kv"} if plan.decision.cpu_batches < plan.decision.num_batches else {"query"}
     )
     assert loaded(plan) >= kinds
-    same(model, run(plan, model, tmp_path).rows)
+    same(model, run(plan, model, tmp_path, device=device).rows)
 
 
 @pytest.mark.parametrize("pages", [2, 3, 7])
@@ -409,6 +141,7 @@ def test_experts_in_pages(
     family: str,
     policy_name: str,
     pages: int,
+    device: torch.device,
     models: Models,
     same: Same,
     tmp_path: Path,
@@ -430,16 +163,16 @@ def test_experts_in_pages(
             for t in s.op.tensors
         }
         assert paged & kinds
-    same(model, run(plan, model, tmp_path).rows)
+    same(model, run(plan, model, tmp_path, device=device).rows)
 
 
-def test_moe_lightning_in_pages_of_experts(models: Models, same: Same, tmp_path: Path) -> None:
+def test_moe_lightning_in_pages_of_experts(device: torch.device, models: Models, same: Same, tmp_path: Path) -> None:
     """More micro-batches than weights: halves of experts follow their mixed values, and the last group lacks some."""
     model = models("phimoe", intermediate_size=512)
     decision = tiny_decision("moe_lightning", replace(model.spec, compute_dtype="fp32"), "host", 8, 1, cpu_batches=8)
     plan = plan_of(replace(model.spec, compute_dtype="fp32"), "moe_lightning", decision, workload(PROMPTS, 8), True)
     assert any(isinstance(step.op, Load) and step.op.pages for step in plan.steps["decode"])
-    same(model, run(plan, model, tmp_path).rows)
+    same(model, run(plan, model, tmp_path, device=device).rows)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -505,38 +238,58 @@ def test_prefill_batch_by_batch(policy_name: str, models: Models, same: Same, tm
     same(model, run(plan, model, tmp_path, PROMPTS[:8]).rows)
 
 
-@pytest.mark.parametrize(("kv", "gpu"), [("host", False), ("disk", False), ("gpu", True), ("host", True)])
-@pytest.mark.parametrize(("num_batches", "ages", "gen_len"), [(2, 2, 2), (4, 4, 4), (4, 2, 9), (6, 3, 7)])
+each_rolling = pytest.mark.parametrize(("num_batches", "ages", "gen_len"), [(2, 2, 2), (4, 4, 4), (4, 2, 9), (6, 3, 7)])
+
+
+@pytest.mark.parametrize("kv", ["host", "disk"])
+@each_rolling
 def test_rolling_order(
-    num_batches: int, ages: int, gen_len: int, kv: str, gpu: bool, models: Models, same: Same, tmp_path: Path
+    num_batches: int, ages: int, gen_len: int, kv: str, models: Models, same: Same, tmp_path: Path
 ) -> None:
     """Batches of several ages in one pass, with and without passes between two that join; the last cohort is not full."""
     model = models("qwen2_moe")
-    sizes = {"num_batches": num_batches, "prefill_groups": ages, "rolling": True}
-    plan = decided(model, "joint", kv, gen_len, gpu, **sizes)
+    plan = decided(model, "joint", kv, gen_len, num_batches=num_batches, prefill_groups=ages, rolling=True)
     assert {p.name: p.batches for p in plan.phases if p.name != "load"} == dict.fromkeys(
         ["prefill", "decode"][: 1 + (gen_len > ages)], num_batches
     )
     same(model, run(plan, model, tmp_path).rows)
 
 
-def test_prefill_in_parts_beside_a_gpu(models: Models, same: Same, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv", ["gpu", "host"])
+@each_rolling
+def test_rolling_order_beside_a_gpu(
+    num_batches: int,
+    ages: int,
+    gen_len: int,
+    kv: str,
+    device: torch.device,
+    models: Models,
+    same: Same,
+    tmp_path: Path,
+) -> None:
+    model = models("qwen2_moe")
+    plan = decided(model, "joint", kv, gen_len, True, num_batches=num_batches, prefill_groups=ages, rolling=True)
+    same(model, run(plan, model, tmp_path, device=device).rows)
+
+
+def test_prefill_in_parts_beside_a_gpu(device: torch.device, models: Models, same: Same, tmp_path: Path) -> None:
     """Every sub-group's KV goes to host memory, to a place of its own."""
     model = models("mixtral")
-    same(model, run(decided(model, "flexgen", "host", gpu=True, prefill_groups=3, cpu_batches=1), model, tmp_path).rows)
+    plan = decided(model, "flexgen", "host", gpu=True, prefill_groups=3, cpu_batches=1)
+    same(model, run(plan, model, tmp_path, device=device).rows)
 
 
 @pytest.mark.parametrize(("parts", "rolling"), [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("last", [1, 3])
 def test_a_batch_of_the_cpus_own(
-    last: int, parts: int, rolling: bool, models: Models, same: Same, tmp_path: Path
+    last: int, parts: int, rolling: bool, device: torch.device, models: Models, same: Same, tmp_path: Path
 ) -> None:
     """Smaller or larger than the others, one in each sub-group of prefill; the run is short of sequences for the last of them."""
     model = models("qwen2_moe")
     sizes = {"num_batches": 4, "last_batch": last, "prefill_groups": parts, "rolling": rolling}
     plan = decided(model, "joint", "host", 7, gpu=True, cpu_batches=parts, **sizes)
     assert plan.decision.sequences == 2 * (4 - parts) + last * parts
-    same(model, run(plan, model, tmp_path).rows)
+    same(model, run(plan, model, tmp_path, device=device).rows)
 
 
 def test_a_head_tied_to_the_embedding_in_a_narrower_type(models: Models, same: Same, tmp_path: Path) -> None:

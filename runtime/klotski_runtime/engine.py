@@ -1,4 +1,4 @@
-"""Runs a plan on a machine without a GPU: slots in one arena, a thread per stream, transformers' own modules as kernels.
+"""Runs a plan: slots in one arena per tier, a thread per stream, transformers' own modules as kernels.
 
 The engine decides nothing: order, slots and waits are the plan's, and ``binding`` says which expert a pick stands for.
 """
@@ -9,6 +9,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -20,20 +21,21 @@ from klotski_compiler.cost import GATHERED_ROWS, ROW_READERS
 from klotski_compiler.errors import ConfigError, ExecError, KlotskiError, PlanError, window
 from klotski_compiler.execute import execute
 from klotski_compiler.model import gate_bytes, spec_from_config
-from klotski_compiler.plan import ALL, NOWHERE, Bind, Compute, Load, Phase, Plan, Step, Store, Tensor
+from klotski_compiler.plan import ALL, CPU, NOWHERE, Bind, Compute, Load, Phase, Plan, Step, Store, Tensor
 from klotski_compiler.tensors import page_rows
 from klotski_compiler.verify import verify
 from klotski_runtime import binding
 from klotski_runtime.checkpoint import EMBEDDING, HEAD, PAGE, Checkpoint, ModuleKey
+from klotski_runtime.cuda_streams import CudaBackend, Lanes
 from klotski_runtime.kernels import Chunks, Group, kernel_threads
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.measured import Measured, Watch
 from klotski_runtime.places import Places, module_key
 from klotski_runtime.reader import DiskReader, RowGather
 from klotski_runtime.roster import Roster, Seat
-from klotski_runtime.skeleton import Skeleton
+from klotski_runtime.skeleton import HOST, Skeleton
 from klotski_runtime.spill import SpillFile
-from klotski_runtime.streams import ThreadBackend
+from klotski_runtime.streams import Perform, Ran, ThreadBackend
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -60,23 +62,22 @@ class Engine:
         scratch: Path,
         threads: int = 0,
         keep_log: bool = False,
+        device: torch.device = HOST,
         emulate: bool = False,
     ) -> None:
         """config: from ``skeleton.import_model``. threads: of a kernel (0: one per core). keep_log: of every op, for a trace.
-        emulate: a plan for a GPU runs with host memory in the place of the GPU's.
+        device: whose memory a GPU's tier is, index included. emulate: it may be the host's.
 
         Raises ConfigError or PlanError where plan, model and machine do not fit.
         """
         verify(plan)
-        if plan.compute_tier != "host" and not emulate:
-            why = (
-                f"{plan.compute_tier}: this runtime computes in host memory only; --emulate takes it for the GPU's, too"
-            )
-            raise ConfigError("plan", "compute_tier", why)
+        if (device.type == "cuda") != (plan.compute_tier == "gpu") and not (emulate and device == HOST):
+            raise ConfigError("plan", "compute_tier", f"a plan for {plan.compute_tier} memory does not run on {device}")
+        self.lanes = Lanes(device) if device.type == "cuda" else None
         self.plan, self._config, self._keep_log = plan, config, keep_log
         self.threads = threads or len(os.sched_getaffinity(0))
         kernel_threads(1)
-        self.skeleton = Skeleton(config, DTYPES[plan.dtype])
+        self.skeleton = Skeleton(config, DTYPES[plan.dtype], device)
         self.checkpoint = Checkpoint.open(folder, self.skeleton.model)
         self._check_model()
         self.reader = DiskReader()
@@ -114,7 +115,8 @@ class Engine:
             firsts.append(firsts[-1] + decision.size_of(len(firsts) - 1))
         batches = [list(sequences[first:end]) for first, end in pairwise(firsts)]
         chunks = Chunks(decision.attention_batch, decision.decode_batch, decision.expert_rows, decision.expert_rows)
-        group = Group(self.skeleton, [[s.prompt for s in batch] for batch in batches], chunks, self._rows)
+        with self._on_compute_stream():
+            group = Group(self.skeleton, [[s.prompt for s in batch] for batch in batches], chunks, self._rows)
         active = ActiveGroup(group, list(sequences), firsts, Roster(self.plan, len(batches)), end_tokens, progress)
         once = active.roster.back_to_back
         for round_ in range(1 if once else active.roster.rounds):
@@ -131,6 +133,7 @@ class Engine:
 
     def close(self) -> None:
         """Close files; memory goes with the last view."""
+        self.places.close()
         self.reader.close()
         self._row_reader.close()
         if self._spill:
@@ -139,7 +142,7 @@ class Engine:
     @property
     def bytes_per_link(self) -> dict[str, int]:
         """Bytes moved so far over each link, alignment included."""
-        moved = {"disk>host": self.reader.bytes_read + self._row_reader.bytes_read}
+        moved = {"disk>host": self.reader.bytes_read + self._row_reader.bytes_read} | self.places.moved_bytes
         if self._spill:
             moved["disk>host"] += self._spill.bytes_read
             moved["host>disk"] = self._spill.bytes_written
@@ -154,12 +157,7 @@ class Engine:
         runner = PhaseRunner(self, phase, steps, active, round_)
         compute = next((s.op.stream for s in steps if isinstance(s.op, Compute)), "disk>host")
         watch = Watch(steps, compute, self._keep_log)
-        with ThreadBackend(
-            compute,
-            runner.perform,
-            lambda name: kernel_threads(self.threads if name == compute else 1),
-            watch.note,
-        ) as backend:
+        with self._backend(compute, runner.perform, watch.note) as backend:
             execute(steps, phase.passes if passes is None else passes, backend)
             # In here, so that an interrupt stops the streams before they are joined.
             backend.stream(compute).record().wait()
@@ -172,6 +170,20 @@ class Engine:
             self.measured.log.append((number, phase.name, watch.log))
         if phase.name != "load":
             self.measured.add(phase.name, watch)
+
+    def _backend(self, compute: str, perform: Perform, note: Callable[[Ran], None]) -> ThreadBackend:
+        if self.lanes is None:
+            return ThreadBackend(
+                compute, perform, lambda name: kernel_threads(self.threads if name == compute else 1), note
+            )
+        tier = self.plan.compute_tier
+        return CudaBackend(
+            self.lanes, tier, compute, perform, lambda name: kernel_threads(self.threads if name == CPU else 1), note
+        )
+
+    def _on_compute_stream(self) -> AbstractContextManager[object]:
+        """Tensors that ops are to use belong to their stream."""
+        return torch.cuda.stream(self.lanes[self.plan.compute_tier]) if self.lanes else nullcontext()
 
     # ------------------------------------------------------------------------------------------------------- placing
 
@@ -320,7 +332,7 @@ class PhaseRunner:
             expert, wanted = tensor.index, True
             source = step.sources[number] if step.sources else None
             if tensor.kind == "kv":
-                self._move_kv(tensor, source, slot, at, store=False)
+                self._move_kv(tensor, op.link, source, slot, at, store=False)
                 continue
             if tensor.kind in ("query", "sums"):
                 self._copy(source, slot)
@@ -344,7 +356,7 @@ class PhaseRunner:
                 if self.part is not None and self.part.batches:
                     self.part.send(self._exchange(target, self.engine.skeleton.compute_dtype))
             elif tensor.kind == "kv":
-                self._move_kv(tensor, step.sources[number], target, at, store=True)
+                self._move_kv(tensor, op.link, step.sources[number], target, at, store=True)
             else:
                 self._copy(step.sources[number], target)
 
@@ -354,9 +366,10 @@ class PhaseRunner:
 
     def _copy(self, source: int | None, target: int | None) -> None:
         """What GPU and CPU exchange, from one tier to the other."""
-        self._exchange(target, torch.uint8).copy_(self._exchange(source, torch.uint8))
+        assert source is not None and target is not None
+        self.engine.places.carry(source, target)
 
-    def _move_kv(self, tensor: Tensor, source: int | None, target: int | None, at: int, store: bool) -> None:
+    def _move_kv(self, tensor: Tensor, link: str, source: int | None, target: int | None, at: int, store: bool) -> None:
         """New positions on their way home, or all old ones on their way to attention. No slot: on disk."""
         if self.active is None or (seat := self._seat(tensor.index, at)) is None:
             return
@@ -365,20 +378,22 @@ class PhaseRunner:
         past, end = (width + seat.passes - 1, width + seat.passes) if seat.passes else (0, width)
         region = self.engine.region(tensor.layer, seat.place)
         first, last = (past, end) if store else (0, past)
-        blocks = [None if s is None else self._block(tensor, seat, s) for s in (source, target)]
+        blocks = [None if s is None else self._block(tensor, seat, s, moving=True) for s in (source, target)]
         match blocks:
             case [KvBlock() as here, KvBlock() as there]:
                 there.take(here, first, last)
+                self.engine.places.moved_bytes[link] += (last - first) * here.position_bytes
             case [KvBlock() as here, None]:
                 self.engine.spill().store(region, here, first, last)
             case [None, KvBlock() as there] if last:
                 self.engine.spill().load(region, there, last)
 
-    def _block(self, tensor: Tensor, seat: Seat, slot: int) -> KvBlock:
+    def _block(self, tensor: Tensor, seat: Seat, slot: int, moving: bool = False) -> KvBlock:
         """The KV of a batch in a slot, which where it is a permanent one is that of the batch's place."""
         assert self.active is not None
         places, size = self.engine.places, self.active.group.batches[seat.batch].size
-        return places.kv(tensor.layer, seat.place, size, None if slot == places.resident.get(tensor.id) else slot)
+        own = None if slot == places.resident.get(tensor.id) else slot
+        return places.kv(tensor.layer, seat.place, size, own, moving)
 
     # ------------------------------------------------------------------------------------------------------- compute
 

@@ -1,4 +1,4 @@
-"""What the ops of a plan compute, on a machine whose compute tier is host RAM.
+"""What the ops of a plan compute, in host RAM or on a GPU.
 
 A group's tokens are rows of two tensors, batch after batch and sequence after sequence, padding included:
     wide  [tokens, hidden] in a type twice as wide as the compute dtype: the residual stream, into which experts add
@@ -27,7 +27,7 @@ from klotski_compiler.errors import ExecError
 from klotski_runtime.checkpoint import EMBEDDING
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.reader import RowGather
-from klotski_runtime.skeleton import Skeleton
+from klotski_runtime.skeleton import HOST, Skeleton
 from klotski_runtime.split import NewOnly, Split
 
 Parts = Mapping[str, torch.Tensor]
@@ -51,25 +51,25 @@ class Chunks:
 
 @dataclass(slots=True)
 class Frame:
-    """What attention needs besides hidden states, the same in every layer; ``masks`` by whether a layer is sliding."""
+    """What attention needs besides hidden states, the same in every layer; ``masks`` by whether a layer is sliding, and where."""
 
-    present: torch.Tensor
     positions: torch.Tensor
     angles: Any
-    masks: dict[bool, torch.Tensor | None] = field(default_factory=dict)
+    masks: dict[tuple[bool, torch.device], torch.Tensor | None] = field(default_factory=dict)
 
 
 class Batch:
     """Sequences computed together, left-padded to the longest prompt.
 
-    ids: [B, q], the tokens of the current pass. pad: [B], padding positions of each sequence. past: cached positions,
-    padding included. first: the batch's first row in the group's tensors.
+    ids: [B, q], the tokens of the current pass, on the device. pads: [B], padding positions of each sequence, on the device and
+    in host memory. past: cached positions, padding included. first: the batch's first row in the group's tensors.
     """
 
-    def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, prompts: Sequence[Sequence[int]], device: torch.device = HOST) -> None:
         width = max(map(len, prompts))
-        self.pad = torch.tensor([width - len(prompt) for prompt in prompts])
-        self.ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        pad = torch.tensor([width - len(prompt) for prompt in prompts])
+        self.pads = {HOST: pad, device: pad.to(device)}
+        self.ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
         self.past = 0
         self.first = 0
         self.frames: dict[int, Frame] = {}
@@ -89,9 +89,13 @@ class Batch:
         """The batch's rows in the group's tensors."""
         return slice(self.first, self.first + self.ids.numel())
 
-    def present(self, sequences: slice) -> torch.Tensor:
+    def present(self, sequences: slice, device: torch.device) -> torch.Tensor:
         """[B, past + q]: whether a position of each of ``sequences`` holds a token rather than padding."""
-        return torch.arange(self.past + self.queries) >= self.pad[sequences, None]
+        return torch.arange(self.past + self.queries, device=device) >= self.pads[device][sequences, None]
+
+    def padded(self, sequences: slice) -> bool:
+        """Whether any of ``sequences`` has padding."""
+        return bool(self.pads[HOST][sequences].any())
 
     def advance(self, ids: torch.Tensor) -> None:
         """End the pass: its tokens are cached, ``ids`` [B] are the next ones."""
@@ -122,6 +126,10 @@ class Assignment:
         order = order[: starts[-1]]
         return cls(order // indices.shape[1] + first, weights.flatten()[order], starts)
 
+    def to(self, device: torch.device) -> Assignment:
+        """The same, on ``device``."""
+        return Assignment(self.rows.to(device), self.weights.to(device), self.starts)
+
     @property
     def counts(self) -> list[int]:
         """Tokens of each expert."""
@@ -135,11 +143,19 @@ class ExpertKernel:
     than SiLU, and the experts' own ``_apply_gate`` where it is special (gpt-oss), allocate in transformers.
     """
 
-    def __init__(self, rows: int, hidden: int, intermediate: int, compute: torch.dtype, wide: torch.dtype) -> None:
+    def __init__(
+        self,
+        rows: int,
+        hidden: int,
+        intermediate: int,
+        compute: torch.dtype,
+        wide: torch.dtype,
+        device: torch.device = HOST,
+    ) -> None:
         self.rows = rows
-        self._x = torch.zeros(rows, hidden, dtype=compute)
-        self._inner = torch.empty(2 * rows * intermediate, dtype=compute)
-        self._out = torch.empty(rows, hidden, dtype=wide)
+        self._x = torch.zeros(rows, hidden, dtype=compute, device=device)
+        self._inner = torch.empty(2 * rows * intermediate, dtype=compute, device=device)
+        self._out = torch.empty(rows, hidden, dtype=wide, device=device)
 
     def run(
         self, experts: Any, parts: Parts, x: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor
@@ -198,7 +214,8 @@ def _activation(function: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 class Group:
-    """n batches that share each weight load, and the ops over them. Its methods belong to one thread.
+    """n batches that share each weight load, and the ops over them. Its methods belong to one thread, but for ``attend``, ``send``
+    and ``experts_elsewhere``, which are the CPU's part where the device is a GPU.
 
     A pass: ``begin``, ``embed``; per layer ``attention``, then ``dense`` or ``router``, ``experts``;
     ``final``, ``head`` for every page of the vocabulary, ``sample``. The first pass is the prefill.
@@ -214,19 +231,20 @@ class Group:
     ) -> None:
         """prompts: [batch][sequence][token id]. embedding: reads rows from disk where the embedding is not bound."""
         self._skeleton, self._chunks, self._embedding = skeleton, chunks, embedding
-        self.batches = {number: Batch(sequences) for number, sequences in enumerate(prompts)}
-        self._kernel = self._make_kernel()
+        self._device = skeleton.device
+        self.batches = {number: Batch(sequences, self._device) for number, sequences in enumerate(prompts)}
+        self._kernel = self._make_kernel(self._device)
         self._elsewhere: ExpertKernel | None = None
         self._splits: dict[int, list[tuple[slice, Split, torch.Tensor, torch.Tensor | None]]] = {}
         self._indices = self._weights = torch.empty(0, 0)
         self._assignments: dict[int | None, Assignment] = {}
-        self._logits = torch.empty(0, dtype=skeleton.compute_dtype)
+        self._logits = torch.empty(0, dtype=skeleton.compute_dtype, device=self._device)
 
-    def _make_kernel(self) -> ExpertKernel:
+    def _make_kernel(self, device: torch.device) -> ExpertKernel:
         skeleton = self._skeleton
         inner = max(_intermediate(skeleton, layer) for layer in range(skeleton.layers))
         return ExpertKernel(
-            self._chunks.expert_rows, skeleton.hidden, inner, skeleton.compute_dtype, skeleton.wide_dtype
+            self._chunks.expert_rows, skeleton.hidden, inner, skeleton.compute_dtype, skeleton.wide_dtype, device
         )
 
     @property
@@ -275,7 +293,8 @@ class Group:
         limit = self._chunks.decode_batch if own.past else self._chunks.attention_batch
         for sequences in _split(slice(0, own.size), limit):
             frame, cache = self._frame(own, sequences), kv.cache(sequences, own.past)
-            mask, hidden = self._mask(layer, own, frame, cache), self._own_hidden(own, sequences)
+            mask = self._mask(layer, own, sequences, frame, cache, self._device)
+            hidden = self._own_hidden(own, sequences)
             hidden += self._skeleton.attention(layer, hidden, mask, frame.positions, frame.angles, cache)
 
     def _own_hidden(self, own: Batch, sequences: slice) -> torch.Tensor:
@@ -283,11 +302,14 @@ class Group:
         rows = slice(own.first + sequences.start * own.queries, own.first + sequences.stop * own.queries)
         return self._x[rows].copy_(self._wide[rows]).view(-1, own.queries, self._skeleton.hidden)
 
-    def _mask(self, layer: int, own: Batch, frame: Frame, cache: Cache) -> torch.Tensor | None:
-        """The mask of an attention call, made once per frame and kind of layer."""
-        kind = self._skeleton.sliding(layer)
+    def _mask(
+        self, layer: int, own: Batch, sequences: slice, frame: Frame, cache: Cache, device: torch.device
+    ) -> torch.Tensor | None:
+        """The mask of an attention call on ``device``, made once per frame and kind of layer."""
+        kind = self._skeleton.sliding(layer), device
         if kind not in frame.masks:
-            frame.masks[kind] = self._skeleton.mask(layer, frame.present, own.queries, cache)
+            present, padded = own.present(sequences, device), own.padded(sequences)
+            frame.masks[kind] = self._skeleton.mask(layer, present, padded, own.queries, cache)
         return frame.masks[kind]
 
     @torch.inference_mode()
@@ -296,7 +318,7 @@ class Group:
         own, splits = self.batches[batch], []
         for sequences in _split(slice(0, own.size), self._chunks.decode_batch):
             frame, cache = self._frame(own, sequences), NewOnly(own.past)
-            mask = self._mask(layer, own, frame, cache)
+            mask = self._mask(layer, own, sequences, frame, cache, HOST)  # for ``attend``
             hidden = self._own_hidden(own, sequences)
             forward = partial(self._skeleton.attention, layer, hidden, None, frame.positions, frame.angles, cache)
             split = Split(self._skeleton.config, forward)
@@ -328,7 +350,8 @@ class Group:
             self._wide[rows].copy_(hidden).add_(routed.base)
             hidden.copy_(routed.x)
             if self._indices.shape != (len(self._x), routed.indices.shape[1]):
-                self._indices = torch.empty(len(self._x), routed.indices.shape[1], dtype=torch.int32)
+                shape = len(self._x), routed.indices.shape[1]
+                self._indices = torch.empty(shape, dtype=torch.int32, device=self._device)
                 self._weights = torch.empty_like(self._indices, dtype=self._wide.dtype)
             self._indices[rows] = routed.indices.int()
             self._weights[rows] = routed.weights.to(self._wide.dtype)
@@ -361,9 +384,9 @@ class Group:
         order: dict[int, None] = {}
         for batch in (b for b in self.batches if last is None or b <= last):
             assignment = self._assignment(layer, batch)
-            spans = zip(assignment.starts, assignment.starts[1:], strict=False)
-            asked = [(int(assignment.rows[a]), expert) for expert, (a, b) in enumerate(spans) if b > a]
-            order.update(dict.fromkeys(expert for _, expert in sorted(asked)))
+            asked = [expert for expert, count in enumerate(assignment.counts) if count]
+            first = assignment.rows[[assignment.starts[expert] for expert in asked]].tolist()
+            order.update(dict.fromkeys(expert for _, expert in sorted(zip(first, asked, strict=True))))
         return list(order)
 
     @torch.inference_mode()
@@ -379,8 +402,9 @@ class Group:
     @torch.inference_mode()
     def send(self, rows: torch.Tensor) -> None:
         """What experts elsewhere need: their input into ``rows``, flat, and who is routed to whom."""
-        rows[: self._x.numel()].view(self._x.shape).copy_(self._x)
-        self._sent = self._assignment(self._routed, None)
+        rows[: self._x.numel()].view(self._x.shape).copy_(self._x, non_blocking=True)
+        # Not the one that the other experts use: on a GPU that is another stream's.
+        self._sent = self._assign(self._routed, None).to(HOST)
 
     @torch.inference_mode()
     def experts_elsewhere(
@@ -390,7 +414,7 @@ class Group:
         shape = self._wide.shape
         x, out = rows[: self._x.numel()].view(shape), sums[: self._wide.numel()].view(shape)
         if self._elsewhere is None:
-            self._elsewhere = self._make_kernel()
+            self._elsewhere = self._make_kernel(HOST)
         self._add_experts(self._elsewhere, layer, experts, self._sent, x, out.zero_())
 
     @torch.inference_mode()
@@ -420,10 +444,13 @@ class Group:
     @torch.inference_mode()
     def final(self) -> None:
         """Normed hidden states of every sequence's last position: what ``head`` multiplies."""
-        last = [torch.arange(b.first + b.queries - 1, b.rows.stop, b.queries) for b in self.batches.values()]
+        here = self._device
+        last = [
+            torch.arange(b.first + b.queries - 1, b.rows.stop, b.queries, device=here) for b in self.batches.values()
+        ]
         self._last = self._skeleton.norm(self._wide[torch.cat(last)].to(self._skeleton.compute_dtype))
-        self._best = torch.full((len(self._last),), -torch.inf, dtype=self._skeleton.compute_dtype)
-        self._token = torch.zeros(len(self._last), dtype=torch.long)
+        self._best = torch.full((len(self._last),), -torch.inf, dtype=self._skeleton.compute_dtype, device=here)
+        self._token = torch.zeros(len(self._last), dtype=torch.long, device=here)
 
     @torch.inference_mode()
     def head(self, first: int, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
@@ -469,9 +496,9 @@ class Group:
         """
         if sequences.start in batch.frames:
             return batch.frames[sequences.start]
-        present = batch.present(sequences)
-        positions = (torch.arange(batch.past, batch.past + batch.queries) - batch.pad[sequences, None]).clamp(min=0)
-        frame = Frame(present, positions, self._skeleton.rotary(positions))
+        new = torch.arange(batch.past, batch.past + batch.queries, device=self._device)
+        positions = (new - batch.pads[self._device][sequences, None]).clamp(min=0)
+        frame = Frame(positions, self._skeleton.rotary(positions))
         if batch.past:
             batch.frames[sequences.start] = frame
         return frame
@@ -479,17 +506,20 @@ class Group:
     def _assignment(self, layer: int, batch: int | None) -> Assignment:
         """The assignment of a scope, sorted on first use after its routers."""
         if batch not in self._assignments:
-            scope = list(self.batches.values()) if batch is None else [self.batches[batch]]
-            rows = slice(scope[0].first, scope[-1].rows.stop)
-            present = torch.cat([b.present(slice(None))[:, b.past :].flatten() for b in scope])
-            self._assignments[batch] = Assignment.of(
-                self._indices[rows],
-                self._weights[rows].contiguous(),
-                present,
-                rows.start,
-                self._skeleton.num_experts(layer),
-            )
+            self._assignments[batch] = self._assign(layer, batch)
         return self._assignments[batch]
+
+    def _assign(self, layer: int, batch: int | None) -> Assignment:
+        scope = list(self.batches.values()) if batch is None else [self.batches[batch]]
+        rows = slice(scope[0].first, scope[-1].rows.stop)
+        present = torch.cat([b.present(slice(None), self._device)[:, b.past :].flatten() for b in scope])
+        return Assignment.of(
+            self._indices[rows],
+            self._weights[rows].contiguous(),
+            present,
+            rows.start,
+            self._skeleton.num_experts(layer),
+        )
 
 
 def kernel_threads(count: int) -> None:

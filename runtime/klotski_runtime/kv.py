@@ -40,6 +40,7 @@ class KvBlock:
             raise ValueError(f"{storage.numel()} elements cannot hold {batch_size} x {capacity} positions of {shape}")
         keys = batch_size * capacity * shape.key_heads * shape.key_width
         self.capacity = capacity
+        self.position_bytes = batch_size * shape.elements * storage.itemsize
         self.keys = storage[:keys].view(batch_size, shape.key_heads, capacity, shape.key_width)
         self.values = storage[keys:].view(batch_size, shape.value_heads, capacity, shape.value_width)
 
@@ -48,9 +49,9 @@ class KvBlock:
         return KvCache(self.keys[rows], self.values[rows], past)
 
     def take(self, other: KvBlock, first: int, last: int) -> None:
-        """Copy positions ``first:last`` of another block of the same batch."""
-        self.keys[:, :, first:last].copy_(other.keys[:, :, first:last])
-        self.values[:, :, first:last].copy_(other.values[:, :, first:last])
+        """Copy positions ``first:last`` of another block of the same batch; on a GPU it is issued to the current stream."""
+        for to, source in ((self.keys, other.keys), (self.values, other.values)):
+            _widest(to)[:, :, first:last].copy_(_widest(source)[:, :, first:last], non_blocking=True)
 
     def pack(self, first: int, last: int, out: torch.Tensor) -> None:
         """Copy positions ``first:last`` to ``out``, 1-D: per position the keys [B, heads, width], then the values."""
@@ -78,6 +79,11 @@ class KvBlock:
         if column != rows.shape[1]:
             raise ValueError(f"a packed position has {rows.shape[1]} elements, not {column}")
         return pairs
+
+
+def _widest(block: torch.Tensor) -> torch.Tensor:
+    """The same bytes as integers of eight, if heads are so wide: a GPU copies rows element by element."""
+    return block.view(torch.int64) if block.shape[-1] * block.itemsize % 8 == 0 else block
 
 
 class _Filled(CacheLayerMixin):

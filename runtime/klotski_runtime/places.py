@@ -1,37 +1,44 @@
 """Slots of every tier and what is in them: weights, KV cache, hidden states, exchanges.
 
-A GPU's tier may also be host memory (``Engine(emulate=True)``): the same plan, the same ops on the same streams, on a machine
-without a GPU.
+Where the skeleton is the CPU's, a GPU's tier is host memory too (``Engine(emulate=True)``): the same plan, the same ops on the same
+streams, on a machine without a GPU.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 
-from klotski_compiler.errors import PlanError
+from klotski_compiler.errors import ConfigError, PlanError
 from klotski_compiler.plan import Pages, Phase, Plan, Slot, Tensor
 from klotski_compiler.tensors import page_rows
-from klotski_runtime.arena import Arena
+from klotski_runtime.arena import Arena, GpuArena, Reservation
 from klotski_runtime.checkpoint import HEAD, Checkpoint, Layout, ModuleKey, Segment, layout
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.reader import DiskReader
 from klotski_runtime.skeleton import Skeleton
+
+PIECE_BYTES = 1 << 30
+"""Host memory is locked for a GPU in pieces of about this size: a system may refuse to lock all of it at once."""
 
 
 class Places:
     """The memory of one plan. A slot belongs to the op that the plan's waits give it to; nothing here locks."""
 
     def __init__(self, plan: Plan, skeleton: Skeleton, checkpoint: Checkpoint, reader: DiskReader) -> None:
-        """Takes the memory of every arena at once, so that no pass pays for a page's first touch."""
+        """Takes the memory of every arena at once, so that no pass pays for a page's first touch.
+
+        Raises ConfigError where a GPU has not so much.
+        """
         self._plan, self._skeleton, self._checkpoint, self._reader = plan, skeleton, checkpoint, reader
-        ends: dict[str, int] = {}
-        for slot in plan.slots:
-            ends[slot.tier] = max(ends.get(slot.tier, 0), slot.offset + slot.nbytes)
-        self.arenas = {tier: Arena(end) for tier, end in ends.items()}
-        for arena in self.arenas.values():
-            arena.populate()
+        self._host: dict[str, Arena] = {}
+        self._seen: dict[str, Reservation] = {}
+        self.arenas: dict[str, Reservation] = {}
+        for tier, cuts in _pieces(plan.slots).items():
+            self._reserve(tier, cuts)
+        self.moved_bytes: Counter[str] = Counter()
         self.resident = dict(plan.placed)
         self._permanent = frozenset(self.resident.values())
         self.kv_shapes = [skeleton.kv_shape(layer) for layer in range(skeleton.layers)]
@@ -45,6 +52,31 @@ class Places:
             for t, slot in plan.placed
             if plan.tensors[t].kind == "expert"
         }
+
+    def _reserve(self, tier: str, cuts: Sequence[int]) -> None:
+        device = self._skeleton.device
+        if device.type == "cuda" and tier == self._plan.compute_tier:
+            try:
+                self.arenas[tier] = GpuArena(cuts[-1], device)
+            except torch.OutOfMemoryError:
+                free, _ = torch.cuda.mem_get_info(device)
+                why = f"the plan takes {cuts[-1]:,} bytes of slots, {device} has {free:,} free; compile with less --memory {tier}="
+                raise ConfigError("plan", "memory", why) from None
+            return
+        arena = self.arenas[tier] = self._host[tier] = Arena(cuts[-1])
+        arena.populate()
+        if device.type == "cuda" and (seen := arena.pin(cuts)):
+            self._seen[tier] = seen
+
+    @property
+    def pinned(self) -> bool:
+        """Whether a GPU's copy engines, if there is a GPU, read and write host memory themselves."""
+        return self._skeleton.device.type != "cuda" or len(self._seen) == len(self._host)
+
+    def close(self) -> None:
+        """Unlock memory; it goes with the last view."""
+        for arena in self._host.values():
+            arena.unpin()
 
     def slot(self, number: int) -> Slot:
         """The byte range of a slot."""
@@ -68,7 +100,7 @@ class Places:
                 why = f"{tensor.name} needs {need:,} bytes, its slot has {at.nbytes:,}; compile again"
                 raise PlanError("model", why)
             self._vacate(number)
-            parts.append((plan.between(begin, end, origin), self.arenas[at.tier].view(at.offset, at.nbytes)))
+            parts.append((plan.between(begin, end, origin), self._host[at.tier].view(at.offset, at.nbytes)))
         self._reader.read_all(parts)
         for tensor, number, expert in modules:
             self._arrived(tensor, number, expert, pages)
@@ -79,8 +111,18 @@ class Places:
         begin, end = self._span(tensor, self._layout(tensor, module_key(tensor, expert))[1], pages)
         self._vacate(target)
         first = begin if source in self._permanent else 0  # a page on its way has a slot of its own
-        self._bytes(there, begin, end - begin).copy_(self._bytes(here, first, end - begin))
+        self._copy(there, begin, here, first, end - begin)
         self._arrived(tensor, target, expert, pages)
+
+    def carry(self, source: int, target: int) -> None:
+        """Copy all of a slot to another tier's."""
+        here, there = self.slot(source), self.slot(target)
+        self._copy(there, 0, here, 0, min(here.nbytes, there.nbytes))
+
+    def _copy(self, there: Slot, to: int, here: Slot, first: int, nbytes: int) -> None:
+        """On a GPU the copy is issued to the current stream."""
+        self._bytes(there, to, nbytes).copy_(self._bytes(here, first, nbytes), non_blocking=True)
+        self.moved_bytes[f"{here.tier}>{there.tier}"] += nbytes
 
     @staticmethod
     def _span(tensor: Tensor, plan: Layout, pages: Pages | None) -> tuple[int, int]:
@@ -132,12 +174,16 @@ class Places:
 
     # --------------------------------------------------------------------------------------------------- activations
 
-    def kv(self, layer: int, batch: int, size: int, number: int | None = None) -> KvBlock:
-        """The KV block of a layer and batch of ``size`` sequences: in its permanent slot, or in the one given."""
+    def kv(self, layer: int, batch: int, size: int, number: int | None = None, moving: bool = False) -> KvBlock:
+        """The KV block of a layer and batch of ``size`` sequences: in its permanent slot, or in the one given.
+
+        moving: for a copy between tiers. Its rows are strided, so that on a GPU a kernel copies them, host memory included.
+        """
         at = self.slot(self.resident[self._caches[layer, batch]] if number is None else number)
+        arena = self._seen.get(at.tier, self.arenas[at.tier]) if moving else self.arenas[at.tier]
         shape, dtype = self.kv_shapes[layer], self._skeleton.compute_dtype
         count = size * self.capacity * shape.elements
-        storage = self.arenas[at.tier].tensor(at.offset, count * dtype.itemsize, dtype, (count,))
+        storage = arena.tensor(at.offset, count * dtype.itemsize, dtype, (count,))
         return KvBlock(storage, shape, size, self.capacity)
 
     def state(self, phase: Phase, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,6 +202,18 @@ class Places:
         at = self.slot(number)
         count = at.nbytes // dtype.itemsize
         return self.arenas[at.tier].tensor(at.offset, count * dtype.itemsize, dtype, (count,))
+
+
+def _pieces(slots: Sequence[Slot]) -> dict[str, list[int]]:
+    """Per tier the offsets, from 0 to the end, that no slot lies across and that are at least PIECE_BYTES apart."""
+    cuts: dict[str, list[int]] = {}
+    ends: dict[str, int] = {}
+    for slot in sorted(slots, key=lambda s: s.offset):
+        begun, end = cuts.setdefault(slot.tier, [0]), ends.get(slot.tier, 0)
+        if slot.offset >= max(end, begun[-1] + PIECE_BYTES):
+            begun.append(slot.offset)
+        ends[slot.tier] = max(end, slot.offset + slot.nbytes)
+    return {tier: [*found, ends[tier]] for tier, found in cuts.items()}
 
 
 def module_key(tensor: Tensor, expert: int) -> ModuleKey:

@@ -3,7 +3,6 @@
 Kernel times are means of many short samples; each number is measured in several rounds, spread over the whole time, and the
 median of the rounds kept, against disturbances that last. Buffers are cycled so that no weight and no cached key is found in a
 processor's cache. Whole blocks are measured through the runtime's own ops, so that their small costs are in the number.
-What is there for a GPU has not run on one yet.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.hardware import Hardware, Link, Processor, Tier
 from klotski_runtime.checkpoint import PAGE
+from klotski_runtime.device import context_bytes, gpu_of
 from klotski_runtime.profile_block import SMALL, Block
 from klotski_runtime.profile_disk import MIB, Found, Turns, fill, rounded, scratch_file
 
@@ -112,7 +112,8 @@ def measure(
     weights and spilled KV would live on; it needs 1 GiB for a moment. quick: sizes for a test, not for planning.
     Raises ConfigError if the device or the folder cannot be used.
     """
-    chosen, sizes = _device(device), QUICK if quick else FULL
+    chosen = torch.device("cpu") if device == "cpu" else gpu_of(device)
+    sizes = QUICK if quick else FULL
     _check_scratch(scratch, sizes)
     with_gpu = chosen.type == "cuda"
     units = {"cpu": (torch.device("cpu"), sizes)}
@@ -143,10 +144,12 @@ def measure(
     processors["cpu"]["shared_speed"] = turns.processor_speed()
     if with_gpu:
         gpu, gpu_sizes = units["gpu"]
-        free, _ = torch.cuda.mem_get_info(gpu)
-        tiers["gpu.capacity_bytes"] = free, "free memory by torch.cuda.mem_get_info when measured"
         step("copies to and from the GPU")
         links |= _copies(gpu, gpu_sizes)
+        torch.cuda.empty_cache()
+        _, total = torch.cuda.mem_get_info(gpu)
+        left = total - context_bytes(gpu)
+        tiers["gpu.capacity_bytes"] = left, "what the driver, its context and other processes leave"
     report("done", 1.0)
 
     stamp = f"measured with klotski-profile, {date.today().isoformat()}"
@@ -182,23 +185,6 @@ def _processor_fields(found: Found) -> dict[str, Any]:
 
 
 # Where to measure
-
-
-def _device(device: str) -> torch.device:
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise ConfigError("--device", "", f"{device!r} is no device; give cpu or cuda:N") from None
-    if chosen.type == "cpu":
-        return chosen
-    devices = torch.cuda.device_count()
-    if chosen.type != "cuda" or (chosen.index or 0) >= devices:
-        usable = ", ".join(["cpu", *(f"cuda:{index}" for index in range(devices))])
-        why = (
-            f"torch {torch.__version__} sees {devices} CUDA devices, so {device!r} cannot be measured; usable: {usable}"
-        )
-        raise ConfigError("--device", "", why)
-    return torch.device("cuda", chosen.index or 0)
 
 
 def _check_scratch(scratch: Path, sizes: Sizes) -> None:

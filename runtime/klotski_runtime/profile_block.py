@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,8 +30,6 @@ class Block:
         self, device: torch.device, hidden: int, heads: tuple[int, int, int], batch: int, queries: int
     ) -> None:
         query_heads, kv_heads, width = heads
-        # Fresh tensors of the ops belong on the device; on the CPU, where they are anyway, the context would cost time.
-        self._here: AbstractContextManager[object] = nullcontext() if device.type == "cpu" else device
         settings: dict[str, Any] = {
             "hidden_size": hidden,
             "num_hidden_layers": 1,
@@ -44,8 +41,8 @@ class Block:
             "num_experts_per_tok": 2,
             "moe_intermediate_size": SMALL,
         }
-        with self._here:
-            skeleton = Skeleton(Qwen3MoeConfig(**settings), torch.bfloat16)
+        skeleton = Skeleton(Qwen3MoeConfig(**settings), torch.bfloat16, device)
+        with device:
             shape = skeleton.kv_shape(0)
             for kind, part in (
                 ("attention", "self_attn"),
@@ -79,19 +76,16 @@ class Block:
 
     def attention(self) -> None:
         """The whole op."""
-        with self._here:
-            self._group.attention(0, 0, self._kv)
+        self._group.attention(0, 0, self._kv)
 
     def router(self) -> None:
         """The whole op."""
-        with self._here:
-            self._group.router(0, 0)
+        self._group.router(0, 0)
 
     def expert(self) -> None:
         """The op of the expert that most tokens chose."""
-        with self._here:
-            counts = self._group.counts(0, None)
-            self._group.experts(0, [(counts.index(max(counts)), self._parts)], None)
+        counts = self._group.counts(0, None)
+        self._group.experts(0, [(counts.index(max(counts)), self._parts)], None)
 
     def projections(self) -> None:
         """The matmuls of attention."""

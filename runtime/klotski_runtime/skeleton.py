@@ -24,6 +24,7 @@ from klotski_compiler.errors import ConfigError
 from klotski_runtime.checkpoint import EMBEDDING, ModuleKey, read_config
 from klotski_runtime.kv import KvShape
 
+HOST = torch.device("cpu")
 WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 """Compute dtype -> the type in which expert outputs are summed."""
 
@@ -89,17 +90,18 @@ class _KvProbe(Cache):
 
 
 class Skeleton:
-    """The model that ``config`` describes, for kernels in ``compute_dtype``; holds no weights but those that are bound.
+    """The model that ``config`` describes, for kernels on ``device`` in ``compute_dtype``; holds no weights but those that are bound.
 
     ``bind`` and ``unbind`` may run on any thread while no op of that module runs. The rest belongs to one thread.
     """
 
-    def __init__(self, config: PreTrainedConfig, compute_dtype: torch.dtype) -> None:
+    def __init__(self, config: PreTrainedConfig, compute_dtype: torch.dtype, device: torch.device = HOST) -> None:
         if compute_dtype not in WIDE:
             raise ConfigError(
                 "", "dtype", f"{compute_dtype} is not a compute dtype; use one of {', '.join(map(str, WIDE))}"
             )
         self.config, self.compute_dtype, self.wide_dtype = config, compute_dtype, WIDE[compute_dtype]
+        self.device = device
         try:
             with torch.device("meta"):
                 self.model: Any = AutoModelForCausalLM.from_config(
@@ -111,7 +113,7 @@ class Skeleton:
         _check_supported(config, self.model, base)
         self._embedding, self._layers, self._norm = base.embed_tokens, base.layers, base.norm
         # Buffers that no file holds (rotary frequencies) are lost on the meta device: build their module again, off it.
-        self._rotary = type(base.rotary_emb)(config=config)
+        self._rotary = type(base.rotary_emb)(config=config).to(device)
         base.rotary_emb = self._rotary
         # Gathered rows of the embedding are bound too; the padding row, which only gradients ask for, may not be there.
         self._embedding.padding_idx = None
@@ -173,8 +175,8 @@ class Skeleton:
         """What the layer's attention caches per position, found by running it, unbound, on the meta device."""
         probe = _KvProbe()
         hidden = torch.empty(1, 1, self.hidden, dtype=self.compute_dtype, device="meta")
-        positions = torch.zeros(1, 1, dtype=torch.long)
-        angles = self._rotary(hidden.new_empty(1, device="cpu"), positions)
+        positions = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        angles = self.rotary(positions)
         on_meta = tuple(angle.to("meta") for angle in angles) if isinstance(angles, tuple) else angles.to("meta")
         self.attention(layer, hidden, None, positions.to("meta"), on_meta, probe)
         assert probe.shape is not None
@@ -185,7 +187,7 @@ class Skeleton:
     def embed(self, ids: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Embeddings of ``ids`` [r] as [r, hidden]; ids count the rows of ``rows`` [u, hidden] where that is given."""
         if rows is not None:
-            self.bind(EMBEDDING, {f"{self.model.base_model_prefix}.embed_tokens.weight": rows})
+            self.bind(EMBEDDING, {f"{self.model.base_model_prefix}.embed_tokens.weight": rows.to(self.device)})
         try:
             embedded: torch.Tensor = self._embedding(ids)
             return embedded
@@ -195,20 +197,22 @@ class Skeleton:
 
     def rotary(self, positions: torch.Tensor) -> Any:
         """Position embeddings of ``positions`` [B, q], in the form that the model's attention takes."""
-        return self._rotary(torch.empty(0, dtype=self.compute_dtype), position_ids=positions)
+        return self._rotary(torch.empty(0, dtype=self.compute_dtype, device=self.device), position_ids=positions)
 
-    def mask(self, layer: int, present: torch.Tensor, queries: int, cache: Cache) -> torch.Tensor | None:
+    def mask(self, layer: int, present: torch.Tensor, padded: bool, queries: int, cache: Cache) -> torch.Tensor | None:
         """The attention mask of a layer's kind (causal or sliding), None where plain causal attention is right.
 
-        present: [B, past + queries], False where a sequence has padding. cache: not yet updated.
+        present: [B, past + queries], False where a sequence has padding, as ``padded`` says that some have: to look would halt a
+        GPU. cache: not yet updated. The mask is where ``present`` is.
         """
         make: Any = create_sliding_window_causal_mask if self.sliding(layer) else create_causal_mask
         # Only its shape and dtype are read.
-        embeds = torch.empty(1, dtype=self.compute_dtype).expand(present.shape[0], queries, self.hidden)
+        embeds = torch.empty(1, dtype=self.compute_dtype, device=present.device)
+        embeds = embeds.expand(present.shape[0], queries, self.hidden)
         mask: torch.Tensor | None = make(
-            config=self.config, inputs_embeds=embeds, attention_mask=present, **{CACHE: cache}
+            config=self.config, inputs_embeds=embeds, attention_mask=present if padded else None, **{CACHE: cache}
         )
-        if mask is None and queries == 1 and self.config._attn_implementation == "sdpa":
+        if mask is None and queries == 1 and present.device == HOST and self.config._attn_implementation == "sdpa":
             # torch's CPU kernel for grouped queries reads the cache ten times slower where no mask is given.
             return present[:, None, None, :]
         return mask

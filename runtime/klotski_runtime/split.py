@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,7 @@ class Split:
         try:
             self._run = greenlet(forward)
             self.call: Call = self._run.switch()
+            self._module = _on_host(self.call.module)
         finally:
             config._attn_implementation = self._function
 
@@ -93,9 +95,8 @@ class Split:
         """Attention over cache and new token; the mixed values [B, 1, heads, width] take the place of the query in ``packed``."""
         query, key, value = self.call.unpack(packed)
         keys, values = kv.cache(sequences, past).update(key, value, 0)
-        module = self.call.module
-        function = ALL_ATTENTION_FUNCTIONS.get(self._function) or _eager(module)
-        mixed, _ = function(module, query, keys, values, mask, **self.call.settings)
+        function = ALL_ATTENTION_FUNCTIONS.get(self._function) or _eager(self._module)
+        mixed, _ = function(self._module, query, keys, values, mask, **self.call.settings)
         packed[: mixed.numel()].view(mixed.shape).copy_(mixed)
 
     def finish(self, packed: torch.Tensor) -> torch.Tensor:
@@ -105,6 +106,15 @@ class Split:
         count = query.shape[0] * query.shape[2] * query.shape[1] * value.shape[3]
         out: torch.Tensor = self._run.switch(packed[:count].view(shape))
         return out
+
+
+def _on_host(module: Any) -> Any:
+    """An attention module whose own parameters (gpt-oss has sinks), not those of its projections, are in host memory."""
+    if all(own.device.type == "cpu" for own in module._parameters.values()):
+        return module
+    there = copy(module)
+    there.__dict__["_parameters"] = {n: p.to("cpu", non_blocking=True) for n, p in module._parameters.items()}
+    return there
 
 
 def _eager(module: Any) -> Any:

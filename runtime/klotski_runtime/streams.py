@@ -60,12 +60,15 @@ class ThreadStream:
         if self._backend.stopped:
             return
         start = time.perf_counter()
+        self._try(number, step, at)
+        self._backend.note(Ran(at, number, self.name, start, time.perf_counter()))
+
+    def _try(self, number: int, step: Step, at: int) -> None:
         try:
             if self._backend.perform(number, step, at):
                 self._backend.stop()
         except BaseException as failure:
             self._backend.fail(number, failure)
-        self._backend.note(Ran(at, number, self.name, start, time.perf_counter()))
 
     def _work(self) -> None:
         try:
@@ -101,8 +104,11 @@ class ThreadBackend:
     def stream(self, name: str) -> ThreadStream:
         """The thread of that stream."""
         if name not in self._streams:
-            self._streams[name] = ThreadStream(name, self)
+            self._streams[name] = self._make(name)
         return self._streams[name]
+
+    def _make(self, name: str) -> ThreadStream:
+        return ThreadStream(name, self)
 
     def begin(self, at: int) -> bool:
         """Hold the issuing thread back until the pass before the last issued one has ended; False once stopped."""

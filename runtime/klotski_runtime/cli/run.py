@@ -79,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads of a kernel (default: one per core)")
     parser.add_argument(
+        "--device", default="cuda:0", metavar="cuda:N", help="the GPU of a plan for one (default: cuda:0)"
+    )
+    parser.add_argument(
         "--emulate",
         action="store_true",
         help="run a plan for a GPU with host memory in the GPU's place: the same ops and tokens, at another speed",
@@ -107,16 +110,19 @@ def _run(arguments: argparse.Namespace) -> str:
     if arguments.model is None and not Path(plan.model).is_dir() and "/" not in plan.model:
         raise ConfigError("--model", "", f"is needed: the plan says only that the model is called {plan.model}")
     tune_libraries()
+    from klotski_runtime.device import GpuMemory, device_of
     from klotski_runtime.engine import Engine
     from klotski_runtime.locate import model_folder
     from klotski_runtime.skeleton import import_model
 
+    device = device_of(plan, arguments.device, arguments.emulate)
     folder = model_folder(arguments.model or plan.model, "--model")
     config = import_model(folder)
     if arguments.input:
         job: Job = Batch(plan, folder, config, arguments, new_tokens)
     else:
         job = rehearsal(plan, config, new_tokens)
+    gpu = GpuMemory(device)
     idle, read = rss_bytes(), storage_read_bytes()
     try:
         with PeakRss() as peak:
@@ -126,9 +132,15 @@ def _run(arguments: argparse.Namespace) -> str:
                 config,
                 arguments.scratch,
                 threads=arguments.threads or 0,
+                device=device,
                 emulate=arguments.emulate,
                 keep_log=arguments.trace is not None,
             )
+            if not engine.places.pinned:
+                print(
+                    "klotski-run: the system locks no more memory, so copies to the GPU are slow; see ulimit -l",
+                    file=sys.stderr,
+                )
             try:
                 wall_s = _generate(engine, job)
             finally:
@@ -141,6 +153,7 @@ def _run(arguments: argparse.Namespace) -> str:
         "storage_read_bytes": storage_read_bytes() - read,
         "idle_rss_bytes": idle,
         "peak_rss_bytes": peak.nbytes,
+        **gpu.peak(),
     }
     job.finish(report)
     if arguments.trace:
@@ -348,10 +361,10 @@ def _table(plan: Plan, report: dict[str, Any]) -> str:
     for link, nbytes in report["bytes_per_link"].items():
         lines.append((f"{link} moved", _megabytes(report["planned_bytes_per_link"].get(link, 0)), _megabytes(nbytes)))
     lines.append(("read from storage, by the kernel's count", "", _megabytes(report["storage_read_bytes"])))
-    taken = {plan.compute_tier: report["peak_rss_bytes"] - report["idle_rss_bytes"]}
+    taken = {"host": report["peak_rss_bytes"] - report["idle_rss_bytes"], "gpu": report.get("peak_gpu_bytes", 0)}
     for tier, nbytes in report["peak_bytes"].items():
         lines.append(
-            (f"{tier} memory at its peak", _megabytes(nbytes), _megabytes(taken[tier]) if tier in taken else "")
+            (f"{tier} memory at its peak", _megabytes(nbytes), _megabytes(taken[tier]) if taken.get(tier) else "")
         )
     idle = _megabytes(report["idle_rss_bytes"])
     body = "\n".join(f"{name:<44}{planned:>14}{found:>14}" for name, planned, found in lines)
