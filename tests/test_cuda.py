@@ -16,7 +16,7 @@ from klotski_compiler.execute import execute
 from klotski_compiler.plan import Step
 from klotski_compiler.policies import POLICIES
 from klotski_runtime.arena import Arena, GpuArena
-from klotski_runtime.cuda_streams import CudaBackend, Lanes
+from klotski_runtime.cuda_streams import CudaBackend, Lanes, of_gpu
 from klotski_runtime.kv import KvBlock, KvShape
 from klotski_runtime.profile import measure
 from klotski_runtime.streams import Ran
@@ -41,7 +41,7 @@ def test_streams_keep_every_wait_and_every_stream_in_order(policy: str) -> None:
     def perform(number: int, step: Step, at: int) -> None:
         torch.cuda._sleep(CYCLES * (1 + number % 3))  # to the thread's own stream; a thread of the host's goes on
 
-    with CudaBackend(Lanes(GPU), "gpu", "gpu", perform, note=log.append) as backend:
+    with CudaBackend(Lanes(GPU), of_gpu(steps), "gpu", perform, note=log.append) as backend:
         execute(steps, 3, backend)
     assert backend.failure is None, backend.failure
     spans = {(ran.at, ran.number): ran for ran in log}

@@ -9,12 +9,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from klotski_compiler.plan import Step
+from klotski_compiler.plan import Load, Step, Store
 from klotski_runtime.streams import Perform, Ran, ThreadBackend, ThreadStream
 
 
@@ -127,23 +127,30 @@ class Lanes:
         return self._streams[name]
 
 
+def of_gpu(steps: Sequence[Step], tier: str = "gpu") -> frozenset[str]:
+    """The streams that compute on the GPU, or whose ops move what is in its memory."""
+    return frozenset(
+        step.op.stream
+        for step in steps
+        if tier in (step.op.link if isinstance(step.op, Load | Store) else step.op.stream).split(">")
+    )
+
+
 class CudaBackend(ThreadBackend):
-    """Runs one phase on a GPU and on threads: streams that are, or that lead from or to, ``tier`` are the GPU's."""
+    """Runs one phase on a GPU and on threads. gpu: the names of the GPU's streams."""
 
     def __init__(
         self,
         lanes: Lanes,
-        tier: str,
+        gpu: frozenset[str],
         compute: str,
         perform: Perform,
         prepare: Callable[[str], None] = lambda name: None,
         note: Callable[[Ran], None] = lambda ran: None,
     ) -> None:
         super().__init__(compute, perform, prepare, note)
-        self._lanes, self._tier = lanes, tier
+        self._lanes, self._gpu = lanes, gpu
         self.clock = Clock(lanes[compute])
 
     def _make(self, name: str) -> ThreadStream:
-        if self._tier not in name.split(">"):
-            return super()._make(name)
-        return CudaStream(name, self, self._lanes[name])
+        return CudaStream(name, self, self._lanes[name]) if name in self._gpu else super()._make(name)

@@ -26,7 +26,7 @@ from klotski_compiler.tensors import page_rows
 from klotski_compiler.verify import verify
 from klotski_runtime import binding
 from klotski_runtime.checkpoint import EMBEDDING, HEAD, PAGE, Checkpoint, ModuleKey
-from klotski_runtime.cuda_streams import CudaBackend, Lanes
+from klotski_runtime.cuda_streams import CudaBackend, Lanes, of_gpu
 from klotski_runtime.kernels import Chunks, Group, kernel_threads
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.measured import Measured, Watch
@@ -157,7 +157,7 @@ class Engine:
         runner = PhaseRunner(self, phase, steps, active, round_)
         compute = next((s.op.stream for s in steps if isinstance(s.op, Compute)), "disk>host")
         watch = Watch(steps, compute, self._keep_log)
-        with self._backend(compute, runner.perform, watch.note) as backend:
+        with self._backend(steps, compute, runner.perform, watch.note) as backend:
             execute(steps, phase.passes if passes is None else passes, backend)
             # In here, so that an interrupt stops the streams before they are joined.
             backend.stream(compute).record().wait()
@@ -171,15 +171,26 @@ class Engine:
         if phase.name != "load":
             self.measured.add(phase.name, watch)
 
-    def _backend(self, compute: str, perform: Perform, note: Callable[[Ran], None]) -> ThreadBackend:
+    def _backend(
+        self, steps: Sequence[Step], compute: str, perform: Perform, note: Callable[[Ran], None]
+    ) -> ThreadBackend:
         if self.lanes is None:
             return ThreadBackend(
                 compute, perform, lambda name: kernel_threads(self.threads if name == compute else 1), note
             )
-        tier = self.plan.compute_tier
         return CudaBackend(
-            self.lanes, tier, compute, perform, lambda name: kernel_threads(self.threads if name == CPU else 1), note
+            self.lanes,
+            of_gpu(steps),
+            compute,
+            perform,
+            lambda name: kernel_threads(self.threads if name == CPU else 1),
+            note,
         )
+
+    def settle(self) -> None:
+        """Wait for what the calling thread has issued to its stream of the GPU: its next op works on host memory at once."""
+        if self.lanes:
+            torch.cuda.current_stream(self.lanes.device).synchronize()
 
     def _on_compute_stream(self) -> AbstractContextManager[object]:
         """Tensors that ops are to use belong to their stream."""
@@ -346,6 +357,7 @@ class PhaseRunner:
                 assert source is not None
                 places.move(tensor, source, slot, expert, op.pages)
         if modules:
+            self.engine.settle()
             places.fetch(modules, op.pages)
 
     def _store(self, op: Store, step: Step, at: int) -> None:
