@@ -1,8 +1,8 @@
 """Writes a random Qwen3-MoE checkpoint of any size: a model to measure with where no real one is at hand.
 
 Files are as published: bf16 safetensors shards with one tensor per expert and projection, their index, ``config.json``.
-Every weight is an independent draw (16 random bits, looked up in a table of normal quantiles), written as it is made:
-memory stays small at any size. There is no tokenizer and no end token: prompts are token ids, rows run to their limit.
+Every weight is an independent draw (16 random bits, looked up in a table of normal quantiles), written as it is made, a file on
+every core: memory stays small at any size. There is no tokenizer and no end token: prompts are token ids, rows run to their limit.
 
 Routing is skewed as in trained models: a quarter of the experts take 60 to 80 % of a layer's picks, other experts in
 each layer. A quarter of each embedding lies along one direction that all tokens share, and layers add little to it, so
@@ -10,18 +10,21 @@ every router sees it. A router's rows have popularities along that direction; th
 
     python benchmarks/checkpoint.py demo-model                                          1.5 GB
     python benchmarks/checkpoint.py big-model --shape qwen3-30b-a3b --layers 6          8.7 GB
+    python benchmarks/checkpoint.py wide-model --shape mixtral-8x7b --layers 6          17.9 GB, Mixtral's layers
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
-from itertools import count
+from itertools import accumulate
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -59,6 +62,17 @@ SHAPES = {
     "demo": Shape(),
     "qwen3-30b-a3b": Shape(
         layers=48, experts=128, top_k=8, moe_intermediate=768, heads=32, kv_heads=4, head_dim=128, vocab=151936
+    ),
+    "mixtral-8x7b": Shape(
+        layers=32,
+        hidden=4096,
+        experts=8,
+        top_k=2,
+        moe_intermediate=14336,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        vocab=32000,
     ),
 }
 
@@ -102,23 +116,40 @@ def make_checkpoint(
 
     weights = list(_weights(shape, seed))
     shards = _shards(weights)
-    total, done, numbers = sum(w.nbytes for w in weights), 0, count()
-    places = {}
-    direction = _direction(shape.hidden, seed)
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        with open(folder / name, "wb") as file:
-            file.write(_header(shard))
-            for weight in shard:
-                for block in _values(weight, direction, seed, next(numbers)):
-                    file.write(block.data)
-                    done += block.nbytes
-                    progress(done / total)
-        places.update({weight.name: name for weight in shard})
+    total, done = sum(w.nbytes for w in weights), 0
+    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    firsts = accumulate(map(len, shards), initial=0)
+    with ProcessPoolExecutor(min(len(shards), len(os.sched_getaffinity(0)))) as pool:
+        written = [
+            pool.submit(_write_shard, folder / name, shard, shape.hidden, seed, first)
+            for name, shard, first in zip(names, shards, firsts, strict=False)
+        ]
+        for shard_written in as_completed(written):
+            done += shard_written.result()
+            progress(done / total)
+    places = {weight.name: name for name, shard in zip(names, shards, strict=True) for weight in shard}
     _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
     _write_json(folder / "generation_config.json", {"bos_token_id": 1, "pad_token_id": 0, "do_sample": False})
     _write_json(complete, config)
     return folder
+
+
+def make_config(folder: Path, shape: Shape, seed: int = 0) -> Path:
+    """Write what a plan is compiled from; returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "config.json", _config(shape, seed))
+    return folder / "config.json"
+
+
+def _write_shard(path: Path, shard: list[Weight], hidden: int, seed: int, first: int) -> int:
+    """One file, whose first tensor is the model's number ``first``; returns the bytes of its tensors."""
+    direction = _direction(hidden, seed)
+    with open(path, "wb") as file:
+        file.write(_header(shard))
+        for number, weight in enumerate(shard, first):
+            for block in _values(weight, direction, seed, number):
+                file.write(block.data)
+    return sum(weight.nbytes for weight in shard)
 
 
 def _weights(shape: Shape, seed: int) -> Iterator[Weight]:

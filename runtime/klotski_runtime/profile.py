@@ -48,7 +48,7 @@ class Sizes:
     hidden, inter, tokens: the expert and its token counts. cold_bytes: size of the buffers that are cycled.
     sample_s: time per number and round. rounds: how often each number is measured. scratch_bytes: the scratch file.
     turns, turn_s: of the disk and the processor in a round. decode: (batch, context) of decode attention.
-    prompt: tokens of a prompt of prefill attention.
+    prompt: tokens of a prompt of prefill attention. short_prompts: how many prompts the elementwise work is measured on.
     """
 
     hidden: int
@@ -62,6 +62,7 @@ class Sizes:
     turn_s: float
     decode: tuple[tuple[int, int], ...]
     prompt: int
+    short_prompts: int
 
 
 CACHE_BYTES = 64 * MIB  # more than caches hold
@@ -80,9 +81,19 @@ FULL = Sizes(
     turn_s=0.4,
     decode=((1, 256), (1, 1024), (4, 512), (8, 512), (8, 2048), (16, 1024), (32, 512), (32, 1024)),
     prompt=512,
+    short_prompts=16,
 )
-# Small kernels on a GPU measure their launches: the expert is Mixtral's.
-FULL_GPU = replace(FULL, hidden=4096, inter=14336, tokens=(*FULL.tokens, 4096), cold_bytes=1024 * MIB)
+# Small kernels on a GPU measure their launches: the expert is Mixtral's, caches are a gigabyte, and prompts are many.
+FULL_GPU = replace(
+    FULL,
+    hidden=4096,
+    inter=14336,
+    tokens=(*FULL.tokens, 4096),
+    cold_bytes=1024 * MIB,
+    decode=((1, 1024), (16, 1024), (64, 1024), (128, 1024), (256, 1024), (512, 1024)),
+    prompt=2048,
+    short_prompts=1024,
+)
 QUICK = Sizes(
     hidden=256,
     inter=128,
@@ -95,6 +106,7 @@ QUICK = Sizes(
     turn_s=0.02,
     decode=((1, 64), (2, 128), (4, 256)),
     prompt=64,
+    short_prompts=2,
 )
 
 
@@ -405,7 +417,7 @@ def _hidden_rate(device: torch.device, sizes: Sizes) -> tuple[float, str]:
 
     What the block takes for many short prompts, less its matmuls, the attention of keys and values, and its fixed cost.
     """
-    batch, heads, width = max(1, sizes.prompt // SHORT_PROMPT), 8, 64
+    batch, heads, width = sizes.short_prompts, 8, 64
     block = Block(device, sizes.hidden, (heads, 2, width), batch, SHORT_PROMPT)
     least = Block(device, SMALL, (4, 2, 32), batch=1, queries=1)
     sweep = torch.zeros(min(sizes.cold_bytes, CACHE_BYTES), device=device, dtype=torch.uint8)
