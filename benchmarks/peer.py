@@ -188,14 +188,29 @@ def load_device_map(model: Path, setting: Setting, gen_len: int) -> Start:
     return started(found, setting)
 
 
-def placed(model: Any, room_bytes: int) -> dict[str, str]:
+def load_gpu_offload(model: Path, setting: Setting, gen_len: int) -> Start:
+    """The same on a GPU that torch lets this process have ``cap_bytes`` of: modules of ``gpu_bytes`` stay there, the others are copied
+    from host memory when they run."""
+    import accelerate
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _, total = torch.cuda.mem_get_info(0)
+    torch.cuda.set_per_process_memory_fraction(setting["cap_bytes"] / total, 0)
+    config = AutoConfig.from_pretrained(model, local_files_only=True)
+    with accelerate.init_empty_weights():
+        empty = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    return started(from_pretrained(model, setting, device_map=placed(empty, setting["gpu_bytes"], 0, "cpu")), setting)
+
+
+def placed(model: Any, room_bytes: int, near: str | int = "cpu", far: str = "disk") -> dict[str, str | int]:
     """A device map: small modules first, then whatever still fits. Every module is read once in a pass, so only bytes count."""
     sizes = {}
     for name, module in units(model):
         sizes[name] = sum(tensor.nbytes for tensor in module.parameters())
-    places = {}
+    places: dict[str, str | int] = {}
     for name, nbytes in sorted(sizes.items(), key=lambda item: item[1]):
-        places[name] = "cpu" if nbytes <= room_bytes else "disk"
+        places[name] = near if nbytes <= room_bytes else far
         room_bytes -= nbytes if nbytes <= room_bytes else 0
     return places
 
@@ -393,6 +408,7 @@ PEERS: dict[str, tuple[Import, Load, Prepare]] = {
     "resident": (import_torch, load_resident, nothing),
     "disk_offload": (import_accelerate, load_disk_offload, prepare_disk_offload),
     "device_map": (import_accelerate, load_device_map, nothing),
+    "gpu_offload": (import_accelerate, load_gpu_offload, nothing),
     "llama_cpp": (import_llama, load_llama, prepare_llama),
 }
 

@@ -156,7 +156,7 @@ class Engine:
             return
         runner = PhaseRunner(self, phase, steps, active, round_)
         compute = next((s.op.stream for s in steps if isinstance(s.op, Compute)), "disk>host")
-        watch = Watch(steps, compute, self._keep_log)
+        watch, before = Watch(steps, compute, self._keep_log), self.bytes_per_link
         with self._backend(steps, compute, runner.perform, watch.note) as backend:
             execute(steps, phase.passes if passes is None else passes, backend)
             # In here, so that an interrupt stops the streams before they are joined.
@@ -169,7 +169,8 @@ class Engine:
         if self._keep_log:
             self.measured.log.append((number, phase.name, watch.log))
         if phase.name != "load":
-            self.measured.add(phase.name, watch)
+            moved = {link: nbytes - before.get(link, 0) for link, nbytes in self.bytes_per_link.items()}
+            self.measured.add(phase.name, watch, moved)
 
     def _backend(
         self, steps: Sequence[Step], compute: str, perform: Perform, note: Callable[[Ran], None]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from klotski_compiler.plan import Bind, Compute, Step
@@ -14,13 +15,14 @@ from klotski_runtime.streams import Ran
 
 @dataclass(slots=True)
 class Measured:
-    """What a run took. busy_s: per stream, loading apart. bubble_s: idle compute time by cause, as the forecast splits it
-    (``simulate.bubbles``). log: per phase run (group, phase, finished ops), where kept."""
+    """What a run took. link_bytes: per phase and link. busy_s: per stream, loading apart. bubble_s: idle compute time by cause, as the
+    forecast splits it (``simulate.bubbles``). log: per phase run (group, phase, finished ops), where kept."""
 
     load_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     passes_us: dict[str, list[float]] = field(default_factory=dict)
+    link_bytes: dict[str, Counter[str]] = field(default_factory=dict)
     busy_s: dict[str, float] = field(default_factory=dict)
     bubble_s: dict[str, float] = field(default_factory=dict)
     log: list[tuple[int, str, list[Ran]]] = field(default_factory=list)
@@ -29,8 +31,14 @@ class Measured:
         """Median time of a pass, 0 where there was none."""
         return statistics.median(self.passes_us[phase]) if self.passes_us.get(phase) else 0.0
 
-    def add(self, phase: str, watch: Watch) -> None:
-        """Take in what was watched of one run of a phase."""
+    def pass_bytes(self, phase: str) -> dict[str, float]:
+        """Bytes that a pass moved over each link, on average."""
+        passes = len(self.passes_us.get(phase, ()))
+        return {link: nbytes / passes for link, nbytes in self.link_bytes[phase].items()} if passes else {}
+
+    def add(self, phase: str, watch: Watch, moved: Mapping[str, int]) -> None:
+        """Take in what was watched of one run of a phase, and the bytes that it moved over each link."""
+        self.link_bytes.setdefault(phase, Counter()).update(moved)
         starts = [watch.began, *watch.samples[:-1]]
         spans = [1e6 * (end - start) for start, end in zip(starts, watch.samples, strict=False)]
         self.passes_us.setdefault(phase, []).extend(spans)

@@ -330,6 +330,7 @@ def _report(engine: Engine, rows: Sequence[Row], wall_s: float) -> dict[str, Any
             phase: {"measured": measured.pass_us(phase), "predicted": predicted}
             for phase, predicted in forecast.pass_us.items()
         },
+        "pass_bytes": {phase: measured.pass_bytes(phase) for phase in measured.link_bytes},
         "bubble_fraction": sum(measured.bubble_s.values()) / passes_s,
         "predicted_bubble_fraction": forecast.bubble_fraction,
         "bubble_s": dict(sorted(measured.bubble_s.items())),

@@ -1,0 +1,364 @@
+"""What a machine with a GPU shows; ``gpu.sh`` says how to call it.
+
+``run`` begins with the link's rate beside the profile's. Then tiny models of every family write their tokens with the GPU and with the
+CPU in its place. Then models of published layer shapes run under every policy, with a GPU budget far below their weights: decode
+passes beside what the link, at the rate measured in this run, takes for the bytes that they moved. Then accelerate, in the same memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.checkpoint import SHAPES, Shape, make_checkpoint, make_config
+from klotski_compiler.errors import KlotskiError
+from klotski_compiler.hardware import read_hardware
+from klotski_compiler.output import write_whole
+from klotski_compiler.plan import Plan, load
+
+GIB = 1 << 30
+GPU_SHARE = 0.3  # of the weights: the GPU's budget
+
+
+class Model(NamedTuple):
+    """A random model of a published layer shape and its workload."""
+
+    name: str
+    shape: Shape
+    prompts: int
+    prompt_len: int
+    gen_len: int
+    policies: tuple[str, ...]
+
+
+RIVALS = ("klotski", "moe_gen", "flexgen", "moe_lightning", "zero_inference", "accelerate")
+MODELS = (
+    Model("mixtral-8x7b", replace(SHAPES["mixtral-8x7b"], layers=8), 512, 128, 16, ("joint", *RIVALS)),
+    Model("qwen3-30b-a3b", replace(SHAPES["qwen3-30b-a3b"], layers=12), 1024, 128, 16, ("joint", *RIVALS)),
+)
+FAMILY_POLICIES = ("joint", "klotski", "moe_lightning", "hybrimoe")
+PEER_BATCHES = (16, 64, 256)
+PEER_GEN_LEN = 5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one of the three steps."""
+    parser = argparse.ArgumentParser(prog="gpu.sh", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    steps = parser.add_subparsers(dest="step", required=True)
+    profile = steps.add_parser("profile", help="measure this machine, its GPU included")
+    profile.add_argument("-o", "--output", type=Path, default=Path("hw.json"))
+    plans = steps.add_parser("plans", help="compile what `run` runs; needs the solvers and no GPU")
+    plans.add_argument("hardware", type=Path)
+    plans.add_argument("-o", "--output", type=Path, default=Path("plans"))
+    run = steps.add_parser("run", help="run the plans and compare")
+    run.add_argument("plans", type=Path)
+    run.add_argument("-o", "--output", type=Path, help="write the report here, too")
+    run.add_argument("--models", type=Path, help="folder for 24 GB of random weights (default: in memory)")
+    run.add_argument("--seconds", type=float, default=500.0, help="begin nothing after so long (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    try:
+        return {"profile": _profile, "plans": _plans, "run": _run}[arguments.step](arguments)
+    except KlotskiError as error:
+        print(f"gpu.sh: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    from klotski_runtime.cli.profile import main as klotski_profile
+
+    return klotski_profile(["--device", "cuda:0", "--scratch", tempfile.gettempdir(), "-o", str(arguments.output)])
+
+
+# --------------------------------------------------------------------------------------------------------------- plans
+
+
+def _plans(arguments: argparse.Namespace) -> int:
+    hardware, out = read_hardware(arguments.hardware), arguments.output
+    (out / "families").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(arguments.hardware, out / "hw.json")
+    _family_plans(out / "families")
+    for model in MODELS:
+        config = make_config(out / model.name, model.shape)
+        budget = int(GPU_SHARE * weight_bytes(model.shape))
+        for policy in model.policies:
+            path = out / model.name / f"{policy}.json"
+            began = time.perf_counter()
+            done = _compile(config, arguments.hardware, path, policy, model, budget)
+            print(
+                f"{model.name}, {policy}: {time.perf_counter() - began:.1f} s{'' if done else ', FAILED'}", flush=True
+            )
+    print(f"for {hardware.description}: written to {out}")
+    return 0
+
+
+def _compile(config: Path, hardware: Path, path: Path, policy: str, model: Model, budget: int) -> bool:
+    from klotski_compiler.cli.compile import main as klotski_compile
+
+    sizes = {"prompt-len": model.prompt_len, "gen-len": model.gen_len, "num-sequences": model.prompts}
+    options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    options += ["--policy", policy, "--memory", f"gpu={budget}", "-o", str(path)]
+    with redirect_stdout(io.StringIO()):
+        return klotski_compile([str(config), str(hardware), *options]) == 0
+
+
+def _family_plans(out: Path) -> None:
+    """Every weight in host memory, in pieces on its way, as the tests have it."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from same import Resident, decided
+    from tiny import FAMILIES, make_checkpoint
+
+    disable_progress_bar()
+    for family in FAMILIES:
+        with tempfile.TemporaryDirectory() as folder:
+            model = Resident(make_checkpoint(family, Path(folder)))
+            for policy in FAMILY_POLICIES:
+                decided(model, policy, gen_len=8, gpu=True, unit=2, head_pages=3).save(out / f"{family}.{policy}.json")
+
+
+def weight_bytes(shape: Shape) -> int:
+    """Bytes of a model's weights in bf16, norms left out."""
+    attention = shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
+    layer = attention + shape.experts * shape.hidden * (1 + 3 * shape.moe_intermediate)
+    return 2 * (shape.layers * layer + 2 * shape.vocab * shape.hidden)
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+
+
+class Report:
+    """Lines that are shown as they come, and kept."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def __call__(self, line: str = "") -> None:
+        print(line, flush=True)
+        self.lines.append(line)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    began, say = time.perf_counter(), Report()
+    hardware = read_hardware(arguments.plans / "hw.json")
+    rates = in_child(link_rates)
+    say(f"{date.today().isoformat()}, {rates['gpu']}, {platform.python_version()}, torch {rates['torch']}")
+    say(f"command: benchmarks/gpu.sh run {arguments.plans.name}; plans for {hardware.description}")
+    for link in ("host>gpu", "gpu>host"):
+        planned = hardware.links[link].bandwidth_bytes_per_s
+        say(
+            f"{link}: {rates[link] / 1e9:.1f} GB/s now, {planned / 1e9:.1f} in the profile ({rates[link] / planned:.2f})"
+        )
+    say()
+    say("Tokens with the GPU beside those with the CPU in its place, fp32, tiny models")
+    for line in in_child(families, arguments.plans / "families"):
+        say(line)
+    models = arguments.models or Path("/dev/shm/klotski-models")
+    for model in MODELS:
+        folder = make_checkpoint(models / model.name, model.shape)
+        try:
+            _compare(model, folder, arguments, rates["host>gpu"], began, say)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    say()
+    say(f"{time.perf_counter() - began:.0f} s in all")
+    if arguments.output:
+        write_whole(arguments.output, "\n".join(say.lines) + "\n")
+    return 0
+
+
+def _compare(
+    model: Model, folder: Path, arguments: argparse.Namespace, link_rate: float, began: float, say: Report
+) -> None:
+    """The policies side by side on one model, then accelerate."""
+    total, budget = weight_bytes(model.shape), int(GPU_SHARE * weight_bytes(model.shape))
+    say()
+    work = f"{model.prompts} prompts x ({model.prompt_len} + {model.gen_len} tokens)"
+    say(
+        f"{model.name}, {model.shape.layers} layers: {total / 1e9:.1f} GB of weights, GPU {budget / 1e9:.1f} GB, {work}"
+    )
+    say(
+        f"{'':22}{'size':>11}{'tokens/s':>17}{'prefill pass s':>18}{'decode pass s':>18}{'link s':>9}{'of link':>9}{'GPU':>14}"
+    )
+    say(f"{'':33}{'now / forecast':>17}{'now / forecast':>18}{'now / forecast':>18}{'':9}{'':9}{'peak / cap GB':>14}")
+    speeds: dict[str, float] = {}
+    for policy in model.policies:
+        path = arguments.plans / model.name / f"{policy}.json"
+        if not path.exists() or time.perf_counter() - began > arguments.seconds:
+            say(f"{policy:22}{'no plan' if not path.exists() else 'no time left'}")
+            continue
+        trace = ["--trace", str(folder / "trace.json")] if policy == "joint" else []
+        found = in_child(klotski_run, [str(path), "--model", str(folder), "--json", *trace])
+        if "failed" in found:
+            say(f"{policy:22}failed: {found['failed']}")
+            continue
+        speeds[policy] = after_loading(found)
+        say(_row(policy, load(path), found, link_rate, budget))
+        if trace:
+            for line in in_child(compared, path, folder / "trace.json"):
+                say(f"    {line}")
+    batches = [b for b in PEER_BATCHES if b <= model.prompts]
+    for batch in batches:
+        if time.perf_counter() - began > arguments.seconds:
+            say(f"accelerate's own, batch {batch}: no time left")
+            continue
+        found = in_child(peer, folder, model, batch, budget)
+        if "failed" in found:
+            say(f"accelerate's own, batch {batch}: {found['failed']}")
+            continue
+        speeds[f"accelerate's own, batch {batch}"] = found["tokens_per_s"]
+        passes = f"prefill {found['prefill_s']:.2f} s, decode pass {found['pass_s']:.3f} s"
+        peak = f"GPU {found['peak_gpu_bytes'] / 1e9:.2f} GB"
+        say(f"accelerate's own, batch {batch}: {found['tokens_per_s']:,.1f} tokens/s, {passes}, {peak}")
+    if "joint" in speeds:
+        ratios = [f"{name} {speeds['joint'] / speed:.2f}" for name, speed in speeds.items() if name != "joint"]
+        say(f"joint x: {', '.join(ratios)}")
+
+
+def _row(policy: str, plan: Plan, found: dict[str, Any], link_rate: float, budget: int) -> str:
+    size = f"{plan.decision.num_batches} x {plan.decision.batch_size}"
+    passes = {phase: us["measured"] / 1e6 for phase, us in found["pass_us"].items()}
+    planned = {phase: us["predicted"] / 1e6 for phase, us in found["pass_us"].items()}
+    phase = "decode" if passes.get("decode") else "prefill"
+    link_s = found["pass_bytes"][phase].get("host>gpu", 0) / link_rate
+    spans = [f"{passes.get(p, 0):.3f} / {planned.get(p, 0):.3f}" for p in ("prefill", "decode")]
+    speed = f"{after_loading(found):,.0f} / {found['predicted_tokens_per_s']:,.0f}"
+    memory = f"{found['peak_gpu_bytes'] / 1e9:.2f} / {budget / 1e9:.2f}"
+    share = link_s / passes[phase] if passes[phase] else 0.0
+    return f"{policy:22}{size:>11}{speed:>17}{spans[0]:>18}{spans[1]:>18}{link_s:>9.3f}{share:>9.1%}{memory:>14}"
+
+
+def after_loading(found: dict[str, Any]) -> float:
+    """Generated tokens per second, the first load of resident weights left out."""
+    return float(found["generated_tokens"] / (found["prefill_s"] + found["decode_s"]))
+
+
+# ---------------------------------------------------------------------------------------- each in a process of its own
+
+
+def in_child(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``work`` returns in a fork of this process, which has imported torch once and holds no GPU memory."""
+    import klotski_runtime.engine  # noqa: F401
+
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def klotski_run(arguments: list[str]) -> dict[str, Any]:
+    """The command's report."""
+    from klotski_runtime.cli.run import main as command
+
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = command(arguments)
+    return {"failed": err.getvalue().strip()} if code else dict(json.loads(out.getvalue()))
+
+
+def compared(plan: Path, trace: Path) -> list[str]:
+    """Where the time went beyond the plan."""
+    from klotski_compiler.cli.inspect import main as command
+
+    out = io.StringIO()
+    with redirect_stdout(out):
+        command([str(plan), "--compare", str(trace)])
+    return out.getvalue().splitlines()
+
+
+def link_rates() -> dict[str, Any]:
+    """Bytes per second of large copies between locked host memory and the GPU, each way: the median of nine."""
+    import torch
+
+    host = torch.empty(GIB, dtype=torch.uint8, pin_memory=True)
+    gpu = torch.empty(GIB, dtype=torch.uint8, device="cuda")
+    rates: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    for link, target, source in (("host>gpu", gpu, host), ("gpu>host", host, gpu)):
+        taken = []
+        for _ in range(10):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            target.copy_(source, non_blocking=True)
+            end.record()
+            end.synchronize()
+            taken.append(begin.elapsed_time(end) / 1e3)
+        rates[link] = GIB / statistics.median(taken[1:])
+    return rates
+
+
+def families(folder: Path) -> list[str]:
+    """A line for each family: rows that are equal."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from klotski_runtime.skeleton import HOST
+    from same import PROMPTS, Resident, run
+    from tiny import FAMILIES, make_checkpoint
+
+    disable_progress_bar()
+    lines = []
+    for family in FAMILIES:
+        with tempfile.TemporaryDirectory() as scratch:
+            model = Resident(make_checkpoint(family, Path(scratch) / "model"))
+            parts = []
+            for path in sorted(folder.glob(f"{family}.*.json")):
+                plan = load(path)
+                there, here = (
+                    run(plan, model, Path(scratch), device=device).rows for device in (torch.device("cuda:0"), HOST)
+                )
+                equal = sum(one.tokens == other.tokens for one, other in zip(there, here, strict=True))
+                parts.append(f"{path.stem.partition('.')[2]} {equal} of {len(PROMPTS)}")
+            lines.append(f"  {family:14}{', '.join(parts)}")
+    return lines
+
+
+def peer(folder: Path, model: Model, batch: int, budget: int) -> dict[str, Any]:
+    """transformers with a device map of accelerate's, in the same GPU memory; the rate of a whole workload from one prefill and a few
+    passes."""
+    import torch
+
+    from benchmarks.peer import generate, import_accelerate, load_gpu_offload
+
+    choose = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, model.shape.vocab, (batch, model.prompt_len), generator=choose).tolist()
+    setting = {"batch": batch, "cap_bytes": budget, "gpu_bytes": _room(model, batch, budget)}
+    asked = argparse.Namespace(setting=setting, gen_len=PEER_GEN_LEN)
+    try:
+        import_accelerate(folder)
+        found = generate(lambda: load_gpu_offload(folder, setting, PEER_GEN_LEN), prompts, asked)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        return {"failed": str(error).splitlines()[0]}
+    pass_s = found["decode_s"] / found["decode_passes"]
+    return {
+        "tokens_per_s": batch * model.gen_len / (found["prefill_s"] + (model.gen_len - 1) * pass_s),
+        "prefill_s": found["prefill_s"],
+        "pass_s": pass_s,
+        "peak_gpu_bytes": torch.cuda.max_memory_reserved(),
+    }
+
+
+def _room(model: Model, batch: int, budget: int) -> int:
+    """What of a budget modules may keep that stay on the GPU: not the largest one that comes and goes, nor the KV cache, nor a quarter
+    for activations."""
+    shape = model.shape
+    largest = 2 * shape.experts * 3 * shape.hidden * shape.moe_intermediate
+    kv = 4 * batch * (model.prompt_len + model.gen_len) * shape.layers * shape.kv_heads * shape.head_dim
+    return max(0, budget - largest - kv - budget // 4)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    raise SystemExit(main())
