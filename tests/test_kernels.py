@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from klotski_compiler.errors import ExecError
-from klotski_runtime.arena import Arena
+from klotski_runtime.arena import Arena, GpuArena
 from klotski_runtime.checkpoint import EMBEDDING, HEAD, NORM, Checkpoint, ModuleKey, layout
-from klotski_runtime.kernels import Chunks, Group
+from klotski_runtime.kernels import Chunks, ExpertKernel, Group, stacked
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.reader import DiskReader, RowGather
-from klotski_runtime.skeleton import Skeleton, import_model
+from klotski_runtime.skeleton import HOST, Skeleton, import_model
 from tiny import FAMILIES, make_checkpoint
 
 MARGIN = 1e-4
@@ -218,3 +218,55 @@ def test_logits_that_are_not_finite(routed: Sequential) -> None:
     routed.group.head(0, torch.full_like(routed.load(HEAD)["lm_head.weight"], torch.nan))
     with pytest.raises(ExecError, match="not finite"):
         routed.group.sample()
+
+
+def laid_out(
+    experts: int, hidden: int, inner: int, apart: int, phase: int = 0, device: torch.device = HOST
+) -> list[dict[str, torch.Tensor]]:
+    """Random experts, ``apart`` bytes from one to the next, the first at byte ``phase``."""
+    size, generator = experts * apart + 4096, torch.Generator().manual_seed(1)
+    arena = Arena(size) if device == HOST else GpuArena(size, device)
+    shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    found = []
+    for expert in range(experts):
+        offset, parts = expert * apart + phase, dict[str, torch.Tensor]()
+        for name, shape in shapes.items():
+            parts[name] = arena.tensor(offset, 2 * inner * hidden, torch.bfloat16, shape)
+            parts[name].copy_(torch.randn(shape, generator=generator) / 8)
+            offset += 2 * inner * hidden
+        found.append(parts)
+    return found
+
+
+def test_experts_that_lie_at_equal_distances_are_one_matrix_each() -> None:
+    parts = laid_out(3, 32, 16, 4096)
+    together = stacked(parts)
+    assert together is not None
+    assert all(torch.equal(together[name][i], part[name]) for i, part in enumerate(parts) for name in part)
+    assert stacked([parts[0], parts[2], parts[1]]) is None
+    assert stacked([*parts[:2], *laid_out(1, 32, 16, 4096)]) is None
+    assert stacked(laid_out(2, 32, 16, 4096, phase=8)) is None
+    assert stacked(laid_out(2, 32, 16, 4096 + 8)) is None
+
+
+def test_experts_together_give_what_they_give_one_by_one(device: torch.device) -> None:
+    """One of them has no token."""
+    hidden, inner, sizes = 32, 16, [3, 0, 5]
+    config = MixtralConfig(hidden_size=hidden, intermediate_size=inner, num_local_experts=3)
+    with torch.device("meta"):
+        module = MixtralExperts(config)
+    parts, generator = laid_out(3, hidden, inner, 8192, device=device), torch.Generator().manual_seed(2)
+    x = torch.randn(8, hidden, generator=generator).bfloat16().to(device)
+    rows, weights = torch.tensor([7, 1, 3, 0, 2, 3, 4, 6]).to(device), torch.rand(8, generator=generator).to(device)
+    kernel = ExpertKernel(8, hidden, inner, torch.bfloat16, torch.float32, device)
+    together = stacked(parts)
+    assert together is not None
+    ends = torch.tensor(sizes, device=device).cumsum(0, dtype=torch.int32)
+    found = kernel.run_together(module, together, x, rows, weights, ends).clone()
+    first = 0
+    for part, size in zip(parts, sizes, strict=True):
+        own = slice(first, first + size)
+        if size:
+            alone = kernel.run(module, part, x, rows[own], weights[own])
+            torch.testing.assert_close(found[own], alone, rtol=2e-2, atol=2e-3)
+        first += size

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ from klotski_runtime.kv import KvBlock
 from klotski_runtime.reader import RowGather
 from klotski_runtime.skeleton import HOST, Skeleton
 from klotski_runtime.split import NewOnly, Split
+
+GROUPED_BYTES = 16
+"""Where matrices must begin, and how far apart they must be, for kernels that take several: multiples of this."""
 
 Parts = Mapping[str, torch.Tensor]
 """One expert's weights: gate, up, down; or gate_up, down and, where the model has them, gate_up_bias and down_bias."""
@@ -108,11 +111,12 @@ class Batch:
 class Assignment:
     """The (token, choice) pairs of a scope, sorted by expert: those of expert e are ``starts[e]:starts[e + 1]``.
 
-    rows: each pair's row in the group's tensors. weights: its routing weight, in the wide type.
+    rows: each pair's row in the group's tensors. weights: its routing weight, in the wide type. sizes: [experts], pairs of each.
     """
 
     rows: torch.Tensor
     weights: torch.Tensor
+    sizes: torch.Tensor
     starts: list[int]
 
     @classmethod
@@ -121,14 +125,17 @@ class Assignment:
     ) -> Assignment:
         """Sort ``indices`` [t, k] of rows ``first`` onwards, leaving out the rows that are not ``present`` [t]."""
         choice = indices.masked_fill(~present[:, None], num_experts).flatten()
-        order = torch.sort(choice, stable=True).indices
-        starts = [0, *accumulate(torch.bincount(choice, minlength=num_experts + 1)[:num_experts].tolist())]
+        chosen, order = torch.sort(choice, stable=True)
+        every = torch.arange(num_experts, device=choice.device, dtype=choice.dtype)
+        ends = torch.searchsorted(chosen, every, right=True)
+        sizes = ends.diff(prepend=ends.new_zeros(1))
+        starts = [0, *ends.tolist()]
         order = order[: starts[-1]]
-        return cls(order // indices.shape[1] + first, weights.flatten()[order], starts)
+        return cls(order // indices.shape[1] + first, weights.flatten()[order], sizes, starts)
 
     def to(self, device: torch.device) -> Assignment:
         """The same, on ``device``."""
-        return Assignment(self.rows.to(device), self.weights.to(device), self.starts)
+        return Assignment(self.rows.to(device), self.weights.to(device), self.sizes.to(device), self.starts)
 
     @property
     def counts(self) -> list[int]:
@@ -171,6 +178,25 @@ class ExpertKernel:
             source.add_(parts["down_bias"])
         return out.copy_(source[:count]).mul_(weights[:, None])
 
+    def run_together(
+        self,
+        experts: Any,
+        stacked: Parts,
+        x: torch.Tensor,
+        rows: torch.Tensor,
+        weights: torch.Tensor,
+        ends: torch.Tensor,
+    ) -> torch.Tensor:
+        """The same for several experts in a few kernels: ``stacked`` [experts, ...], of which expert i has the rows from ``ends[i - 1]``
+        to ``ends[i]`` (int32)."""
+        count = rows.shape[0]
+        source, out = self._x[:count], self._out[:count]
+        torch.index_select(x, 0, rows, out=source)
+        gated = torch._grouped_mm(source, stacked["gate"].mT, offs=ends)
+        other = torch._grouped_mm(source, stacked["up"].mT, offs=ends)
+        inner = _activation(experts.act_fn)(gated).mul_(other)
+        return out.copy_(torch._grouped_mm(inner, stacked["down"].mT, offs=ends)).mul_(weights[:, None])
+
     def _rounded(self, count: int) -> int:
         """Rows that are computed for ``count`` tokens; what stands in the surplus ones does not matter.
 
@@ -180,8 +206,7 @@ class ExpertKernel:
 
     def _gated(self, experts: Any, parts: Parts, x: torch.Tensor) -> torch.Tensor:
         """act(gate(x)) * up(x), or what the family has in its place, as [r, intermediate]."""
-        count = x.shape[0]
-        common = type(experts)._apply_gate is _default_apply_gate and not experts.is_transposed and not experts.has_bias
+        count, common = x.shape[0], _common(experts)
         if "gate" in parts:
             gate, up = parts["gate"], parts["up"]
         elif common:
@@ -206,6 +231,25 @@ class ExpertKernel:
             inner.add_(parts["gate_up_bias"])
         gated: torch.Tensor = experts._apply_gate(inner)
         return gated
+
+
+def _common(experts: Any) -> bool:
+    """Whether a family's experts are what most are: act(gate(x)) * up(x), without biases."""
+    return type(experts)._apply_gate is _default_apply_gate and not experts.is_transposed and not experts.has_bias
+
+
+def stacked(parts: Sequence[Parts]) -> Parts | None:
+    """Matrices of several experts as [experts, ...], without a copy; None where they do not lie at equal distances, first to last, or
+    not as kernels of a GPU need them."""
+    found = {}
+    for name, first in parts[0].items():
+        places = [part[name].data_ptr() for part in parts]
+        apart = {after - before for before, after in pairwise(places)}
+        if len(apart) != 1 or min(apart) <= 0 or any(place % GROUPED_BYTES for place in (places[0], *apart)):
+            return None
+        steps = apart.pop() // first.itemsize, *first.stride()
+        found[name] = first.as_strided((len(parts), *first.shape), steps)
+    return found
 
 
 def _activation(function: Any) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -432,6 +476,8 @@ class Group:
         into: torch.Tensor,
     ) -> None:
         module = self._skeleton.experts(layer)
+        if into.is_cuda and self._add_together(kernel, module, experts, assignment, x, into):
+            return
         for expert, stored in experts:
             pairs = slice(assignment.starts[expert], assignment.starts[expert + 1])
             if pairs.start == pairs.stop:
@@ -440,6 +486,32 @@ class Group:
             for piece in _split(pairs, kernel.rows):
                 rows = assignment.rows[piece]
                 into.index_add_(0, rows, kernel.run(module, parts, x, rows, assignment.weights[piece]))
+
+    def _add_together(
+        self,
+        kernel: ExpertKernel,
+        module: Any,
+        experts: Sequence[tuple[int, Parts]],
+        assignment: Assignment,
+        x: torch.Tensor,
+        into: torch.Tensor,
+    ) -> bool:
+        """All of an op's experts in a few kernels, where a GPU can and nothing is gained by taking them one by one: then True."""
+        count = sum(assignment.starts[expert + 1] - assignment.starts[expert] for expert, _ in experts)
+        if len(experts) < 2 or not 0 < count <= kernel.rows or x.dtype != torch.bfloat16 or not _common(module):
+            return False
+        ordered = sorted((e for e in experts if "gate" in e[1]), key=lambda e: e[1]["gate"].data_ptr())
+        if len(ordered) < len(experts) or any(part.dtype != x.dtype for _, parts in ordered for part in parts.values()):
+            return False
+        if (weights := stacked([parts for _, parts in ordered])) is None:
+            return False
+        pairs = [slice(assignment.starts[expert], assignment.starts[expert + 1]) for expert, _ in ordered]
+        rows = torch.cat([assignment.rows[pair] for pair in pairs])
+        shares = torch.cat([assignment.weights[pair] for pair in pairs])
+        ends = torch.cat([assignment.sizes[e : e + 1] for e, _ in ordered]).cumsum(0, dtype=torch.int32)
+        # A token may have chosen two of them: which is added first may differ from run to run, by what the wide type rounds.
+        into.index_add_(0, rows, kernel.run_together(module, weights, x, rows, shares, ends))
+        return True
 
     @torch.inference_mode()
     def final(self) -> None:

@@ -23,6 +23,9 @@ from klotski_runtime.skeleton import Skeleton
 PIECE_BYTES = 1 << 30
 """Host memory is locked for a GPU in pieces of about this size: a system may refuse to lock all of it at once."""
 
+ALIGNED_BYTES = 256
+"""Where CUDA's own allocations begin: matrix kernels read fastest from multiples of it."""
+
 
 class Places:
     """The memory of one plan. A slot belongs to the op that the plan's waits give it to; nothing here locks."""
@@ -108,10 +111,13 @@ class Places:
     def move(self, tensor: Tensor, source: int, target: int, expert: int, pages: Pages | None = None) -> None:
         """Copy a module, or pages of it, from one tier's slot to another's and make its weights usable there once all has come."""
         here, there = self.slot(source), self.slot(target)
-        begin, end = self._span(tensor, self._layout(tensor, module_key(tensor, expert))[1], pages)
+        plan = self._layout(tensor, module_key(tensor, expert))[1]
+        begin, end = self._span(tensor, plan, pages)
         self._vacate(target)
         first = begin if source in self._permanent else 0  # a page on its way has a slot of its own
-        self._copy(there, begin, here, first, end - begin)
+        lead = self._lead(there, plan)
+        skipped = max(0, lead - begin)
+        self._copy(there, begin + skipped - lead, here, first + skipped, end - begin - skipped)
         self._arrived(tensor, target, expert, pages)
 
     def carry(self, source: int, target: int) -> None:
@@ -123,6 +129,12 @@ class Places:
         """On a GPU the copy is issued to the current stream."""
         self._bytes(there, to, nbytes).copy_(self._bytes(here, first, nbytes), non_blocking=True)
         self.moved_bytes[f"{here.tier}>{there.tier}"] += nbytes
+
+    def _lead(self, at: Slot, plan: Layout) -> int:
+        """Bytes before a module that its slot on a GPU lacks, so that its matrices begin where kernels are fastest. In host memory
+        they begin where direct reads have put them."""
+        on_gpu = at.tier == self._plan.compute_tier != "host"
+        return min(plan.offsets) % ALIGNED_BYTES if on_gpu else 0
 
     @staticmethod
     def _span(tensor: Tensor, plan: Layout, pages: Pages | None) -> tuple[int, int]:
@@ -146,8 +158,9 @@ class Places:
     def _occupy(self, tensor: Tensor, number: int, expert: int) -> None:
         key, at = module_key(tensor, expert), self.slot(number)
         segments, plan = self._layout(tensor, key)
+        base = at.offset - self._lead(at, plan)
         views = {
-            segment.name: self.arenas[at.tier].tensor(at.offset + offset, segment.nbytes, segment.dtype, segment.shape)
+            segment.name: self.arenas[at.tier].tensor(base + offset, segment.nbytes, segment.dtype, segment.shape)
             for segment, offset in zip(segments, plan.offsets, strict=True)
         }
         if key.kind in ("expert", "head"):
