@@ -239,9 +239,11 @@ def _common(experts: Any) -> bool:
 
 
 def stacked(parts: Sequence[Parts]) -> Parts | None:
-    """Matrices of several experts as [experts, ...], without a copy; None where they do not lie at equal distances, first to last, or
-    not as kernels of a GPU need them."""
+    """bf16 matrices of several experts as [experts, ...], without a copy; None where they are of another type, do not lie at equal
+    distances, first to last, or not as kernels of a GPU need them."""
     found = {}
+    if any(matrix.dtype != torch.bfloat16 for part in parts for matrix in part.values()):
+        return None
     for name, first in parts[0].items():
         places = [part[name].data_ptr() for part in parts]
         apart = {after - before for before, after in pairwise(places)}
@@ -279,6 +281,7 @@ class Group:
         self.batches = {number: Batch(sequences, self._device) for number, sequences in enumerate(prompts)}
         self._kernel = self._make_kernel(self._device)
         self._elsewhere: ExpertKernel | None = None
+        self._stacks: dict[tuple[int, ...], tuple[Sequence[Parts], Sequence[int], Parts | None]] = {}
         self._splits: dict[int, list[tuple[slice, Split, torch.Tensor, torch.Tensor | None]]] = {}
         self._indices = self._weights = torch.empty(0, 0)
         self._assignments: dict[int | None, Assignment] = {}
@@ -500,18 +503,27 @@ class Group:
         count = sum(assignment.starts[expert + 1] - assignment.starts[expert] for expert, _ in experts)
         if len(experts) < 2 or not 0 < count <= kernel.rows or x.dtype != torch.bfloat16 or not _common(module):
             return False
-        ordered = sorted((e for e in experts if "gate" in e[1]), key=lambda e: e[1]["gate"].data_ptr())
-        if len(ordered) < len(experts) or any(part.dtype != x.dtype for _, parts in ordered for part in parts.values()):
+        order, weights = self._stacked([parts for _, parts in experts])
+        if weights is None:
             return False
-        if (weights := stacked([parts for _, parts in ordered])) is None:
-            return False
-        pairs = [slice(assignment.starts[expert], assignment.starts[expert + 1]) for expert, _ in ordered]
+        numbers = [experts[place][0] for place in order]
+        pairs = [slice(assignment.starts[expert], assignment.starts[expert + 1]) for expert in numbers]
         rows = torch.cat([assignment.rows[pair] for pair in pairs])
         shares = torch.cat([assignment.weights[pair] for pair in pairs])
-        ends = torch.cat([assignment.sizes[e : e + 1] for e, _ in ordered]).cumsum(0, dtype=torch.int32)
+        ends = torch.cat([assignment.sizes[e : e + 1] for e in numbers]).cumsum(0, dtype=torch.int32)
         # A token may have chosen two of them: which is added first may differ from run to run, by what the wide type rounds.
         into.index_add_(0, rows, kernel.run_together(module, weights, x, rows, shares, ends))
         return True
+
+    def _stacked(self, parts: Sequence[Parts]) -> tuple[Sequence[int], Parts | None]:
+        """``stacked`` and the order in memory that it takes; found once, for slots keep the views of what they hold."""
+        name = tuple(map(id, parts))
+        if name not in self._stacks:
+            split = all("gate" in part for part in parts)
+            order = sorted(range(len(parts)), key=lambda place: parts[place]["gate"].data_ptr()) if split else []
+            found = stacked([parts[place] for place in order]) if split else None
+            self._stacks[name] = parts, order, found
+        return self._stacks[name][1:]
 
     @torch.inference_mode()
     def final(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -25,6 +26,16 @@ PIECE_BYTES = 1 << 30
 
 ALIGNED_BYTES = 256
 """Where CUDA's own allocations begin: matrix kernels read fastest from multiples of it."""
+
+
+class _Known(NamedTuple):
+    """How a module lies in a slot. lead: bytes before it that a GPU's slot lacks, so that its matrices begin where kernels are fastest;
+    in host memory they begin where direct reads have put them. form: equal for modules that lie alike, but for their lead."""
+
+    segments: tuple[Segment, ...]
+    layout: Layout
+    lead: int
+    form: int
 
 
 class Places:
@@ -46,7 +57,10 @@ class Places:
         self._permanent = frozenset(self.resident.values())
         self.kv_shapes = [skeleton.kv_shape(layer) for layer in range(skeleton.layers)]
         self.capacity = plan.envelope.prompt_len + plan.envelope.gen_len
-        self._layouts: dict[int, tuple[tuple[Segment, ...], Layout]] = {}
+        self._modules: dict[ModuleKey, _Known] = {}
+        self._forms: dict[tuple[object, ...], int] = {}
+        self._made: dict[tuple[int, int, int], dict[str, torch.Tensor]] = {}
+        self._ranges: dict[tuple[int, int, int], torch.Tensor] = {}
         self._occupant: dict[int, ModuleKey] = {}
         self._parts: dict[int, tuple[int, dict[str, torch.Tensor]]] = {}
         self._caches = {(t.layer, t.index): t.id for t in plan.tensors if t.kind == "kv"}
@@ -96,7 +110,7 @@ class Places:
         once all of them have come."""
         parts = []
         for tensor, number, expert in modules:
-            plan, at = self._layout(tensor, module_key(tensor, expert))[1], self.slot(number)
+            plan, at = self._known(tensor, expert).layout, self.slot(number)
             begin, end = self._span(tensor, plan, pages)
             origin = begin if pages and at.tier != self._plan.compute_tier else 0
             if (need := end - origin) > at.nbytes:
@@ -110,12 +124,11 @@ class Places:
 
     def move(self, tensor: Tensor, source: int, target: int, expert: int, pages: Pages | None = None) -> None:
         """Copy a module, or pages of it, from one tier's slot to another's and make its weights usable there once all has come."""
-        here, there = self.slot(source), self.slot(target)
-        plan = self._layout(tensor, module_key(tensor, expert))[1]
-        begin, end = self._span(tensor, plan, pages)
+        here, there, known = self.slot(source), self.slot(target), self._known(tensor, expert)
+        begin, end = self._span(tensor, known.layout, pages)
         self._vacate(target)
         first = begin if source in self._permanent else 0  # a page on its way has a slot of its own
-        lead = self._lead(there, plan)
+        lead = known.lead if self._on_gpu(there) else 0
         skipped = max(0, lead - begin)
         self._copy(there, begin + skipped - lead, here, first + skipped, end - begin - skipped)
         self._arrived(tensor, target, expert, pages)
@@ -130,11 +143,8 @@ class Places:
         self._bytes(there, to, nbytes).copy_(self._bytes(here, first, nbytes), non_blocking=True)
         self.moved_bytes[f"{here.tier}>{there.tier}"] += nbytes
 
-    def _lead(self, at: Slot, plan: Layout) -> int:
-        """Bytes before a module that its slot on a GPU lacks, so that its matrices begin where kernels are fastest. In host memory
-        they begin where direct reads have put them."""
-        on_gpu = at.tier == self._plan.compute_tier != "host"
-        return min(plan.offsets) % ALIGNED_BYTES if on_gpu else 0
+    def _on_gpu(self, at: Slot) -> bool:
+        return at.tier == self._plan.compute_tier != "host"
 
     @staticmethod
     def _span(tensor: Tensor, plan: Layout, pages: Pages | None) -> tuple[int, int]:
@@ -156,34 +166,44 @@ class Places:
             self._skeleton.unbind(old)
 
     def _occupy(self, tensor: Tensor, number: int, expert: int) -> None:
-        key, at = module_key(tensor, expert), self.slot(number)
-        segments, plan = self._layout(tensor, key)
-        base = at.offset - self._lead(at, plan)
-        views = {
-            segment.name: self.arenas[at.tier].tensor(base + offset, segment.nbytes, segment.dtype, segment.shape)
-            for segment, offset in zip(segments, plan.offsets, strict=True)
-        }
+        key, at, known = module_key(tensor, expert), self.slot(number), self._known(tensor, expert)
         if key.kind in ("expert", "head"):
-            self._parts[number] = (key.index, views)
+            self._parts[number] = (key.index, self._views(at, known))
         elif at.tier == self._plan.compute_tier:
-            self._skeleton.bind(key, views)
+            self._skeleton.bind(key, self._views(at, known))
             self._occupant[number] = key
 
-    def _bytes(self, at: Slot, first: int, nbytes: int) -> torch.Tensor:
-        return self.arenas[at.tier].tensor(at.offset + first, nbytes, torch.uint8, (nbytes,))
+    def _views(self, at: Slot, known: _Known) -> dict[str, torch.Tensor]:
+        """A module's weights in a slot. Modules of one form share them: to make a tensor takes as long as to launch a kernel."""
+        begin = 0 if self._on_gpu(at) else known.lead
+        name = at.id, known.form, begin
+        if name not in self._made:
+            arena, base = self.arenas[at.tier], at.offset + begin - known.lead
+            self._made[name] = {
+                segment.name: arena.tensor(base + offset, segment.nbytes, segment.dtype, segment.shape)
+                for segment, offset in zip(known.segments, known.layout.offsets, strict=True)
+            }
+        return self._made[name]
 
-    def _layout(self, tensor: Tensor, key: ModuleKey) -> tuple[tuple[Segment, ...], Layout]:
-        if tensor.kind == "pick":
-            segments = self._checkpoint.modules[key]
-            return segments, layout(segments)
-        if tensor.id not in self._layouts:
+    def _bytes(self, at: Slot, first: int, nbytes: int) -> torch.Tensor:
+        name = at.id, first, nbytes
+        if name not in self._ranges:
+            self._ranges[name] = self.arenas[at.tier].tensor(at.offset + first, nbytes, torch.uint8, (nbytes,))
+        return self._ranges[name]
+
+    def _known(self, tensor: Tensor, expert: int) -> _Known:
+        key = module_key(tensor, expert)
+        if key not in self._modules:
             segments = self._checkpoint.modules[HEAD if key.kind == "head" else key]
             if key.kind == "head":
                 pages = max(1, self._plan.decision.head_pages)
                 vocabulary = segments[0].shape[0]
                 segments = tuple(s.rows(*page_rows(vocabulary, pages, tensor.index)) for s in segments)
-            self._layouts[tensor.id] = (segments, layout(segments))
-        return self._layouts[tensor.id]
+            plan = layout(segments)
+            lead = min(plan.offsets) % ALIGNED_BYTES
+            shape = tuple((s.name, s.dtype, s.shape, at - lead) for s, at in zip(segments, plan.offsets, strict=True))
+            self._modules[key] = _Known(segments, plan, lead, self._forms.setdefault(shape, len(self._forms)))
+        return self._modules[key]
 
     # --------------------------------------------------------------------------------------------------- activations
 
