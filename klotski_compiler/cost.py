@@ -440,9 +440,11 @@ class Cost:
         return self.processor.op_us + self.elementwise_us(tokens * self.spec.hidden_size) + matmuls
 
     def embed_us(self, tokens: int, resident: bool) -> float:
-        """Rows of the embedding: from the compute tier, or row by row from where the weights live."""
+        """Rows of the embedding: from the compute tier, from host memory before a GPU, or row by row from disk."""
         row_bytes = self.spec.hidden_size * self.compute_bytes
-        if resident or "disk>host" not in self.hardware.links or self.hardware.compute_tier != "host":
+        if resident or not {"disk>host", "host>gpu"} & self.hardware.links.keys():
             return 1e6 * tokens * row_bytes / self.processor.memory_bytes_per_s
+        if self.hardware.compute_tier == "gpu":
+            return self.transfer_us("host>gpu", tokens * row_bytes)
         each = self.transfer_us("disk>host", row_bytes) / ROW_READERS + ROW_OPS * self.processor.op_us
         return min(tokens, self.spec.vocab_size) * each

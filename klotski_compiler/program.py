@@ -242,8 +242,9 @@ class Program:
         self._fetched.add(tensors)
 
     def embed(self) -> None:
-        """Hidden states of all batches from their token ids."""
-        self.compute("embed", -1, ALL, *self._present(("embedding", -1, 0)))
+        """Hidden states of all batches from their token ids; rows of an embedding that is not resident come one by one."""
+        resident = self._present(("embedding", -1, 0)) if self.decision.embedding else ()
+        self.compute("embed", -1, ALL, *resident)
 
     def attend(self, layer: int, sync: bool = False, batches: Sequence[int] | None = None) -> Iterator[int]:
         """Attention batch by batch (all, or those given), the KV of the next batch in flight, new KV written back; yields after

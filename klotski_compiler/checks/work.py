@@ -185,13 +185,14 @@ PARTS = ("project", "attend", "output")
 
 
 def _needs(plan: Plan, ids: dict[tuple[str, int, int], int], in_place: set[int], op: Compute) -> set[int]:
-    """The tensors that an op must name: its weights, and a KV cache that does not live in the compute tier."""
+    """The tensors that an op must name: its weights, an embedding that lives in the compute tier, and a KV cache that does not."""
     keys = [
         (kind, -1 if kind in ("query", "sums") else op.layer, op.batch if kind in ("kv", "query") else 0)
         for kind in _READ_BY.get(op.fn, ())
     ]
     found = {ids[key] for key in keys if key in ids}
-    return {t for t in found if plan.tensors[t].kind != "kv" or t not in in_place}
+    named = {"embedding": True, "kv": False}
+    return {t for t in found if (t in in_place) == named.get(plan.tensors[t].kind, t in in_place)}
 
 
 def _in_place(plan: Plan) -> set[int]:

@@ -371,6 +371,7 @@ class Formulation:
             used = plus(used, {f"streaming[{kind}]": nbytes for kind, nbytes in problem.module_slots.items()})
         else:
             used[""] += fixed + problem.head.slot_bytes
+            used = plus(used, {"": problem.embedding.slot_bytes, "resident[embedding]": -problem.embedding.slot_bytes})
         if self.elastic:
             self.model.variables[f"excess[{tier}]"] = Variable(f"excess[{tier}]", 0.0, float("inf"), False)
             self.model.objective[f"excess[{tier}]"] = 1.0

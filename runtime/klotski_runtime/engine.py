@@ -209,7 +209,7 @@ class Engine:
         return layer * self.plan.decision.num_batches + batch
 
     def _gather(self) -> RowGather | None:
-        if self.plan.decision.embedding:
+        if any(tensor.kind == "embedding" for tensor in self.plan.tensors):
             return None
         return RowGather(self._row_reader, self.checkpoint.modules[EMBEDDING][0], GATHERED_ROWS)
 

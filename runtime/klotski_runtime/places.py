@@ -16,7 +16,7 @@ from klotski_compiler.errors import ConfigError, PlanError
 from klotski_compiler.plan import Pages, Phase, Plan, Slot, Tensor
 from klotski_compiler.tensors import page_rows
 from klotski_runtime.arena import Arena, GpuArena, Reservation
-from klotski_runtime.checkpoint import HEAD, Checkpoint, Layout, ModuleKey, Segment, layout
+from klotski_runtime.checkpoint import EMBEDDING, HEAD, Checkpoint, Layout, ModuleKey, Segment, layout
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.reader import DiskReader
 from klotski_runtime.skeleton import Skeleton
@@ -172,13 +172,16 @@ class Places:
         elif at.tier == self._plan.compute_tier:
             self._skeleton.bind(key, self._views(at, known))
             self._occupant[number] = key
+        elif key == EMBEDDING:  # a GPU reads what rows it needs from where they are
+            self._skeleton.bind(key, self._views(at, known, self._seen.get(at.tier)))
 
-    def _views(self, at: Slot, known: _Known) -> dict[str, torch.Tensor]:
-        """A module's weights in a slot. Modules of one form share them: to make a tensor takes as long as to launch a kernel."""
+    def _views(self, at: Slot, known: _Known, seen: Reservation | None = None) -> dict[str, torch.Tensor]:
+        """A module's weights in a slot, or as a GPU has ``seen`` it. Modules of one form share them: to make a tensor takes as long as
+        to launch a kernel."""
         begin = 0 if self._on_gpu(at) else known.lead
         name = at.id, known.form, begin
         if name not in self._made:
-            arena, base = self.arenas[at.tier], at.offset + begin - known.lead
+            arena, base = seen or self.arenas[at.tier], at.offset + begin - known.lead
             self._made[name] = {
                 segment.name: arena.tensor(base + offset, segment.nbytes, segment.dtype, segment.shape)
                 for segment, offset in zip(known.segments, known.layout.offsets, strict=True)

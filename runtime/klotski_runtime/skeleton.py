@@ -189,8 +189,8 @@ class Skeleton:
         if rows is not None:
             self.bind(EMBEDDING, {f"{self.model.base_model_prefix}.embed_tokens.weight": rows.to(self.device)})
         try:
-            embedded: torch.Tensor = self._embedding(ids)
-            return embedded
+            embedded: torch.Tensor = self._embedding(ids.to(self._embedding.weight.device))
+            return embedded.to(ids.device)
         finally:
             if rows is not None:
                 self.unbind(EMBEDDING)
