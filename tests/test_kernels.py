@@ -17,7 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from klotski_compiler.errors import ExecError
 from klotski_runtime.arena import Arena, GpuArena
 from klotski_runtime.checkpoint import EMBEDDING, HEAD, NORM, Checkpoint, ModuleKey, layout
-from klotski_runtime.kernels import Chunks, ExpertKernel, Group, stacked
+from klotski_runtime.kernels import Chunks, ExpertKernel, Group, runs
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.reader import DiskReader, RowGather
 from klotski_runtime.skeleton import HOST, Skeleton, import_model
@@ -239,14 +239,18 @@ def laid_out(
 
 
 def test_experts_that_lie_at_equal_distances_are_one_matrix_each() -> None:
-    parts = laid_out(3, 32, 16, 4096)
-    together = stacked(parts)
-    assert together is not None
-    assert all(torch.equal(together[name][i], part[name]) for i, part in enumerate(parts) for name in part)
-    assert stacked([parts[0], parts[2], parts[1]]) is None
-    assert stacked([*parts[:2], *laid_out(1, 32, 16, 4096)]) is None
-    assert stacked(laid_out(2, 32, 16, 4096, phase=8)) is None
-    assert stacked(laid_out(2, 32, 16, 4096 + 8)) is None
+    """Four of them at equal distances, of which the last two come first, and two elsewhere; one that begins where no kernel can."""
+    four, two = laid_out(4, 32, 16, 4096), laid_out(2, 32, 16, 8192)
+    parts = [four[2], four[3], *two, *four[:2]]
+    (found, alone), places = runs(parts), [4, 5, 0, 1]
+    assert sorted([tuple(run) for run, _ in found]) == sorted([tuple(places), (2, 3)])
+    assert not alone
+    for run, together in found:
+        for number, place in enumerate(run):
+            assert all(torch.equal(together[name][number], parts[place][name]) for name in parts[place])
+    assert runs(laid_out(2, 32, 16, 4096, phase=8)) == ([], [0, 1])
+    assert runs(laid_out(2, 32, 16, 4096 + 8)) == ([], [0, 1])
+    assert runs(four[:1]) == ([], [0])
 
 
 def test_experts_together_give_what_they_give_one_by_one(device: torch.device) -> None:
@@ -259,8 +263,7 @@ def test_experts_together_give_what_they_give_one_by_one(device: torch.device) -
     x = torch.randn(8, hidden, generator=generator).bfloat16().to(device)
     rows, weights = torch.tensor([7, 1, 3, 0, 2, 3, 4, 6]).to(device), torch.rand(8, generator=generator).to(device)
     kernel = ExpertKernel(8, hidden, inner, torch.bfloat16, torch.float32, device)
-    together = stacked(parts)
-    assert together is not None
+    ((_, together),), _ = runs(parts)
     ends = torch.tensor(sizes, device=device).cumsum(0, dtype=torch.int32)
     found = kernel.run_together(module, together, x, rows, weights, ends).clone()
     first = 0

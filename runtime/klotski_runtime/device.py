@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.plan import Plan
+
+ISSUING = 3  # threads that are busy beside the CPU's kernels: they compute on the GPU, load, and issue the next pass
 
 
 def gpu_of(name: str) -> torch.device:
@@ -32,6 +36,13 @@ def device_of(plan: Plan, name: str, emulate: bool) -> torch.device:
     return gpu_of(name)
 
 
+def cpu_threads(device: torch.device) -> int:
+    """Threads of the CPU's own kernels: a core each but, beside a GPU, for the threads that issue to it. Where these take a core from
+    one of a kernel's threads, all others wait for it."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores - ISSUING) if device.type == "cuda" else cores
+
+
 class GpuMemory:
     """What this process takes of a GPU's memory from now on; of the CPU there is nothing to say."""
 
@@ -39,6 +50,13 @@ class GpuMemory:
         self._device = device if device.type == "cuda" else None
         if self._device:
             torch.cuda.set_device(self._device)
+            for dtype in (
+                torch.bfloat16,
+                torch.float32,
+            ):  # libraries come in with their first use; they are not a plan's memory
+                torch.ones(8, 8, dtype=dtype, device=self._device).mm(
+                    torch.ones(8, 8, dtype=dtype, device=self._device)
+                )
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
 

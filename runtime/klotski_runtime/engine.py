@@ -27,6 +27,7 @@ from klotski_compiler.verify import verify
 from klotski_runtime import binding
 from klotski_runtime.checkpoint import EMBEDDING, HEAD, PAGE, Checkpoint, ModuleKey
 from klotski_runtime.cuda_streams import CudaBackend, Lanes, of_gpu
+from klotski_runtime.device import cpu_threads
 from klotski_runtime.kernels import Chunks, Group, kernel_threads
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.measured import Measured, Watch
@@ -65,7 +66,7 @@ class Engine:
         device: torch.device = HOST,
         emulate: bool = False,
     ) -> None:
-        """config: from ``skeleton.import_model``. threads: of a kernel (0: one per core). keep_log: of every op, for a trace.
+        """config: from ``skeleton.import_model``. threads: of a kernel (0: ``cpu_threads``). keep_log: of every op, for a trace.
         device: whose memory a GPU's tier is, index included. emulate: it may be the host's.
 
         Raises ConfigError or PlanError where plan, model and machine do not fit.
@@ -75,7 +76,7 @@ class Engine:
             raise ConfigError("plan", "compute_tier", f"a plan for {plan.compute_tier} memory does not run on {device}")
         self.lanes = Lanes(device) if device.type == "cuda" else None
         self.plan, self._config, self._keep_log = plan, config, keep_log
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or cpu_threads(device)
         kernel_threads(1)
         self.skeleton = Skeleton(config, DTYPES[plan.dtype], device)
         self.checkpoint = Checkpoint.open(folder, self.skeleton.model)

@@ -36,6 +36,9 @@ GROUPED_BYTES = 16
 Parts = Mapping[str, torch.Tensor]
 """One expert's weights: gate, up, down; or gate_up, down and, where the model has them, gate_up_bias and down_bias."""
 
+Runs = tuple[list[tuple[list[int], Parts]], list[int]]
+"""Places of experts that are taken together, with their matrices, and places of those that are not."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
@@ -238,12 +241,28 @@ def _common(experts: Any) -> bool:
     return type(experts)._apply_gate is _default_apply_gate and not experts.is_transposed and not experts.has_bias
 
 
-def stacked(parts: Sequence[Parts]) -> Parts | None:
-    """bf16 matrices of several experts as [experts, ...], without a copy; None where they are of another type, do not lie at equal
-    distances, first to last, or not as kernels of a GPU need them."""
+def runs(parts: Sequence[Parts]) -> Runs:
+    """Experts whose matrices a GPU can take as one: those that lie in memory at equal distances, as long as they do, with their places
+    and their matrices as [experts, ...], without a copy. Then the places of the others."""
+    found, alone = list[tuple[list[int], Parts]](), list[int]()
+    if any("gate" not in part or any(matrix.dtype != torch.bfloat16 for matrix in part.values()) for part in parts):
+        return found, list(range(len(parts)))
+    order = sorted(range(len(parts)), key=lambda place: parts[place]["gate"].data_ptr())
+    while order:
+        count = next((n for n in range(len(order), 1, -1) if _stacked([parts[place] for place in order[:n]])), 1)
+        places, order = order[:count], order[count:]
+        together = _stacked([parts[place] for place in places]) if count > 1 else None
+        if together:
+            found.append((places, together))
+        else:
+            alone += places
+    return found, alone
+
+
+def _stacked(parts: Sequence[Parts]) -> Parts | None:
+    """The matrices of all of them as [experts, ...]; None where they do not lie at equal distances, first to last, or not as kernels of a
+    GPU need them."""
     found = {}
-    if any(matrix.dtype != torch.bfloat16 for part in parts for matrix in part.values()):
-        return None
     for name, first in parts[0].items():
         places = [part[name].data_ptr() for part in parts]
         apart = {after - before for before, after in pairwise(places)}
@@ -281,7 +300,7 @@ class Group:
         self.batches = {number: Batch(sequences, self._device) for number, sequences in enumerate(prompts)}
         self._kernel = self._make_kernel(self._device)
         self._elsewhere: ExpertKernel | None = None
-        self._stacks: dict[tuple[int, ...], tuple[Sequence[Parts], Sequence[int], Parts | None]] = {}
+        self._found: dict[tuple[int, ...], tuple[Sequence[Parts], Runs]] = {}
         self._splits: dict[int, list[tuple[slice, Split, torch.Tensor, torch.Tensor | None]]] = {}
         self._indices = self._weights = torch.empty(0, 0)
         self._assignments: dict[int | None, Assignment] = {}
@@ -479,8 +498,8 @@ class Group:
         into: torch.Tensor,
     ) -> None:
         module = self._skeleton.experts(layer)
-        if into.is_cuda and self._add_together(kernel, module, experts, assignment, x, into):
-            return
+        if into.is_cuda:
+            experts = self._add_together(kernel, module, experts, assignment, x, into)
         for expert, stored in experts:
             pairs = slice(assignment.starts[expert], assignment.starts[expert + 1])
             if pairs.start == pairs.stop:
@@ -498,32 +517,31 @@ class Group:
         assignment: Assignment,
         x: torch.Tensor,
         into: torch.Tensor,
-    ) -> bool:
-        """All of an op's experts in a few kernels, where a GPU can and nothing is gained by taking them one by one: then True."""
+    ) -> Sequence[tuple[int, Parts]]:
+        """As many of an op's experts as a GPU can take in a few kernels, where nothing is gained by taking them one by one; returns the
+        others."""
         count = sum(assignment.starts[expert + 1] - assignment.starts[expert] for expert, _ in experts)
         if len(experts) < 2 or not 0 < count <= kernel.rows or x.dtype != torch.bfloat16 or not _common(module):
-            return False
-        order, weights = self._stacked([parts for _, parts in experts])
-        if weights is None:
-            return False
-        numbers = [experts[place][0] for place in order]
-        pairs = [slice(assignment.starts[expert], assignment.starts[expert + 1]) for expert in numbers]
-        rows = torch.cat([assignment.rows[pair] for pair in pairs])
-        shares = torch.cat([assignment.weights[pair] for pair in pairs])
-        ends = torch.cat([assignment.sizes[e : e + 1] for e in numbers]).cumsum(0, dtype=torch.int32)
-        # A token may have chosen two of them: which is added first may differ from run to run, by what the wide type rounds.
-        into.index_add_(0, rows, kernel.run_together(module, weights, x, rows, shares, ends))
-        return True
+            return experts
+        runs, alone = self._runs([parts for _, parts in experts])
+        for places, weights in runs:
+            numbers = [experts[place][0] for place in places]
+            pairs = [slice(assignment.starts[expert], assignment.starts[expert + 1]) for expert in numbers]
+            rows = torch.cat([assignment.rows[pair] for pair in pairs])
+            if not len(rows):
+                continue
+            shares = torch.cat([assignment.weights[pair] for pair in pairs])
+            ends = torch.cat([assignment.sizes[e : e + 1] for e in numbers]).cumsum(0, dtype=torch.int32)
+            # A token may have chosen two of them: which is added first may differ from run to run, by what the wide type rounds.
+            into.index_add_(0, rows, kernel.run_together(module, weights, x, rows, shares, ends))
+        return [experts[place] for place in alone]
 
-    def _stacked(self, parts: Sequence[Parts]) -> tuple[Sequence[int], Parts | None]:
-        """``stacked`` and the order in memory that it takes; found once, for slots keep the views of what they hold."""
+    def _runs(self, parts: Sequence[Parts]) -> Runs:
+        """``runs`` of them; found once, for slots keep the views of what they hold."""
         name = tuple(map(id, parts))
-        if name not in self._stacks:
-            split = all("gate" in part for part in parts)
-            order = sorted(range(len(parts)), key=lambda place: parts[place]["gate"].data_ptr()) if split else []
-            found = stacked([parts[place] for place in order]) if split else None
-            self._stacks[name] = parts, order, found
-        return self._stacks[name][1:]
+        if name not in self._found:
+            self._found[name] = parts, runs(parts)
+        return self._found[name][1]
 
     @torch.inference_mode()
     def final(self) -> None:

@@ -28,7 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.hardware import Hardware, Link, Processor, Tier
 from klotski_runtime.checkpoint import PAGE
-from klotski_runtime.device import context_bytes, gpu_of
+from klotski_runtime.device import context_bytes, cpu_threads, gpu_of
 from klotski_runtime.profile_block import SMALL, Block
 from klotski_runtime.profile_disk import MIB, Found, Turns, fill, rounded, scratch_file
 
@@ -94,6 +94,8 @@ FULL_GPU = replace(
     prompt=2048,
     short_prompts=1024,
 )
+# Machines with a GPU have processors with large caches.
+FULL_BESIDE_GPU = replace(FULL, cold_bytes=1024 * MIB, decode=(*FULL.decode, (128, 1024), (256, 1024)))
 QUICK = Sizes(
     hidden=256,
     inter=128,
@@ -130,6 +132,8 @@ def measure(
     with_gpu = chosen.type == "cuda"
     units = {"cpu": (torch.device("cpu"), sizes)}
     if with_gpu:
+        torch.set_num_threads(cpu_threads(chosen))
+        units = {"cpu": (torch.device("cpu"), QUICK if quick else FULL_BESIDE_GPU)}
         units["gpu"] = chosen, QUICK if quick else FULL_GPU
     steps = 1 + sizes.rounds * (1 + 5 * len(units)) + with_gpu
     taken = count()
@@ -312,7 +316,10 @@ def _experts(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator
     shapes = (sizes.inter, sizes.hidden), (sizes.inter, sizes.hidden), (sizes.hidden, sizes.inter)
     nbytes = 3 * sizes.hidden * sizes.inter * dtype.itemsize
     number = max(2, -(-sizes.cold_bytes // nbytes))
-    return cycle([tuple(torch.randn(s, device=device, dtype=dtype) / 32 for s in shapes) for _ in range(number)])
+    drawn = tuple(
+        torch.randn(s, device=device, dtype=dtype) / 32 for s in shapes
+    )  # takes a CPU longer than all else here
+    return cycle([drawn, *(tuple(matrix.clone() for matrix in drawn) for _ in range(number - 1))])
 
 
 def _matmul(device: torch.device, dtype: str, sizes: Sizes) -> tuple[tuple[tuple[int, float], ...], float]:
@@ -350,7 +357,7 @@ def _decode_attention(device: torch.device, sizes: Sizes) -> tuple[float, str]:
 
     Least squares in relative error, because times span two orders of magnitude.
     """
-    pool = torch.randn(sizes.cold_bytes // 2, device=device, dtype=torch.bfloat16)
+    pool = torch.randn(sizes.cold_bytes // 64, device=device, dtype=torch.bfloat16).repeat(32)
     rows = []
     for batch, context in sizes.decode:
         elements = batch * KV_HEADS * context * HEAD_DIM
