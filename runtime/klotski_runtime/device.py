@@ -36,6 +36,14 @@ def device_of(plan: Plan, name: str, emulate: bool) -> torch.device:
     return gpu_of(name)
 
 
+def use(device: torch.device) -> None:
+    """Make a GPU this thread's, and choose kernels for it."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # cuDNN's attention plans anew for every length of the cache, for 50 ms.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def cpu_threads(device: torch.device) -> int:
     """Threads of the CPU's own kernels: a core each but, beside a GPU, for the threads that issue to it. Where these take a core from
     one of a kernel's threads, all others wait for it."""
@@ -49,7 +57,7 @@ class GpuMemory:
     def __init__(self, device: torch.device) -> None:
         self._device = device if device.type == "cuda" else None
         if self._device:
-            torch.cuda.set_device(self._device)
+            use(self._device)
             for dtype in (
                 torch.bfloat16,
                 torch.float32,

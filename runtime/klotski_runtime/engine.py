@@ -27,7 +27,7 @@ from klotski_compiler.verify import verify
 from klotski_runtime import binding
 from klotski_runtime.checkpoint import EMBEDDING, HEAD, PAGE, Checkpoint, ModuleKey
 from klotski_runtime.cuda_streams import CudaBackend, Lanes, of_gpu
-from klotski_runtime.device import cpu_threads
+from klotski_runtime.device import cpu_threads, use
 from klotski_runtime.kernels import Chunks, Group, kernel_threads
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.measured import Measured, Watch
@@ -74,6 +74,7 @@ class Engine:
         verify(plan)
         if (device.type == "cuda") != (plan.compute_tier == "gpu") and not (emulate and device == HOST):
             raise ConfigError("plan", "compute_tier", f"a plan for {plan.compute_tier} memory does not run on {device}")
+        use(device)
         self.lanes = Lanes(device) if device.type == "cuda" else None
         self.plan, self._config, self._keep_log = plan, config, keep_log
         self.threads = threads or cpu_threads(device)

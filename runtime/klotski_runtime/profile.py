@@ -11,8 +11,10 @@ import os
 import platform
 import shutil
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import date
 from itertools import count, cycle
@@ -28,7 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.hardware import Hardware, Link, Processor, Tier
 from klotski_runtime.checkpoint import PAGE
-from klotski_runtime.device import context_bytes, cpu_threads, gpu_of
+from klotski_runtime.device import context_bytes, cpu_threads, gpu_of, use
 from klotski_runtime.profile_block import SMALL, Block
 from klotski_runtime.profile_disk import MIB, Found, Turns, fill, rounded, scratch_file
 
@@ -90,12 +92,15 @@ FULL_GPU = replace(
     inter=14336,
     tokens=(*FULL.tokens, 4096),
     cold_bytes=1024 * MIB,
+    sample_s=0.15,
     decode=((1, 1024), (16, 1024), (64, 1024), (128, 1024), (256, 1024), (512, 1024)),
     prompt=2048,
     short_prompts=1024,
 )
-# Machines with a GPU have processors with large caches.
-FULL_BESIDE_GPU = replace(FULL, cold_bytes=1024 * MIB, decode=(*FULL.decode, (128, 1024), (256, 1024)))
+# Machines with a GPU have processors with large caches, and cost more by the minute.
+FULL_BESIDE_GPU = replace(
+    FULL, cold_bytes=1024 * MIB, sample_s=0.15, rounds=2, turns=3, decode=(*FULL.decode, (128, 1024), (256, 1024))
+)
 QUICK = Sizes(
     hidden=256,
     inter=128,
@@ -127,13 +132,13 @@ def measure(
     Raises ConfigError if the device or the folder cannot be used.
     """
     chosen = torch.device("cpu") if device == "cpu" else gpu_of(device)
-    sizes = QUICK if quick else FULL
-    _check_scratch(scratch, sizes)
     with_gpu = chosen.type == "cuda"
+    sizes = QUICK if quick else FULL_BESIDE_GPU if with_gpu else FULL
+    _check_scratch(scratch, sizes)
     units = {"cpu": (torch.device("cpu"), sizes)}
     if with_gpu:
+        use(chosen)
         torch.set_num_threads(cpu_threads(chosen))
-        units = {"cpu": (torch.device("cpu"), QUICK if quick else FULL_BESIDE_GPU)}
         units["gpu"] = chosen, QUICK if quick else FULL_GPU
     steps = 1 + sizes.rounds * (1 + 5 * len(units)) + with_gpu
     taken = count()
@@ -154,7 +159,8 @@ def measure(
             step("disk: reading, with and without the processor at work")
             turns.take(sizes.turns)
             for unit, (where, its_sizes) in units.items():
-                rounds[unit].append(_processor_round(where, its_sizes, step))
+                with _at_work(chosen) if with_gpu and unit == "cpu" else nullcontext():
+                    rounds[unit].append(_processor_round(where, its_sizes, step))
         links |= turns.found()
     processors = {unit: _typical(found) for unit, found in rounds.items()}
     processors["cpu"]["shared_speed"] = turns.processor_speed()
@@ -232,6 +238,35 @@ def _describe(device: torch.device) -> str:
 
 
 # Time
+
+
+@contextmanager
+def _at_work(gpu: torch.device) -> Iterator[None]:
+    """With a thread that copies to the GPU and one that issues kernels, as there are whenever the CPU helps a GPU."""
+    stopped = threading.Event()
+    host = torch.empty(64 * MIB, dtype=torch.uint8, pin_memory=True)
+    there, small = host.to(gpu), torch.randn(SMALL, SMALL, device=gpu)
+
+    def repeat(call: Callable[[], object]) -> None:
+        with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream(gpu)):
+            while not stopped.is_set():
+                for _ in range(8):
+                    call()
+                torch.cuda.current_stream(gpu).synchronize()
+
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: there.copy_(host, non_blocking=True),
+        lambda: F.linear(small, small),
+    )
+    threads = [threading.Thread(target=repeat, args=(call,), daemon=True) for call in calls]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        for thread in threads:
+            thread.join()
 
 
 def processor_seconds() -> tuple[float, float]:
@@ -413,8 +448,8 @@ def _fixed_costs(device: torch.device, sizes: Sizes) -> Found:
             f"attention (norms, rotary, mask, cache, SDPA, residual) of {what}, less matmuls",
         ),
         "expert_op_us": (
-            rounded(1e6 * _seconds(block.expert, device, sizes)),
-            f"expert (gather, three matmuls, activation, weighting, index_add) of {what}",
+            rounded(1e6 * _seconds(block.expert, device, sizes) / block.experts),
+            f"expert (gather, three matmuls, activation, weighting, index_add), {block.experts} at once, of {what}",
         ),
     }
 

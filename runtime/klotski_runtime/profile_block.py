@@ -61,10 +61,14 @@ class Block:
             capacity = past + queries
             storage = torch.zeros(batch * capacity * shape.elements, dtype=torch.bfloat16)
             self._kv = KvBlock(storage, shape, batch, capacity)
-            self._parts = {
-                name: torch.randn(size, dtype=torch.bfloat16) / 32
-                for name, size in (("gate", (SMALL, hidden)), ("up", (SMALL, hidden)), ("down", (hidden, SMALL)))
-            }
+            # Small experts share a load, and a GPU takes them together.
+            self.experts = 4 if device.type == "cuda" else 1
+            weights = torch.randn(self.experts, 3, SMALL * hidden, dtype=torch.bfloat16) / 32
+            shapes = {"gate": (SMALL, hidden), "up": (SMALL, hidden), "down": (hidden, SMALL)}
+            self._parts = [
+                {name: matrix.view(shapes[name]) for name, matrix in zip(shapes, expert, strict=True)}
+                for expert in weights
+            ]
             self._query = torch.randn(batch, query_heads, queries, width, dtype=torch.bfloat16)
             self._mask = torch.ones(batch, 1, queries, capacity, dtype=torch.bool).tril(past)
             self._state = torch.randn(tokens, hidden, dtype=torch.bfloat16)
@@ -83,9 +87,10 @@ class Block:
         self._group.router(0, 0)
 
     def expert(self) -> None:
-        """The op of the expert that most tokens chose."""
+        """The op of the ``experts`` that most tokens chose."""
         counts = self._group.counts(0, None)
-        self._group.experts(0, [(counts.index(max(counts)), self._parts)], None)
+        chosen = sorted(range(len(counts)), key=lambda expert: -counts[expert])[: self.experts]
+        self._group.experts(0, list(zip(chosen, self._parts, strict=True)), None)
 
     def projections(self) -> None:
         """The matmuls of attention."""
