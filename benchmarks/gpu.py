@@ -48,10 +48,10 @@ class Model(NamedTuple):
     policies: tuple[str, ...]
 
 
-RIVALS = ("klotski", "moe_gen", "flexgen", "moe_lightning", "zero_inference", "accelerate")
+RIVALS = ("klotski", "moe_gen", "accelerate", "moe_lightning", "flexgen", "zero_inference")
 MODELS = (
-    Model("mixtral-8x7b", replace(SHAPES["mixtral-8x7b"], layers=7), 512, 128, 16, ("joint", *RIVALS)),
-    Model("qwen3-30b-a3b", replace(SHAPES["qwen3-30b-a3b"], layers=10), 1024, 128, 16, ("joint", *RIVALS)),
+    Model("mixtral-8x7b", replace(SHAPES["mixtral-8x7b"], layers=7), 512, 128, 24, ("joint", *RIVALS)),
+    Model("qwen3-30b-a3b", replace(SHAPES["qwen3-30b-a3b"], layers=10), 1024, 128, 24, ("joint", *RIVALS)),
 )
 FAMILY_POLICIES = ("joint", "klotski", "moe_lightning", "hybrimoe")
 PEER_BATCHES = (16, 64, 256)
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument("plans", type=Path)
     run.add_argument("-o", "--output", type=Path, help="write the report here, too")
     run.add_argument("--models", type=Path, help="folder for 24 GB of random weights (default: in memory)")
-    run.add_argument("--seconds", type=float, default=500.0, help="begin nothing after so long (default: %(default)s)")
+    run.add_argument("--seconds", type=float, default=420.0, help="begin nothing after so long (default: %(default)s)")
     arguments = parser.parse_args(argv)
     try:
         return {"profile": _profile, "plans": _plans, "run": _run}[arguments.step](arguments)

@@ -63,11 +63,11 @@ class Block:
             self._kv = KvBlock(storage, shape, batch, capacity)
             # Small experts share a load, and a GPU takes them together.
             self.experts = 4 if device.type == "cuda" else 1
-            weights = torch.randn(self.experts, 3, SMALL * hidden, dtype=torch.bfloat16) / 32
-            shapes = {"gate": (SMALL, hidden), "up": (SMALL, hidden), "down": (hidden, SMALL)}
+            matrices = torch.randn(self.experts, 3, SMALL * hidden, dtype=torch.bfloat16) / 32
+            forms = {"gate": (SMALL, hidden), "up": (SMALL, hidden), "down": (hidden, SMALL)}
             self._parts = [
-                {name: matrix.view(shapes[name]) for name, matrix in zip(shapes, expert, strict=True)}
-                for expert in weights
+                {name: matrix.view(forms[name]) for name, matrix in zip(forms, expert, strict=True)}
+                for expert in matrices
             ]
             self._query = torch.randn(batch, query_heads, queries, width, dtype=torch.bfloat16)
             self._mask = torch.ones(batch, 1, queries, capacity, dtype=torch.bool).tril(past)
