@@ -7,7 +7,7 @@ bytes, one that is bound after it the bytes of the experts that are expected to 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 from klotski_compiler.hardware import Hardware, Processor, matmul_us
@@ -141,6 +141,7 @@ class Cost:
     hardware: Hardware
     routing: Routing
     dtype: str
+    _matmul_us: dict[tuple[int, int, float], float] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def processor_name(self) -> str:
@@ -250,8 +251,11 @@ class Cost:
         """The matmuls of a module over ``tokens`` tokens; weights are read once from the processor's tier."""
         if module.flops_per_token == 0:
             return 0.0
-        params = module.flops_per_token // 2
-        return matmul_us(processor or self.processor, self.dtype, tokens, params, params * self.compute_bytes)
+        where, params = processor or self.processor, module.flops_per_token // 2
+        name = id(where), params, tokens
+        if name not in self._matmul_us:  # the same few are asked for in every layer of every candidate
+            self._matmul_us[name] = matmul_us(where, self.dtype, tokens, params, params * self.compute_bytes)
+        return self._matmul_us[name]
 
     def elementwise_us(self, elements: float) -> float:
         """Norm, residual and copies of one block over its input's ``elements``."""

@@ -177,7 +177,7 @@ class Formulation:
                 self._time(f"prefetched_us[{g.name}.{phase}]")
                 self._time(f"period_us[{g.name}.{phase}]")
         self._count("resident[head]", 1, at_least=0 if problem.head_pages else 1)
-        self._count("resident[embedding]", 1)
+        self._count("resident[embedding]", 0 if problem.home_tier else 1)  # a GPU reads its rows from host memory
         self._count("spilling", 1)
         for kind in self.problem.module_slots:
             self._count(f"streaming[{kind}]", 1)
@@ -370,8 +370,7 @@ class Formulation:
             used = plus(used, {"": streamed, "resident[head]": kept - streamed})
             used = plus(used, {f"streaming[{kind}]": nbytes for kind, nbytes in problem.module_slots.items()})
         else:
-            used[""] += fixed + problem.head.slot_bytes
-            used = plus(used, {"": problem.embedding.slot_bytes, "resident[embedding]": -problem.embedding.slot_bytes})
+            used[""] += fixed + problem.head.slot_bytes + problem.embedding.slot_bytes
         if self.elastic:
             self.model.variables[f"excess[{tier}]"] = Variable(f"excess[{tier}]", 0.0, float("inf"), False)
             self.model.objective[f"excess[{tier}]"] = 1.0
@@ -512,6 +511,7 @@ class Formulation:
         problem = self.problem
         terms: Terms = {"": 0.0}
         if problem.home_tier:
+            terms[""] = problem.head.disk_us + problem.embedding.disk_us
             for g in problem.groups:
                 modules = sum(item.disk_us for item in g.modules.values())
                 terms[""] += g.count * (modules + sum(g.sizes) * g.expert.disk_us)
