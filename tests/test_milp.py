@@ -107,10 +107,11 @@ def random_case(seed: int) -> Case:
 
 
 def loading_us(problem: Problem) -> float:
-    """Reading every weight of the layers from disk, which before a GPU is done once, but for those that stay there."""
-    return sum(
+    """Reading every weight from disk, which before a GPU is done once, but for experts that stay there."""
+    layers = sum(
         g.count * (sum(m.disk_us for m in g.modules.values()) + sum(g.sizes) * g.expert.disk_us) for g in problem.groups
     )
+    return layers + problem.head.disk_us + problem.embedding.disk_us
 
 
 def solve(case: Case) -> Solved | None:
@@ -228,7 +229,7 @@ def brute_force(problem: Problem) -> float:
         states = undominated(merged)
     best = float("inf")
     for head in (0, 1) if problem.head_pages else (1,):
-        for embedding in (0, 1):
+        for embedding in (0,) if far else (0, 1):
             time = loading_us(problem) if far else head * problem.head.load_us + embedding * problem.embedding.load_us
             for phase, passes in problem.passes.items():
                 end, streamed = problem.end[phase], (1 - head) * problem.head.load_us
@@ -242,7 +243,8 @@ def brute_force(problem: Problem) -> float:
                     + head * problem.head.slot_bytes
                     + embedding * problem.embedding.slot_bytes
                 )
-                fits = not far or there + (1 - head) * problem.head.slot_bytes <= problem.capacity[far]
+                there += problem.embedding.slot_bytes + (1 - head) * problem.head.slot_bytes
+                fits = not far or there <= problem.capacity[far]
                 if used <= problem.capacity[near] and fits:
                     best = min(best, time + others)
     return best
@@ -302,7 +304,7 @@ def by_cbc(problem: Problem) -> float | None:
     def integer(name: str, most: int, least: int = 0) -> pulp.LpVariable:
         return pulp.LpVariable(name, least, most, "Integer")
 
-    spilling, embedding = integer("spilling", 1), integer("embedding", 1)
+    spilling, embedding = integer("spilling", 1), integer("embedding", 0 if far else 1)
     head = integer("head", 1, 0 if problem.head_pages else 1)
     disk = bool(far)
     here = [
@@ -314,7 +316,7 @@ def by_cbc(problem: Problem) -> float | None:
     ]
     moving = {kind: integer(f"moving_{kind}", 1) for kind in problem.module_slots}
     here += [moving[kind] * nbytes for kind, nbytes in problem.module_slots.items()]
-    there = [(1 - head) * problem.head.slot_bytes]
+    there = [(1 - head) * problem.head.slot_bytes, problem.embedding.slot_bytes]
     goal = [loading_us(problem)] if far else [head * problem.head.load_us, embedding * problem.embedding.load_us]
     for g in problem.groups:
         n, load = g.count, g.expert.load_us
