@@ -336,7 +336,7 @@ class Decision(_Record):
     first decode pass. attention_batch, decode_batch: sequences whose attention runs at once in prefill and in decode. expert_rows:
     tokens per matmul of an expert, router or dense MLP at most. cpu_batches: batches, the last ones, whose decode attention the CPU
     computes where the KV lives. hot: experts per layer that are prefetched before the router speaks. embedding: whether its rows are
-    resident.
+    resident where the CPU computes; a GPU reads them from host memory.
     """
 
     num_batches: int

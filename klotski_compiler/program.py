@@ -243,8 +243,8 @@ class Program:
 
     def embed(self) -> None:
         """Hidden states of all batches from their token ids; rows of an embedding that is not resident come one by one."""
-        resident = self._present(("embedding", -1, 0)) if self.decision.embedding else ()
-        self.compute("embed", -1, ALL, *resident)
+        found = self._present(("embedding", -1, 0))
+        self.compute("embed", -1, ALL, *(number for number in found if number in self.table.resident))
 
     def attend(self, layer: int, sync: bool = False, batches: Sequence[int] | None = None) -> Iterator[int]:
         """Attention batch by batch (all, or those given), the KV of the next batch in flight, new KV written back; yields after

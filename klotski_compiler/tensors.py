@@ -56,8 +56,10 @@ class TensorTable:
     def __post_init__(self) -> None:
         spec, decision = self.spec, self.decision
         positions = self.workload.prompt_len + self.workload.gen_len
-        if decision.embedding or self.compute_tier == "gpu":  # else rows are read from disk, one by one
-            self._module("embedding", -1, 0, spec.embedding, decision.embedding)
+        if self.compute_tier == "gpu":  # which reads its rows from host memory
+            self._module("embedding", -1, 0, spec.embedding, False)
+        elif decision.embedding:  # else they are read from disk
+            self._module("embedding", -1, 0, spec.embedding, True)
         self._module("norm", -1, 0, spec.norm, True)
         pages = max(1, decision.head_pages)
         for page in range(pages):

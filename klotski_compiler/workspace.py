@@ -44,12 +44,12 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
     if converted := _converts(cost):
         pages = max(1, decision.head_pages)
         transient["conversion"] = 2 * width * max(_expert_params(spec), -(-spec.head.params // pages))
-    gather = 0 if decision.embedding else GATHERED_ROWS * (2 * hidden * width + 8192)
+    gathered = cost.hardware.compute_tier == "host" and not decision.embedding
     kept = {
         "experts": rows * width * (3 * hidden + 2 * inner),
         "logits": decision.sequences * (2 * hidden + -(-spec.vocab_size // max(1, decision.head_pages))) * width,
         "routing": tokens * top_k * (44 + 2 * width),
-        "embedding rows": gather,
+        "embedding rows": gathered * GATHERED_ROWS * (2 * hidden * width + 8192),
     }
     if converted:
         kept["converted weights"] = width * _bound_params(spec, decision)

@@ -140,9 +140,10 @@ class Relaxation(Runs):
             row("kv_stays", {"kept[kv]": 1.0}, lower=1.0)
 
         here: Terms = {"kept[kv]": kv_bytes / GIB}
-        host: Terms = {"": kv_bytes / GIB, "kept[kv]": -kv_bytes / GIB}
+        beside = self.cost.spec.embedding.nbytes if on_gpu else 0  # in host memory
+        host: Terms = {"": (kv_bytes + beside) / GIB, "kept[kv]": -kv_bytes / GIB}
         disk_us = 1e6 / links["disk>host"].bandwidth_bytes_per_s / SCALE_US
-        load: Terms = {"": 0.0}
+        load: Terms = {"": beside * disk_us}
         for i, weight in enumerate(weights):
             kept, near = share(f"kept[{i}]"), f"near[{i}]"
             if helped[i]:

@@ -115,7 +115,7 @@ class Least:
 
     def _ends_us(self, tokens: int) -> float:
         """Of that, what is outside the layers."""
-        return 4 * self.cost.processor.op_us + self.cost.embed_us(tokens, True)
+        return 4 * self.cost.processor.op_us + self.cost.embed_us(tokens, resident=self.tier == "host")
 
     def _layers_us(self, tokens: float) -> float:
         """Of that, what is before the experts of all layers."""
