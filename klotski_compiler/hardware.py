@@ -56,6 +56,7 @@ class Processor(_Fact):
     attention op (a whole attention block of a layer). router_op_us: of one router op. expert_op_us: of one expert.
     hidden_bytes_per_s: rate at which hidden states pass the elementwise work of such a block (norm, residual, copies),
     each element counted once. shared_speed: what is left of the speed while a link into the processor's tier is busy.
+    widen_rows: from how many rows on a 16-bit matmul is faster through fp32 (0: never); ``matmul`` has the faster one's rates.
     """
 
     tier: str
@@ -72,6 +73,7 @@ class Processor(_Fact):
     router_op_us: Microseconds
     expert_op_us: Microseconds
     shared_speed: Share = 1.0
+    widen_rows: Annotated[int, Field(strict=True, ge=0)] = 0
 
 
 class Hardware(_Fact):

@@ -23,7 +23,7 @@ from klotski_compiler.errors import PlanError
 if TYPE_CHECKING:
     import networkx
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 PAGE_BYTES = 4096
 ALL = -1  # the batch of an op that covers the whole group; -1 - n: all batches from number n on
 CPU = "cpu"  # the processor of host memory, and its stream
@@ -475,8 +475,8 @@ class Candidate(_Record):
 
 
 class Plan(_Record):
-    """Everything that running and reading a schedule takes. processors: the tier in which each of them computes. See ``load``
-    and ``dumps`` for the file."""
+    """Everything that running and reading a schedule takes. processors: the tier in which each of them computes. widen_rows: of the
+    CPU's 16-bit matmuls, as in the hardware profile. See ``load`` and ``dumps`` for the file."""
 
     schema_version: int
     model: str
@@ -485,6 +485,7 @@ class Plan(_Record):
     hardware: str
     compute_tier: str
     processors: dict[str, str]
+    widen_rows: int
     budgets: dict[str, int]
     workload: Workload
     envelope: Envelope

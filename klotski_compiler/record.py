@@ -8,7 +8,7 @@ from dataclasses import replace
 from klotski_compiler.bounds.certificate import bound_tokens_per_s
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.pipeline import Lowered, phase_record
-from klotski_compiler.plan import APART, MIXED, SCHEMA_VERSION, Bind, Candidate, Decision, Envelope, Forecast, Plan
+from klotski_compiler.plan import APART, CPU, MIXED, SCHEMA_VERSION, Bind, Candidate, Decision, Envelope, Forecast, Plan
 from klotski_compiler.report import size
 from klotski_compiler.search import Best, Search
 
@@ -27,6 +27,7 @@ def record(search: Search, best: Best, candidates: list[Candidate]) -> Plan:
         hardware=request.hardware.name,
         compute_tier=search.tier,
         processors={name: processor.tier for name, processor in request.hardware.processors.items()},
+        widen_rows=cpu.widen_rows if (cpu := request.hardware.processors.get(CPU)) else 0,
         budgets=request.budgets,
         workload=workload,
         envelope=Envelope(sequences=decision.sequences, prompt_len=workload.prompt_len, gen_len=workload.gen_len),

@@ -5,7 +5,15 @@ Ops run one at a time on the compute stream, so transient parts count once, by t
 
 from __future__ import annotations
 
-from klotski_compiler.cost import FEW_ROWS, GATHERED_ROWS, ROW_STEP, Cost
+from klotski_compiler.cost import (
+    FEW_ROWS,
+    GATHERED_ROWS,
+    ROW_STEP,
+    WIDENED_BLOCK,
+    WIDENED_COLUMNS,
+    WIDENED_ROWS,
+    Cost,
+)
 from klotski_compiler.model import Layer, ModelSpec, Module
 from klotski_compiler.plan import Decision, Workload
 from klotski_compiler.tensors import MODULES
@@ -51,6 +59,9 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
         "routing": tokens * top_k * (44 + 2 * width),
         "embedding rows": gathered * GATHERED_ROWS * (2 * hidden * width + 8192),
     }
+    if width == 2 and cost.hardware.compute_tier == "host" and cost.processor.widen_rows:
+        widest = max(hidden, inner, shared, dense, *(layer.attention_flops // 4 for layer in spec.layers))
+        kept["widened matmuls"] = 4 * (WIDENED_ROWS * (widest + WIDENED_COLUMNS) + max(WIDENED_BLOCK, widest))
     if converted:
         kept["converted weights"] = width * _bound_params(spec, decision)
     experts = sum(layer.num_experts for layer in spec.layers)

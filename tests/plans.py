@@ -215,6 +215,7 @@ def make_plan(spec: ModelSpec, hardware: Hardware, policy_name: str, decision: D
         hardware=hardware.name,
         compute_tier=hardware.compute_tier,
         processors={name: processor.tier for name, processor in hardware.processors.items()},
+        widen_rows=hardware.processors["cpu"].widen_rows,
         budgets={tier: t.capacity_bytes for tier, t in hardware.tiers.items()},
         workload=workload,
         envelope=Envelope(sequences=decision.sequences, prompt_len=workload.prompt_len, gen_len=workload.gen_len),

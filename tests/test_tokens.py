@@ -23,7 +23,7 @@ from klotski_compiler.policies import POLICIES, policy
 from klotski_runtime.cli.run import main as klotski_run
 from klotski_runtime.engine import Row
 from klotski_runtime.skeleton import CACHE
-from plans import tiny_decision
+from plans import edited, tiny_decision
 from same import (
     PROMPTS,
     STEPS,
@@ -357,9 +357,10 @@ class Bf16(NamedTuple):
     fp32: list[int]
 
 
-def in_bf16(model: Resident, prompts: Sequence[list[int]], gen_len: int, scratch: Path) -> Bf16:
+def in_bf16(model: Resident, prompts: Sequence[list[int]], gen_len: int, scratch: Path, widen_rows: int = 0) -> Bf16:
     decision = tiny_decision("joint", model.spec, "host", 2, len(prompts) // 2)
     plan = plan_of(model.spec, "joint", decision, workload(prompts, gen_len))
+    plan = edited(plan, widen_rows=widen_rows).sealed()
     assert plan.dtype == "bf16"
     rows, reference = run(plan, model, scratch, prompts).rows, resident(model.folder, torch.bfloat16)
     return Bf16(
@@ -370,12 +371,12 @@ def in_bf16(model: Resident, prompts: Sequence[list[int]], gen_len: int, scratch
     )
 
 
-@pytest.fixture(scope="module")
-def bf16(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Bf16:
+@pytest.fixture(scope="module", params=[0, 1], ids=["16-bit kernels", "through fp32"])
+def bf16(request: pytest.FixtureRequest, models: Models, tmp_path_factory: pytest.TempPathFactory) -> Bf16:
     """Of two tiny models together."""
     prompts = ragged(*(1 + 5 * i % 19 for i in range(24)), seed=2)
     found = [
-        in_bf16(models(family, dtype="bfloat16"), prompts, 32, tmp_path_factory.mktemp("scratch"))
+        in_bf16(models(family, dtype="bfloat16"), prompts, 32, tmp_path_factory.mktemp("scratch"), request.param)
         for family in ("mixtral", "deepseek_v2")
     ]
     return Bf16(*(first + second for first, second in zip(*found, strict=True)))

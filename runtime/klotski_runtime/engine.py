@@ -79,7 +79,7 @@ class Engine:
         self.plan, self._config, self._keep_log = plan, config, keep_log
         self.threads = threads or cpu_threads(device)
         kernel_threads(1)
-        self.skeleton = Skeleton(config, DTYPES[plan.dtype], device)
+        self.skeleton = Skeleton(config, DTYPES[plan.dtype], device, plan.widen_rows)
         self.checkpoint = Checkpoint.open(folder, self.skeleton.model)
         self._check_model()
         self.reader = DiskReader()

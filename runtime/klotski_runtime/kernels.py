@@ -29,6 +29,7 @@ from klotski_runtime.kv import KvBlock
 from klotski_runtime.reader import RowGather
 from klotski_runtime.skeleton import HOST, Skeleton
 from klotski_runtime.split import NewOnly, Split
+from klotski_runtime.wide import Widener
 
 GROUPED_BYTES = 16
 """Where matrices must begin, and how far apart they must be, for kernels that take several: multiples of this."""
@@ -161,8 +162,10 @@ class ExpertKernel:
         compute: torch.dtype,
         wide: torch.dtype,
         device: torch.device = HOST,
+        widener: Widener | None = None,
     ) -> None:
         self.rows = rows
+        self._widener = widener or Widener(0, 0)
         self._x = torch.zeros(rows, hidden, dtype=compute, device=device)
         self._inner = torch.empty(2 * rows * intermediate, dtype=compute, device=device)
         self._out = torch.empty(rows, hidden, dtype=wide, device=device)
@@ -174,9 +177,9 @@ class ExpertKernel:
         count = rows.shape[0]
         source, out = self._x[: self._rounded(count)], self._out[:count]
         torch.index_select(x, 0, rows, out=source[:count])
-        down = parts["down"] if experts.is_transposed else parts["down"].t()
+        down = parts["down"].t() if experts.is_transposed else parts["down"]
         # The experts' input is not needed once the inner values are there: its buffer takes the output.
-        torch.mm(self._gated(experts, parts, source), down, out=source)
+        self._mm(self._gated(experts, parts, source), down, source)
         if "down_bias" in parts:
             source.add_(parts["down_bias"])
         return out.copy_(source[:count]).mul_(weights[:, None])
@@ -200,6 +203,13 @@ class ExpertKernel:
         inner = _activation(experts.act_fn)(gated).mul_(other)
         return out.copy_(torch._grouped_mm(inner, stacked["down"].mT, offs=ends)).mul_(weights[:, None])
 
+    def _mm(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        """``out`` <- ``x`` times the transpose of ``weight``."""
+        if self._widener.takes(x):
+            self._widener.mm(x, weight, out)
+        else:
+            torch.mm(x, weight.t(), out=out)
+
     def _rounded(self, count: int) -> int:
         """Rows that are computed for ``count`` tokens; what stands in the surplus ones does not matter.
 
@@ -218,8 +228,8 @@ class ExpertKernel:
             return self._fused(experts, parts, x)
         size = count * gate.shape[0]
         gated, other = self._inner[:size].view(count, -1), self._inner[size : 2 * size].view(count, -1)
-        torch.mm(x, gate.t(), out=gated)
-        torch.mm(x, up.t(), out=other)
+        self._mm(x, gate, gated)
+        self._mm(x, up, other)
         if common:
             return _activation(experts.act_fn)(gated).mul_(other)
         special: torch.Tensor = experts._apply_gate(torch.cat([gated, other], dim=1))
@@ -227,9 +237,9 @@ class ExpertKernel:
 
     def _fused(self, experts: Any, parts: Parts, x: torch.Tensor) -> torch.Tensor:
         """The same from one gate_up matrix, by the experts module's own rules."""
-        weight = parts["gate_up"] if experts.is_transposed else parts["gate_up"].t()
-        inner = self._inner[: x.shape[0] * weight.shape[1]].view(x.shape[0], -1)
-        torch.mm(x, weight, out=inner)
+        weight = parts["gate_up"].t() if experts.is_transposed else parts["gate_up"]
+        inner = self._inner[: x.shape[0] * weight.shape[0]].view(x.shape[0], -1)
+        self._mm(x, weight, inner)
         if "gate_up_bias" in parts:
             inner.add_(parts["gate_up_bias"])
         gated: torch.Tensor = experts._apply_gate(inner)
@@ -298,7 +308,7 @@ class Group:
         self._skeleton, self._chunks, self._embedding = skeleton, chunks, embedding
         self._device = skeleton.device
         self.batches = {number: Batch(sequences, self._device) for number, sequences in enumerate(prompts)}
-        self._kernel = self._make_kernel(self._device)
+        self._kernel = self._make_kernel(self._device, skeleton.widener)
         self._elsewhere: ExpertKernel | None = None
         self._found: dict[tuple[int, ...], tuple[Sequence[Parts], Runs]] = {}
         self._splits: dict[int, list[tuple[slice, Split, torch.Tensor, torch.Tensor | None]]] = {}
@@ -306,11 +316,17 @@ class Group:
         self._assignments: dict[int | None, Assignment] = {}
         self._logits = torch.empty(0, dtype=skeleton.compute_dtype, device=self._device)
 
-    def _make_kernel(self, device: torch.device) -> ExpertKernel:
+    def _make_kernel(self, device: torch.device, widener: Widener) -> ExpertKernel:
         skeleton = self._skeleton
-        inner = max(_intermediate(skeleton, layer) for layer in range(skeleton.layers))
+        inner = max(map(skeleton.inner, range(skeleton.layers)))
         return ExpertKernel(
-            self._chunks.expert_rows, skeleton.hidden, inner, skeleton.compute_dtype, skeleton.wide_dtype, device
+            self._chunks.expert_rows,
+            skeleton.hidden,
+            inner,
+            skeleton.compute_dtype,
+            skeleton.wide_dtype,
+            device,
+            widener,
         )
 
     @property
@@ -480,7 +496,7 @@ class Group:
         shape = self._wide.shape
         x, out = rows[: self._x.numel()].view(shape), sums[: self._wide.numel()].view(shape)
         if self._elsewhere is None:
-            self._elsewhere = self._make_kernel(HOST)
+            self._elsewhere = self._make_kernel(HOST, self._skeleton.make_widener())
         self._add_experts(self._elsewhere, layer, experts, self._sent, x, out.zero_())
 
     @torch.inference_mode()
@@ -564,7 +580,11 @@ class Group:
         if self._logits.numel() < size:
             self._logits = self._logits.new_empty(size)
         logits = self._logits[:size].view(len(self._last), -1)
-        torch.mm(self._last, weight.to(self._last.dtype).t(), out=logits)
+        weight = weight.to(self._last.dtype)
+        if self._skeleton.widener.takes(self._last):
+            self._skeleton.widener.mm(self._last, weight, logits)
+        else:
+            torch.mm(self._last, weight.t(), out=logits)
         if bias is not None:
             logits.add_(bias)
         value, word = logits.max(dim=1)
@@ -643,9 +663,3 @@ def _region(packed: torch.Tensor, own: Batch, sequences: slice) -> slice:
     """Where a packed batch has what belongs to some of its sequences."""
     width = len(packed) // own.size
     return slice(sequences.start * width, sequences.stop * width)
-
-
-def _intermediate(skeleton: Skeleton, layer: int) -> int:
-    """Inner width of a layer's routed experts, 0 in a dense layer."""
-    module = skeleton.experts(layer)
-    return 0 if module is None else int(module.down_proj.shape[1 if module.is_transposed else 2])

@@ -13,7 +13,7 @@ import shutil
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import date
@@ -33,6 +33,7 @@ from klotski_runtime.checkpoint import PAGE
 from klotski_runtime.device import context_bytes, cpu_threads, gpu_of, use
 from klotski_runtime.profile_block import SMALL, Block
 from klotski_runtime.profile_disk import MIB, Found, Turns, fill, rounded, scratch_file
+from klotski_runtime.wide import Widener
 
 Report = Callable[[str, float], None]
 """Called with what is being measured and the share (0 to 1) of the work that is done."""
@@ -67,6 +68,8 @@ class Sizes:
     short_prompts: int
 
 
+LEAST_WIDENED = 16  # tokens: for fewer, to widen the weights takes longer than to use them
+WORTH_WIDENING = 0.9  # of the time of a 16-bit matmul that one through fp32 may take
 CACHE_BYTES = 64 * MIB  # more than caches hold
 SHORT_PROMPT = 32  # tokens: of prompts whose attention is mostly elementwise work
 SHARED_ROWS = 32  # tokens of the expert that computes while the disk is read
@@ -329,8 +332,13 @@ def _processor_round(device: torch.device, sizes: Sizes, step: Callable[[str], N
     fastest_read = 0.0
     for dtype in DTYPES:
         step(f"{unit}: expert matmuls in {dtype}")
-        points, read = _matmul(device, dtype, sizes)
+        points, read, widen_rows = _matmul(device, dtype, sizes)
         fastest_read = max(fastest_read, read)
+        if device.type == "cpu" and dtype == "bf16":
+            found["widen_rows"] = (
+                widen_rows,
+                "from where on those matmuls, faster through fp32, are in the table so; 0: nowhere",
+            )
         how = f"one expert (three F.linear, hidden {sizes.hidden}, intermediate {sizes.inter}), weights not in cache"
         found[f"matmul.{dtype}"] = points, how
     found["memory_bytes_per_s"] = rounded(fastest_read), "fastest read of an expert's weights in those matmuls"
@@ -357,8 +365,9 @@ def _experts(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator
     return cycle([drawn, *(tuple(matrix.clone() for matrix in drawn) for _ in range(number - 1))])
 
 
-def _matmul(device: torch.device, dtype: str, sizes: Sizes) -> tuple[tuple[tuple[int, float], ...], float]:
-    """Points (tokens, flops per second) of one expert, and the fastest rate at which one read its weights, bytes/s.
+def _matmul(device: torch.device, dtype: str, sizes: Sizes) -> tuple[tuple[tuple[int, float], ...], float, int]:
+    """Points (tokens, flops per second) of one expert, the fastest rate at which one read its weights, bytes/s, and from how many
+    tokens on 16-bit matmuls are faster through fp32 (0: never), which then give the points.
 
     On a CPU the fixed cost of the calls is taken off, because expert_op_us holds it; on a GPU it hides behind the
     kernel before.
@@ -369,14 +378,28 @@ def _matmul(device: torch.device, dtype: str, sizes: Sizes) -> tuple[tuple[tuple
     turn = _experts(device, torch_dtype, sizes)
     small = [torch.randn(SMALL, SMALL, device=device, dtype=torch_dtype) for _ in range(4)]
     fixed = _seconds(lambda: _expert(*small), device, sizes) if device.type == "cpu" else 0.0
-    points, fastest = [], 0.0
+    may_widen = device.type == "cpu" and torch_dtype.itemsize == 2
+    widener = Widener(int(may_widen), max(sizes.hidden, sizes.inter))
+    points, fastest, widen_rows = [], 0.0, 0
     for tokens in sizes.tokens:
         rows = torch.randn(tokens, sizes.hidden, device=device, dtype=torch_dtype)
         seconds = _seconds(lambda rows=rows: _expert(rows, *next(turn)), device, sizes)  # type: ignore[misc]
+        if may_widen and tokens >= LEAST_WIDENED:
+            outs = [torch.empty(tokens, width, dtype=torch_dtype) for width in (sizes.inter, sizes.inter, sizes.hidden)]
+            wide = _seconds(lambda rows=rows, outs=outs: _widened(widener, rows, outs, *next(turn)), device, sizes)  # type: ignore[misc]
+            widen_rows = (widen_rows or tokens) if wide < WORTH_WIDENING * seconds else 0
+            seconds = wide if widen_rows else seconds
         seconds = max(seconds - fixed, seconds / 2)
         points.append((tokens, rounded(2 * params * tokens / seconds)))
         fastest = max(fastest, nbytes / seconds)
-    return tuple(points), fastest
+    return tuple(points), fastest, widen_rows
+
+
+def _widened(widener: Widener, rows: Tensor, outs: Sequence[Tensor], gate: Tensor, up: Tensor, down: Tensor) -> None:
+    inner, other, out = outs
+    widener.mm(rows, gate, inner)
+    widener.mm(rows, up, other)
+    widener.mm(F.silu(inner, inplace=True).mul_(other), down, out)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -23,6 +25,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from klotski_compiler.errors import ConfigError
 from klotski_runtime.checkpoint import EMBEDDING, ModuleKey, read_config
 from klotski_runtime.kv import KvShape
+from klotski_runtime.wide import Widener
 
 HOST = torch.device("cpu")
 WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
@@ -95,7 +98,14 @@ class Skeleton:
     ``bind`` and ``unbind`` may run on any thread while no op of that module runs. The rest belongs to one thread.
     """
 
-    def __init__(self, config: PreTrainedConfig, compute_dtype: torch.dtype, device: torch.device = HOST) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        compute_dtype: torch.dtype,
+        device: torch.device = HOST,
+        widen_rows: int = 0,
+    ) -> None:
+        """widen_rows: of 16-bit matmuls on the CPU, see ``plan.Plan``. Raises ConfigError where the model or the type is unknown."""
         if compute_dtype not in WIDE:
             raise ConfigError(
                 "", "dtype", f"{compute_dtype} is not a compute dtype; use one of {', '.join(map(str, WIDE))}"
@@ -121,6 +131,14 @@ class Skeleton:
         self._bound: dict[ModuleKey, dict[str, torch.Tensor]] = {}
         self.layers = len(self._layers)
         self.hidden = int(config.hidden_size)
+        self._widen_rows = widen_rows
+        linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
+        self._widest = max(
+            self.hidden, *(module.in_features for module in linear), *map(self.inner, range(self.layers))
+        )
+        self.widener = self.make_widener()
+        for module in linear if widen_rows and device == HOST else ():
+            module.__dict__["forward"] = partial(self._linear, module)
 
     # ------------------------------------------------------------------------------------------ weights
 
@@ -154,11 +172,28 @@ class Skeleton:
         held[leaf] = tensor
         return old
 
+    def make_widener(self) -> Widener:
+        """What multiplies by this model's weights through fp32, for one thread."""
+        return Widener(self._widen_rows, self._widest)
+
+    def _linear(self, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if not self.widener.takes(rows):
+            return functional.linear(x, module.weight, module.bias)
+        out = x.new_empty(*x.shape[:-1], module.out_features)
+        self.widener.mm(rows, module.weight, out.view(len(rows), -1), module.bias)
+        return out
+
     # ------------------------------------------------------------------------------------------ structure
 
     def experts(self, layer: int) -> Any:
         """The experts module of a MoE layer (its parameters stay empty), or None in a dense layer."""
         return getattr(self._layers[layer].mlp, "experts", None)
+
+    def inner(self, layer: int) -> int:
+        """Inner width of a layer's routed experts, 0 in a dense layer."""
+        module = self.experts(layer)
+        return 0 if module is None else int(module.down_proj.shape[1 if module.is_transposed else 2])
 
     def num_experts(self, layer: int) -> int:
         """Routed experts of a MoE layer."""
