@@ -376,7 +376,7 @@ def _matmul(device: torch.device, dtype: str, sizes: Sizes) -> tuple[tuple[tuple
     params = 3 * sizes.hidden * sizes.inter
     nbytes = params * torch_dtype.itemsize
     turn = _experts(device, torch_dtype, sizes)
-    small = [torch.randn(SMALL, SMALL, device=device, dtype=torch_dtype) for _ in range(4)]
+    small = [torch.randn(n, SMALL, device=device, dtype=torch_dtype) for n in (1, SMALL, SMALL, SMALL)]
     fixed = _seconds(lambda: _expert(*small), device, sizes) if device.type == "cpu" else 0.0
     may_widen = device.type == "cpu" and torch_dtype.itemsize == 2
     widener = Widener(int(may_widen), max(sizes.hidden, sizes.inter))
