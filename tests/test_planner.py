@@ -300,7 +300,7 @@ def test_host_memory_that_is_too_small_is_respected_or_refused_with_what_is_shor
 
 @pytest.mark.parametrize("name", ["auto", *(name for name in POLICIES if policy(name).EXPERTS != "picks")])
 def test_what_does_not_fit_in_host_memory_stays_on_disk(name: str) -> None:
-    near, host = crowded(name, 0.4)
+    near, host = crowded(name, 0.5)
     plan = plan_of(compiled(True, near, name, host=host))
     assert any(layer.on_disk for layer in plan.decision.layers)
 
