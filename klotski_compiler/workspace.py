@@ -59,7 +59,9 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
         "routing": tokens * top_k * (44 + 2 * width),
         "embedding rows": gathered * GATHERED_ROWS * (2 * hidden * width + 8192),
     }
+    narrow = rows  # of 16-bit matmuls
     if width == 2 and cost.hardware.compute_tier == "host" and cost.processor.widen_rows:
+        narrow = min(rows, cost.processor.widen_rows)
         widest = max(hidden, inner, shared, dense, *(layer.attention_flops // 4 for layer in spec.layers))
         kept["widened matmuls"] = 4 * (WIDENED_ROWS * (widest + WIDENED_COLUMNS) + max(WIDENED_BLOCK, widest))
     if converted:
@@ -72,7 +74,7 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
         parts["spilled KV"] = spill_bytes(cost, decision, workload)
     parts[f"op ({largest})"] = _reserved(transient[largest])
     parts["model"] = LAYER_BYTES * len(spec.layers) + TENSOR_BYTES * _tensors(spec)
-    parts["matmul code"] = SHAPE_BYTES * min(SHAPES, _shapes(rows)) if width == 2 else 0
+    parts["matmul code"] = SHAPE_BYTES * min(SHAPES, _shapes(narrow)) if width == 2 else 0
     parts["runtime"] = RUNTIME_BYTES
     return {cost.hardware.compute_tier: parts}
 
