@@ -228,8 +228,11 @@ class ExpertKernel:
             return self._fused(experts, parts, x)
         size = count * gate.shape[0]
         gated, other = self._inner[:size].view(count, -1), self._inner[size : 2 * size].view(count, -1)
-        self._mm(x, gate, gated)
-        self._mm(x, up, other)
+        if self._widener.takes(x):
+            self._widener.each(x, (gate, gated, None), (up, other, None))
+        else:
+            torch.mm(x, gate.t(), out=gated)
+            torch.mm(x, up.t(), out=other)
         if common:
             return _activation(experts.act_fn)(gated).mul_(other)
         special: torch.Tensor = experts._apply_gate(torch.cat([gated, other], dim=1))

@@ -397,8 +397,7 @@ def _matmul(device: torch.device, dtype: str, sizes: Sizes) -> tuple[tuple[tuple
 
 def _widened(widener: Widener, rows: Tensor, outs: Sequence[Tensor], gate: Tensor, up: Tensor, down: Tensor) -> None:
     inner, other, out = outs
-    widener.mm(rows, gate, inner)
-    widener.mm(rows, up, other)
+    widener.each(rows, (gate, inner, None), (up, other, None))
     widener.mm(F.silu(inner, inplace=True).mul_(other), down, out)
 
 

@@ -30,16 +30,21 @@ class Widener:
 
     def mm(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """``out`` [m, n] <- ``x`` [m, k] times the transpose of ``weight`` [n, k], plus ``bias`` [n]."""
-        (count, width), columns = x.shape, weight.shape[0]
+        self.each(x, (weight, out, bias))
+
+    def each(self, x: torch.Tensor, *products: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]) -> None:
+        """The same for several weights (weight, out, bias), whose rows are widened once."""
+        count, width = x.shape
         step = max(1, min(WIDENED_BLOCK // width, WIDENED_COLUMNS))
         for first in range(0, count, WIDENED_ROWS):
             rows = x[first : first + WIDENED_ROWS]
             wide = self._rows[: rows.numel()].view(rows.shape).copy_(rows)
-            for begin in range(0, columns, step):
-                narrow = weight[begin : begin + step]
-                block = self._weight[: narrow.numel()].view(narrow.shape).copy_(narrow)
-                product = self._out[: len(rows) * len(block)].view(len(rows), -1)
-                torch.mm(wide, block.t(), out=product)
-                if bias is not None:
-                    product += bias[begin : begin + step]
-                out[first : first + len(rows), begin : begin + step].copy_(product)
+            for weight, out, bias in products:
+                for begin in range(0, weight.shape[0], step):
+                    narrow = weight[begin : begin + step]
+                    block = self._weight[: narrow.numel()].view(narrow.shape).copy_(narrow)
+                    product = self._out[: len(rows) * len(block)].view(len(rows), -1)
+                    torch.mm(wide, block.t(), out=product)
+                    if bias is not None:
+                        product += bias[begin : begin + step]
+                    out[first : first + len(rows), begin : begin + step].copy_(product)
