@@ -125,7 +125,8 @@ def _family_plans(out: Path) -> None:
     """Every weight in host memory, in pieces on its way, as the tests have it."""
     from transformers.utils.logging import disable_progress_bar
 
-    from same import Resident, decided
+    from asked import decided
+    from same import Resident
     from tiny import FAMILIES, make_checkpoint
 
     disable_progress_bar()

@@ -5,6 +5,6 @@
 #   benchmarks/gpu.sh plans hw.json -o plans       where OR-Tools is, some minutes: a plan per policy and model
 #   benchmarks/gpu.sh run plans -o result.txt      on the GPU machine, under nine minutes: everything else
 #
-# It needs no installation: Python with torch, transformers and pydantic will do. PYTHON names another interpreter.
+# It needs no installation: Python with torch, transformers, pydantic and greenlet will do. PYTHON names another interpreter.
 here=$(cd "$(dirname "$0")/.." && pwd)
 PYTHONPATH="$here:$here/runtime:$here/tests${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python3}" "$here/benchmarks/gpu.py" "$@"

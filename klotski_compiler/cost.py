@@ -7,7 +7,7 @@ bytes, one that is bound after it the bytes of the experts that are expected to 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from klotski_compiler.hardware import Hardware, Processor, matmul_us
@@ -143,7 +143,6 @@ class Cost:
     hardware: Hardware
     routing: Routing
     dtype: str
-    _matmul_us: dict[tuple[int, int, float], float] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def processor_name(self) -> str:
@@ -253,11 +252,8 @@ class Cost:
         """The matmuls of a module over ``tokens`` tokens; weights are read once from the processor's tier."""
         if module.flops_per_token == 0:
             return 0.0
-        where, params = processor or self.processor, module.flops_per_token // 2
-        name = id(where), params, tokens
-        if name not in self._matmul_us:  # the same few are asked for in every layer of every candidate
-            self._matmul_us[name] = matmul_us(where, self.dtype, tokens, params, params * self.compute_bytes)
-        return self._matmul_us[name]
+        params = module.flops_per_token // 2
+        return matmul_us(processor or self.processor, self.dtype, tokens, params, params * self.compute_bytes)
 
     def elementwise_us(self, elements: float) -> float:
         """Norm, residual and copies of one block over its input's ``elements``."""
@@ -448,9 +444,9 @@ class Cost:
     def embed_us(self, tokens: int, resident: bool) -> float:
         """Rows of the embedding: from the compute tier, from host memory before a GPU, or row by row from disk."""
         row_bytes = self.spec.hidden_size * self.compute_bytes
-        if resident or not {"disk>host", "host>gpu"} & self.hardware.links.keys():
-            return 1e6 * tokens * row_bytes / self.processor.memory_bytes_per_s
-        if self.hardware.compute_tier == "gpu":
+        if self.hardware.compute_tier == "gpu" and not resident:
             return self.transfer_us("host>gpu", tokens * row_bytes)
+        if resident or "disk>host" not in self.hardware.links:
+            return 1e6 * tokens * row_bytes / self.processor.memory_bytes_per_s
         each = self.transfer_us("disk>host", row_bytes) / ROW_READERS + ROW_OPS * self.processor.op_us
         return min(tokens, self.spec.vocab_size) * each

@@ -6,7 +6,6 @@ All ops stand in one total order, every wait points backwards and each stream is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import itemgetter
 from typing import Protocol, TypeVar
 
 from klotski_compiler.plan import Load, Step
@@ -43,23 +42,21 @@ def execute(steps: Sequence[Step], passes: int, backend: Backend[Event]) -> None
     The last pass opens no other, but its loads for the next one still wait and signal: others rely on the order they carry on.
     """
     signalled = {wait.op for step in steps for wait in step.waits}
-    every = [
-        (number, step, isinstance(step.op, Load) and step.op.wraps, number in signalled)
-        for number, step in enumerate(steps)
-    ]
-    streams = {name: backend.stream(name) for name in dict.fromkeys(step.op.stream for step in steps)}
-    before: list[Event | None] = [None] * len(steps)
+    before: dict[int, Event] = {}
     for at in range(-1, passes):
         if at >= 0 and not backend.begin(at):
             break
-        events: list[Event | None] = [None] * len(steps)
-        for number, step, wraps, signals in every if at >= 0 else filter(itemgetter(2), every):
-            stream = streams[step.op.stream]
-            for op, back in step.waits:
-                if (event := before[op] if back else events[op]) is not None:
+        events: dict[int, Event] = {}
+        for number, step in enumerate(steps):
+            wraps = isinstance(step.op, Load) and step.op.wraps
+            if at == -1 and not wraps:
+                continue
+            stream = backend.stream(step.op.stream)
+            for wait in step.waits:
+                if (event := (before if wait.back else events).get(wait.op)) is not None:
                     stream.wait(event)
             if not (wraps and at == passes - 1):
                 stream.run(number, step, at)
-            if signals:
+            if number in signalled:
                 events[number] = stream.record()
         before = events

@@ -136,7 +136,7 @@ class Fills(Candidates):
                 )
             free[tier] = budget - reserve.get(tier, 0) - slots - states - sum(working.get(tier, {}).values())
         free[self.tier] -= fixed
-        if self.tier == "gpu" and policy(name).EXPERTS != "solved" and not base.embedding:
+        if self.tier == "gpu" and policy(name).EXPERTS != "solved":
             free["host"] -= slot_bytes(spec.embedding)
         if short := {tier: -nbytes for tier, nbytes in free.items() if nbytes < 0}:
             raise self._shortfall(short)

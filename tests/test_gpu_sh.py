@@ -17,6 +17,7 @@ from klotski_compiler.plan import load
 from plans import tiny_hardware
 
 SCRIPT = Path(gpu.__file__).with_name("gpu.sh")
+ROOT = SCRIPT.parents[1]
 SMALL = replace(SHAPES["demo"], layers=2, hidden=256, experts=4, moe_intermediate=64, vocab=512)
 
 
@@ -24,6 +25,13 @@ def test_it_says_what_it_does() -> None:
     environment = {**os.environ, "PYTHON": sys.executable}
     shown = subprocess.run([SCRIPT, "--help"], env=environment, capture_output=True, text=True, check=True).stdout
     assert all(step in shown for step in ("profile", "plans", "run"))
+
+
+def test_what_runs_on_the_gpu_machine_needs_no_solver() -> None:
+    """Not even to compare tokens."""
+    code = "import sys, benchmarks.gpu, same, tiny; sys.exit(bool({'ortools', 'networkx'} & {*sys.modules}))"
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "runtime", ROOT / "tests")))
+    assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}).returncode == 0
 
 
 def test_budgets_are_shares_of_what_the_files_hold(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from asked import asked, decided, drawn, loaded, machine, plan_of, streaming_all, workload
 from klotski_compiler.cli.compile import main as klotski_compile
 from klotski_compiler.hardware import to_json
 from klotski_compiler.plan import Load, load
@@ -24,24 +25,7 @@ from klotski_runtime.cli.run import main as klotski_run
 from klotski_runtime.engine import Row
 from klotski_runtime.skeleton import CACHE
 from plans import edited, tiny_decision
-from same import (
-    PROMPTS,
-    STEPS,
-    Models,
-    Resident,
-    Same,
-    asked,
-    decided,
-    drawn,
-    loaded,
-    machine,
-    plan_of,
-    ragged,
-    resident,
-    run,
-    streaming_all,
-    workload,
-)
+from same import PROMPTS, STEPS, Models, Resident, Same, ragged, resident, run
 from tiny import FAMILIES
 
 TRAINED = Path(__file__).parents[2] / "shared" / "models" / "moe-text-28m"

@@ -77,7 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="write what ran when, for Perfetto or chrome://tracing"
     )
-    parser.add_argument("--threads", type=_positive, metavar="N", help="threads of a kernel (default: one per core)")
+    parser.add_argument(
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help="threads of the CPU's kernels (default: one per core, beside a GPU three fewer)",
+    )
     parser.add_argument(
         "--device", default="cuda:0", metavar="cuda:N", help="the GPU of a plan for one (default: cuda:0)"
     )
