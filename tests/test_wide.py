@@ -26,13 +26,13 @@ def test_a_product_is_fp32s_rounded_once(rows: int, width: int, columns: int, dt
         torch.randn(shape, generator=generator).to(dtype) for shape in ((rows, width), (columns, width), (columns,))
     )
     widener, out = Widener(1, width), torch.full((rows, columns), torch.nan, dtype=dtype)
-    widener.mm(x, weight, out, bias)
+    widener.mm(x, (weight, out), bias=bias)
     exact = x.double() @ weight.double().t() + bias.double()
     error = (out.double() - exact).abs() / exact.abs().clamp(min=width**0.5 / 8)
     assert error.max() <= torch.finfo(dtype).eps  # half of one by rounding
     transposed = weight.t().contiguous().t()  # as some families store theirs
     again = torch.empty_like(out)
-    widener.mm(x, transposed, again, bias)
+    widener.mm(x, (transposed, again), bias=bias)
     assert torch.equal(again, out)
 
 

@@ -179,7 +179,7 @@ class ExpertKernel:
         torch.index_select(x, 0, rows, out=source[:count])
         down = parts["down"].t() if experts.is_transposed else parts["down"]
         # The experts' input is not needed once the inner values are there: its buffer takes the output.
-        self._mm(self._gated(experts, parts, source), down, source)
+        self._widener.mm(self._gated(experts, parts, source), (down, source))
         if "down_bias" in parts:
             source.add_(parts["down_bias"])
         return out.copy_(source[:count]).mul_(weights[:, None])
@@ -203,13 +203,6 @@ class ExpertKernel:
         inner = _activation(experts.act_fn)(gated).mul_(other)
         return out.copy_(torch._grouped_mm(inner, stacked["down"].mT, offs=ends)).mul_(weights[:, None])
 
-    def _mm(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-        """``out`` <- ``x`` times the transpose of ``weight``."""
-        if self._widener.takes(x):
-            self._widener.mm(x, weight, out)
-        else:
-            torch.mm(x, weight.t(), out=out)
-
     def _rounded(self, count: int) -> int:
         """Rows that are computed for ``count`` tokens; what stands in the surplus ones does not matter.
 
@@ -228,11 +221,7 @@ class ExpertKernel:
             return self._fused(experts, parts, x)
         size = count * gate.shape[0]
         gated, other = self._inner[:size].view(count, -1), self._inner[size : 2 * size].view(count, -1)
-        if self._widener.takes(x):
-            self._widener.each(x, (gate, gated, None), (up, other, None))
-        else:
-            torch.mm(x, gate.t(), out=gated)
-            torch.mm(x, up.t(), out=other)
+        self._widener.mm(x, (gate, gated), (up, other))
         if common:
             return _activation(experts.act_fn)(gated).mul_(other)
         special: torch.Tensor = experts._apply_gate(torch.cat([gated, other], dim=1))
@@ -242,7 +231,7 @@ class ExpertKernel:
         """The same from one gate_up matrix, by the experts module's own rules."""
         weight = parts["gate_up"].t() if experts.is_transposed else parts["gate_up"]
         inner = self._inner[: x.shape[0] * weight.shape[0]].view(x.shape[0], -1)
-        self._mm(x, weight, inner)
+        self._widener.mm(x, (weight, inner))
         if "gate_up_bias" in parts:
             inner.add_(parts["gate_up_bias"])
         gated: torch.Tensor = experts._apply_gate(inner)
@@ -583,13 +572,7 @@ class Group:
         if self._logits.numel() < size:
             self._logits = self._logits.new_empty(size)
         logits = self._logits[:size].view(len(self._last), -1)
-        weight = weight.to(self._last.dtype)
-        if self._skeleton.widener.takes(self._last):
-            self._skeleton.widener.mm(self._last, weight, logits)
-        else:
-            torch.mm(self._last, weight.t(), out=logits)
-        if bias is not None:
-            logits.add_(bias)
+        self._skeleton.widener.mm(self._last, (weight.to(self._last.dtype), logits), bias=bias)
         value, word = logits.max(dim=1)
         word += first
         better = (value > self._best) | ((value == self._best) & (word < self._token))

@@ -397,8 +397,8 @@ def _matmul(device: torch.device, dtype: str, sizes: Sizes) -> tuple[tuple[tuple
 
 def _widened(widener: Widener, rows: Tensor, outs: Sequence[Tensor], gate: Tensor, up: Tensor, down: Tensor) -> None:
     inner, other, out = outs
-    widener.each(rows, (gate, inner, None), (up, other, None))
-    widener.mm(F.silu(inner, inplace=True).mul_(other), down, out)
+    widener.mm(rows, (gate, inner), (up, other))
+    widener.mm(F.silu(inner, inplace=True).mul_(other), (down, out))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -181,7 +181,7 @@ class Skeleton:
         if not self.widener.takes(rows):
             return functional.linear(x, module.weight, module.bias)
         out = x.new_empty(*x.shape[:-1], module.out_features)
-        self.widener.mm(rows, module.weight, out.view(len(rows), -1), module.bias)
+        self.widener.mm(rows, (module.weight, out.view(len(rows), -1)), bias=module.bias)
         return out
 
     # ------------------------------------------------------------------------------------------ structure

@@ -5,6 +5,8 @@ A product is rounded once, as by a 16-bit kernel that adds in fp32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from klotski_compiler.cost import WIDENED_BLOCK, WIDENED_COLUMNS, WIDENED_ROWS
@@ -13,8 +15,8 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 class Widener:
-    """Multiplies by 16-bit weights in buffers that are reused: for one thread. A block of weights is widened, used while caches hold
-    it, and overwritten."""
+    """Multiplies by weights, for one thread: where that is faster by 16-bit ones in buffers that are reused. A block of weights is
+    widened, used while caches hold it, and overwritten."""
 
     def __init__(self, least_rows: int, widest: int) -> None:
         """least_rows: from how many rows on it is faster than 16-bit kernels (0: never). widest: most columns of a weight."""
@@ -25,21 +27,31 @@ class Widener:
             self._out = torch.empty(WIDENED_ROWS * WIDENED_COLUMNS)
 
     def takes(self, x: torch.Tensor) -> bool:
-        """Whether rows ``x`` [m, k] had better be multiplied here."""
+        """Whether rows ``x`` [m, k] had better be multiplied through fp32."""
         return 0 < self._least_rows <= x.shape[0] and x.dtype in NARROW and x.device.type == "cpu"
 
-    def mm(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        """``out`` [m, n] <- ``x`` [m, k] times the transpose of ``weight`` [n, k], plus ``bias`` [n]."""
-        self.each(x, (weight, out, bias))
+    def mm(
+        self, x: torch.Tensor, *products: tuple[torch.Tensor, torch.Tensor], bias: torch.Tensor | None = None
+    ) -> None:
+        """``out`` [m, n] <- ``x`` [m, k] times the transpose of ``weight`` [n, k], plus ``bias`` [n], for every (weight, out): through
+        fp32, for which the rows are widened once, or as they are."""
+        if self.takes(x):
+            self._widened(x, products, bias)
+            return
+        for weight, out in products:
+            torch.mm(x, weight.t(), out=out)
+            if bias is not None:
+                out += bias
 
-    def each(self, x: torch.Tensor, *products: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]) -> None:
-        """The same for several weights (weight, out, bias), whose rows are widened once."""
+    def _widened(
+        self, x: torch.Tensor, products: Sequence[tuple[torch.Tensor, torch.Tensor]], bias: torch.Tensor | None
+    ) -> None:
         count, width = x.shape
         step = max(1, min(WIDENED_BLOCK // width, WIDENED_COLUMNS))
         for first in range(0, count, WIDENED_ROWS):
             rows = x[first : first + WIDENED_ROWS]
             wide = self._rows[: rows.numel()].view(rows.shape).copy_(rows)
-            for weight, out, bias in products:
+            for weight, out in products:
                 for begin in range(0, weight.shape[0], step):
                     narrow = weight[begin : begin + step]
                     block = self._weight[: narrow.numel()].view(narrow.shape).copy_(narrow)
