@@ -17,7 +17,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from klotski_compiler.errors import ExecError
 from klotski_runtime.arena import Arena, GpuArena
 from klotski_runtime.checkpoint import EMBEDDING, HEAD, NORM, Checkpoint, ModuleKey, layout
-from klotski_runtime.kernels import Chunks, ExpertKernel, Group, runs
+from klotski_runtime.experts import ExpertKernel, runs
+from klotski_runtime.kernels import Chunks, Group
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.reader import DiskReader, RowGather
 from klotski_runtime.skeleton import HOST, Skeleton, import_model

@@ -8,37 +8,23 @@ so a token costs 3 x hidden x compute bytes, and no op needs a third buffer of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional
-from transformers.activations import SiLUActivation
 from transformers.cache_utils import Cache
-from transformers.integrations.moe import _default_apply_gate
 
-from klotski_compiler.cost import FEW_ROWS, ROW_STEP
 from klotski_compiler.errors import ExecError
 from klotski_runtime.checkpoint import EMBEDDING
+from klotski_runtime.experts import ExpertKernel, Parts, Runs, is_common, runs
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.reader import RowGather
 from klotski_runtime.skeleton import HOST, Skeleton
 from klotski_runtime.split import NewOnly, Split
 from klotski_runtime.wide import Widener
-
-GROUPED_BYTES = 16
-"""Where matrices must begin, and how far apart they must be, for kernels that take several: multiples of this."""
-
-Parts = Mapping[str, torch.Tensor]
-"""One expert's weights: gate, up, down; or gate_up, down and, where the model has them, gate_up_bias and down_bias."""
-
-Runs = tuple[list[tuple[list[int], Parts]], list[int]]
-"""Places of experts that are taken together, with their matrices, and places of those that are not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,139 +131,6 @@ class Assignment:
     def counts(self) -> list[int]:
         """Tokens of each expert."""
         return [end - begin for begin, end in zip(self.starts, self.starts[1:], strict=False)]
-
-
-class ExpertKernel:
-    """Feed-forward of one routed expert for up to ``rows`` tokens in buffers that are reused.
-
-    Fresh pages cost ten times what reused ones do, so nothing of a chunk's size is allocated; only an activation other
-    than SiLU, and the experts' own ``_apply_gate`` where it is special (gpt-oss), allocate in transformers.
-    """
-
-    def __init__(
-        self,
-        rows: int,
-        hidden: int,
-        intermediate: int,
-        compute: torch.dtype,
-        wide: torch.dtype,
-        device: torch.device = HOST,
-        widener: Widener | None = None,
-    ) -> None:
-        self.rows = rows
-        self._widener = widener or Widener(0, 0)
-        self._x = torch.zeros(rows, hidden, dtype=compute, device=device)
-        self._inner = torch.empty(2 * rows * intermediate, dtype=compute, device=device)
-        self._out = torch.empty(rows, hidden, dtype=wide, device=device)
-
-    def run(
-        self, experts: Any, parts: Parts, x: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        """``weights`` [r] x expert(``x``[``rows``]) as [r, hidden] in the wide type; valid until the next call."""
-        count = rows.shape[0]
-        source, out = self._x[: self._rounded(count)], self._out[:count]
-        torch.index_select(x, 0, rows, out=source[:count])
-        down = parts["down"].t() if experts.is_transposed else parts["down"]
-        # The experts' input is not needed once the inner values are there: its buffer takes the output.
-        self._widener.mm(self._gated(experts, parts, source), (down, source))
-        if "down_bias" in parts:
-            source.add_(parts["down_bias"])
-        return out.copy_(source[:count]).mul_(weights[:, None])
-
-    def run_together(
-        self,
-        experts: Any,
-        stacked: Parts,
-        x: torch.Tensor,
-        rows: torch.Tensor,
-        weights: torch.Tensor,
-        ends: torch.Tensor,
-    ) -> torch.Tensor:
-        """The same for several experts in a few kernels: ``stacked`` [experts, ...], of which expert i has the rows from ``ends[i - 1]``
-        to ``ends[i]`` (int32)."""
-        count = rows.shape[0]
-        source, out = self._x[:count], self._out[:count]
-        torch.index_select(x, 0, rows, out=source)
-        gated = torch._grouped_mm(source, stacked["gate"].mT, offs=ends)
-        other = torch._grouped_mm(source, stacked["up"].mT, offs=ends)
-        inner = _activation(experts.act_fn)(gated).mul_(other)
-        return out.copy_(torch._grouped_mm(inner, stacked["down"].mT, offs=ends)).mul_(weights[:, None])
-
-    def _rounded(self, count: int) -> int:
-        """Rows that are computed for ``count`` tokens; what stands in the surplus ones does not matter.
-
-        oneDNN compiles and keeps code for every number of rows that it meets, and routing makes nearly all of them.
-        """
-        return count if count <= FEW_ROWS else min(-(-count // ROW_STEP) * ROW_STEP, self.rows)
-
-    def _gated(self, experts: Any, parts: Parts, x: torch.Tensor) -> torch.Tensor:
-        """act(gate(x)) * up(x), or what the family has in its place, as [r, intermediate]."""
-        count, common = x.shape[0], _common(experts)
-        if "gate" in parts:
-            gate, up = parts["gate"], parts["up"]
-        elif common:
-            gate, up = parts["gate_up"].chunk(2)
-        else:
-            return self._fused(experts, parts, x)
-        size = count * gate.shape[0]
-        gated, other = self._inner[:size].view(count, -1), self._inner[size : 2 * size].view(count, -1)
-        self._widener.mm(x, (gate, gated), (up, other))
-        if common:
-            return _activation(experts.act_fn)(gated).mul_(other)
-        special: torch.Tensor = experts._apply_gate(torch.cat([gated, other], dim=1))
-        return special
-
-    def _fused(self, experts: Any, parts: Parts, x: torch.Tensor) -> torch.Tensor:
-        """The same from one gate_up matrix, by the experts module's own rules."""
-        weight = parts["gate_up"].t() if experts.is_transposed else parts["gate_up"]
-        inner = self._inner[: x.shape[0] * weight.shape[0]].view(x.shape[0], -1)
-        self._widener.mm(x, (weight, inner))
-        if "gate_up_bias" in parts:
-            inner.add_(parts["gate_up_bias"])
-        gated: torch.Tensor = experts._apply_gate(inner)
-        return gated
-
-
-def _common(experts: Any) -> bool:
-    """Whether a family's experts are what most are: act(gate(x)) * up(x), without biases."""
-    return type(experts)._apply_gate is _default_apply_gate and not experts.is_transposed and not experts.has_bias
-
-
-def runs(parts: Sequence[Parts]) -> Runs:
-    """Experts whose matrices a GPU can take as one: those that lie in memory at equal distances, as long as they do, with their places
-    and their matrices as [experts, ...], without a copy. Then the places of the others."""
-    found, alone = list[tuple[list[int], Parts]](), list[int]()
-    if any("gate" not in part or any(matrix.dtype != torch.bfloat16 for matrix in part.values()) for part in parts):
-        return found, list(range(len(parts)))
-    order = sorted(range(len(parts)), key=lambda place: parts[place]["gate"].data_ptr())
-    while order:
-        count = next((n for n in range(len(order), 1, -1) if _stacked([parts[place] for place in order[:n]])), 1)
-        places, order = order[:count], order[count:]
-        together = _stacked([parts[place] for place in places]) if count > 1 else None
-        if together:
-            found.append((places, together))
-        else:
-            alone += places
-    return found, alone
-
-
-def _stacked(parts: Sequence[Parts]) -> Parts | None:
-    """The matrices of all of them as [experts, ...]; None where they do not lie at equal distances, first to last, or not as kernels of a
-    GPU need them."""
-    found = {}
-    for name, first in parts[0].items():
-        places = [part[name].data_ptr() for part in parts]
-        apart = {after - before for before, after in pairwise(places)}
-        if len(apart) != 1 or min(apart) <= 0 or any(place % GROUPED_BYTES for place in (places[0], *apart)):
-            return None
-        steps = apart.pop() // first.itemsize, *first.stride()
-        found[name] = first.as_strided((len(parts), *first.shape), steps)
-    return found
-
-
-def _activation(function: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``function``, in place where torch has it so."""
-    return partial(functional.silu, inplace=True) if isinstance(function, nn.SiLU | SiLUActivation) else function
 
 
 class Group:
@@ -529,7 +382,7 @@ class Group:
         """As many of an op's experts as a GPU can take in a few kernels, where nothing is gained by taking them one by one; returns the
         others."""
         count = sum(assignment.starts[expert + 1] - assignment.starts[expert] for expert, _ in experts)
-        if len(experts) < 2 or not 0 < count <= kernel.rows or x.dtype != torch.bfloat16 or not _common(module):
+        if len(experts) < 2 or not 0 < count <= kernel.rows or x.dtype != torch.bfloat16 or not is_common(module):
             return experts
         runs, alone = self._runs([parts for _, parts in experts])
         for places, weights in runs:
