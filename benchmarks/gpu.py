@@ -23,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from klotski_compiler.plan import Plan, load
 
 GIB = 1 << 30
 MEMORY = Path("/dev/shm")  # the "disk" of these plans: what is measured here are the links of the GPU
-GPU_SHARE = 0.3  # of the weights: the GPU's budget
+GPU_SHARE = 0.32  # of the weights: the GPU's budget
 
 
 class Model(NamedTuple):
@@ -46,35 +47,48 @@ class Model(NamedTuple):
     prompt_len: int
     gen_len: int
     policies: tuple[str, ...]
+    until: float  # share of the time by which it is through
 
 
-RIVALS = ("klotski", "moe_gen", "accelerate", "moe_lightning", "flexgen", "zero_inference")
+RIVALS = ("klotski", "moe_gen", "flexgen", "moe_lightning", "accelerate", "zero_inference")
 MODELS = (
-    Model("mixtral-8x7b", replace(SHAPES["mixtral-8x7b"], layers=7), 512, 128, 24, ("joint", *RIVALS)),
-    Model("qwen3-30b-a3b", replace(SHAPES["qwen3-30b-a3b"], layers=10), 1024, 128, 24, ("joint", *RIVALS)),
+    Model("mixtral-8x7b", replace(SHAPES["mixtral-8x7b"], layers=10), 512, 128, 16, ("joint", *RIVALS), 0.65),
+    Model("qwen3-30b-a3b", replace(SHAPES["qwen3-30b-a3b"], layers=10), 1024, 128, 16, ("joint", *RIVALS), 1.0),
 )
-FAMILY_POLICIES = ("joint", "klotski", "moe_lightning", "hybrimoe")
-PEER_BATCHES = (16, 64, 256)
-PEER_GEN_LEN = 5
+FAMILY_POLICIES = ("joint", "klotski")
+PEER_BATCHES = (16, 256)
+PEER_GEN_LEN = 3
+CALIBRATION_TOKENS = 6
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one of the three steps."""
     parser = argparse.ArgumentParser(prog="gpu.sh", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "--models",
+        type=Path,
+        default=MEMORY / "klotski-models",
+        help="folder for 43 GB of random weights (default: in memory)",
+    )
     steps = parser.add_subparsers(dest="step", required=True)
     profile = steps.add_parser("profile", help="measure this machine, its GPU included")
     profile.add_argument("-o", "--output", type=Path, default=Path("hw.json"))
+    profile.add_argument(
+        "--scratch", type=Path, default=MEMORY, help="folder of the disk to measure (default: in memory)"
+    )
+    calibrate = steps.add_parser("calibrate", help="correct a profile by what a run measured; needs the solvers, too")
+    calibrate.add_argument("hardware", type=Path)
+    calibrate.add_argument("-o", "--output", type=Path, default=Path("hw2.json"))
     plans = steps.add_parser("plans", help="compile what `run` runs; needs the solvers and no GPU")
     plans.add_argument("hardware", type=Path)
     plans.add_argument("-o", "--output", type=Path, default=Path("plans"))
     run = steps.add_parser("run", help="run the plans and compare")
     run.add_argument("plans", type=Path)
     run.add_argument("-o", "--output", type=Path, help="write the report here, too")
-    run.add_argument("--models", type=Path, help="folder for 24 GB of random weights (default: in memory)")
     run.add_argument("--seconds", type=float, default=420.0, help="begin nothing after so long (default: %(default)s)")
     arguments = parser.parse_args(argv)
     try:
-        return {"profile": _profile, "plans": _plans, "run": _run}[arguments.step](arguments)
+        return {"profile": _profile, "calibrate": _calibrate, "plans": _plans, "run": _run}[arguments.step](arguments)
     except KlotskiError as error:
         print(f"gpu.sh: {error}", file=sys.stderr)
         return error.exit_code
@@ -83,7 +97,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _profile(arguments: argparse.Namespace) -> int:
     from klotski_runtime.cli.profile import main as klotski_profile
 
-    return klotski_profile(["--device", "cuda:0", "--scratch", str(MEMORY), "-o", str(arguments.output)])
+    return klotski_profile(["--device", "cuda:0", "--scratch", str(arguments.scratch), "-o", str(arguments.output)])
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    """A few tokens of the first model under joint, whose trace corrects the profile."""
+    from klotski_runtime.cli.profile import main as klotski_profile
+
+    model = MODELS[0]
+    folder = make_checkpoint(arguments.models / model.name, model.shape)
+    plan, trace = folder / "plan.json", folder / "trace.json"
+    if not _compile(folder, arguments.hardware, plan, "joint", model, int(GPU_SHARE * weight_bytes(model.shape))):
+        return 4
+    options = ["--json", "--max-new-tokens", str(CALIBRATION_TOKENS), "--trace", str(trace)]
+    found = attempt(klotski_run, [str(plan), "--model", str(folder), *options])
+    if "failed" in found:
+        print(found["failed"], file=sys.stderr)
+        return 5
+    for line in attempt(compared, plan, trace).get("lines", []):
+        print(line)
+    return klotski_profile(
+        ["--from-trace", str(trace), str(plan), str(arguments.hardware), "-o", str(arguments.output)]
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- plans
@@ -94,21 +129,27 @@ def _plans(arguments: argparse.Namespace) -> int:
     (out / "families").mkdir(parents=True, exist_ok=True)
     shutil.copyfile(arguments.hardware, out / "hw.json")
     _family_plans(out / "families")
-    for model in MODELS:
-        config = make_config(out / model.name, model.shape)
-        budget = int(GPU_SHARE * weight_bytes(model.shape))
-        for policy in model.policies:
-            path = out / model.name / f"{policy}.json"
-            began = time.perf_counter()
-            done = _compile(config, arguments.hardware, path, policy, model, budget)
-            # What takes the prompts in many small groups shows its speed in one.
-            if done and (one := load(path).envelope.sequences) < model.prompts:
-                done = _compile(config, arguments.hardware, path, policy, model._replace(prompts=one), budget)
-            print(
-                f"{model.name}, {policy}: {time.perf_counter() - began:.1f} s{'' if done else ', FAILED'}", flush=True
-            )
+    jobs = [
+        (model, policy, make_config(out / model.name, model.shape)) for model in MODELS for policy in model.policies
+    ]
+    with ProcessPoolExecutor(
+        min(len(jobs), os.cpu_count() or 1), mp_context=multiprocessing.get_context("fork")
+    ) as pool:
+        for line in pool.map(partial(_plan, hardware=arguments.hardware, out=out), *zip(*jobs, strict=True)):
+            print(line, flush=True)
     print(f"for {hardware.description}: written to {out}")
     return 0
+
+
+def _plan(model: Model, policy: str, config: Path, hardware: Path, out: Path) -> str:
+    """Compiles one; returns what to say of it."""
+    path, budget = out / model.name / f"{policy}.json", int(GPU_SHARE * weight_bytes(model.shape))
+    began = time.perf_counter()
+    done = _compile(config, hardware, path, policy, model, budget)
+    # What takes the prompts in many small groups shows its speed in one.
+    if done and (one := load(path).envelope.sequences) < model.prompts:
+        done = _compile(config, hardware, path, policy, model._replace(prompts=one), budget)
+    return f"{model.name}, {policy}: {time.perf_counter() - began:.1f} s{'' if done else ', FAILED'}"
 
 
 def _compile(config: Path, hardware: Path, path: Path, policy: str, model: Model, budget: int) -> bool:
@@ -148,20 +189,25 @@ def weight_bytes(shape: Shape) -> int:
 
 
 class Report:
-    """Lines that are shown as they come, and kept."""
+    """Lines that are shown, and written to a file, as they come: what has been measured is not lost with what fails later."""
 
-    def __init__(self) -> None:
-        self.lines: list[str] = []
+    def __init__(self, path: Path | None) -> None:
+        self._path, self._lines = path, list[str]()
 
     def __call__(self, line: str = "") -> None:
         print(line, flush=True)
-        self.lines.append(line)
+        self._lines.append(line)
+        if self._path:
+            write_whole(self._path, "\n".join(self._lines) + "\n")
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    began, say = time.perf_counter(), Report()
+    began, say = time.perf_counter(), Report(arguments.output)
     hardware = read_hardware(arguments.plans / "hw.json")
-    rates = in_child(link_rates)
+    rates = attempt(link_rates)
+    if "failed" in rates:
+        print(f"gpu.sh: the link's rates could not be measured: {rates['failed']}", file=sys.stderr)
+        return 4
     say(f"{date.today().isoformat()}, {rates['gpu']}, {platform.python_version()}, torch {rates['torch']}")
     say(f"command: benchmarks/gpu.sh run {arguments.plans.name}; plans for {hardware.description}")
     for link in ("host>gpu", "gpu>host"):
@@ -171,26 +217,23 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     say()
     say("Tokens with the GPU beside those with the CPU in its place, fp32, tiny models")
-    for line in in_child(families, arguments.plans / "families"):
-        say(line)
-    models = arguments.models or MEMORY / "klotski-models"
+    for family in sorted({path.name.partition(".")[0] for path in (arguments.plans / "families").glob("*.json")}):
+        found = attempt(rows_of_family, family, arguments.plans / "families")
+        say(f"  {family:14}{found['failed'] if 'failed' in found else ', '.join(found['parts'])}")
     for model in MODELS:
-        folder = make_checkpoint(models / model.name, model.shape)
+        folder = make_checkpoint(arguments.models / model.name, model.shape)
+        end = began + model.until * arguments.seconds
         try:
-            _compare(model, folder, arguments, rates["host>gpu"], began, say)
+            _compare(model, folder, arguments.plans, rates["host>gpu"], end, say)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     say()
     say(f"{time.perf_counter() - began:.0f} s in all")
-    if arguments.output:
-        write_whole(arguments.output, "\n".join(say.lines) + "\n")
     return 0
 
 
-def _compare(
-    model: Model, folder: Path, arguments: argparse.Namespace, link_rate: float, began: float, say: Report
-) -> None:
-    """The policies side by side on one model, then accelerate."""
+def _compare(model: Model, folder: Path, plans: Path, link_rate: float, end: float, say: Report) -> None:
+    """The policies side by side on one model, and accelerate; nothing begins after ``end``."""
     total, budget = weight_bytes(model.shape), int(GPU_SHARE * weight_bytes(model.shape))
     say()
     work = f"{model.prompts} prompts x ({model.prompt_len} + {model.gen_len} tokens)"
@@ -202,37 +245,50 @@ def _compare(
     )
     say(f"{'':33}{'now / forecast':>17}{'now / forecast':>18}{'now / forecast':>18}{'':9}{'':9}{'peak / cap GB':>14}")
     speeds: dict[str, float] = {}
-    for policy in model.policies:
-        path = arguments.plans / model.name / f"{policy}.json"
-        if not path.exists() or time.perf_counter() - began > arguments.seconds:
-            say(f"{policy:22}{'no plan' if not path.exists() else 'no time left'}")
-            continue
-        trace = ["--trace", str(folder / "trace.json")] if policy == "joint" else []
-        found = in_child(klotski_run, [str(path), "--model", str(folder), "--json", *trace])
-        if "failed" in found:
-            say(f"{policy:22}failed: {found['failed']}")
-            continue
-        speeds[policy] = after_loading(found)
-        say(_row(policy, load(path), found, link_rate, budget))
-        if trace:
-            for line in in_child(compared, path, folder / "trace.json"):
-                say(f"    {line}")
-    batches = [b for b in PEER_BATCHES if b <= model.prompts]
-    for batch in batches:
-        if time.perf_counter() - began > arguments.seconds:
-            say(f"accelerate's own, batch {batch}: no time left")
-            continue
-        found = in_child(peer, folder, model, batch, budget)
-        if "failed" in found:
-            say(f"accelerate's own, batch {batch}: {found['failed']}")
-            continue
-        speeds[f"accelerate's own, batch {batch}"] = found["tokens_per_s"]
-        passes = f"prefill {found['prefill_s']:.2f} s, decode pass {found['pass_s']:.3f} s"
-        peak = f"GPU {found['peak_gpu_bytes'] / 1e9:.2f} GB"
-        say(f"accelerate's own, batch {batch}: {found['tokens_per_s']:,.1f} tokens/s, {passes}, {peak}")
+    here = partial(_policy, model=model, folder=folder, plans=plans, link_rate=link_rate, say=say)
+    runs: list[tuple[str, Callable[[], float]]] = [(policy, partial(here, policy)) for policy in model.policies]
+    peers = [(f"accelerate's own, batch {b}", partial(_peer, b, model, folder, say)) for b in PEER_BATCHES]
+    runs[2:2] = peers  # whatever there is no time for is none of those that matter most
+    for name, run in runs:
+        if time.perf_counter() > end:
+            say(f"{name:22}no time left")
+        elif speed := run():
+            speeds[name] = speed
     if "joint" in speeds:
         ratios = [f"{name} {speeds['joint'] / speed:.2f}" for name, speed in speeds.items() if name != "joint"]
         say(f"joint x: {', '.join(ratios)}")
+
+
+def _policy(policy: str, model: Model, folder: Path, plans: Path, link_rate: float, say: Report) -> float:
+    """Tokens per second of a plan, 0 where it did not run."""
+    path = plans / model.name / f"{policy}.json"
+    if not path.exists():
+        say(f"{policy:22}no plan")
+        return 0.0
+    traced = policy in model.policies[:2]
+    trace = ["--trace", str(folder / "trace.json")] if traced else []
+    found = attempt(klotski_run, [str(path), "--model", str(folder), "--json", *trace])
+    if "failed" in found:
+        say(f"{policy:22}failed: {found['failed']}")
+        return 0.0
+    say(_row(policy, load(path), found, link_rate, int(GPU_SHARE * weight_bytes(model.shape))))
+    if traced:
+        shown = attempt(compared, path, folder / "trace.json")
+        for line in shown.get("lines", list(shown.values())):
+            say(f"    {line}")
+    return after_loading(found)
+
+
+def _peer(batch: int, model: Model, folder: Path, say: Report) -> float:
+    """Tokens per second of accelerate's own offloading, 0 where it did not run."""
+    found = attempt(peer, folder, model, batch, int(GPU_SHARE * weight_bytes(model.shape)))
+    if "failed" in found:
+        say(f"accelerate's own, batch {batch}: {found['failed']}")
+        return 0.0
+    passes = f"prefill {found['prefill_s']:.2f} s, decode pass {found['pass_s']:.3f} s"
+    peak = f"GPU {found['peak_gpu_bytes'] / 1e9:.2f} GB"
+    say(f"accelerate's own, batch {batch}: {found['tokens_per_s']:,.1f} tokens/s, {passes}, {peak}")
+    return float(found["tokens_per_s"])
 
 
 def _row(policy: str, plan: Plan, found: dict[str, Any], link_rate: float, budget: int) -> str:
@@ -242,7 +298,8 @@ def _row(policy: str, plan: Plan, found: dict[str, Any], link_rate: float, budge
     phase = "decode" if passes.get("decode") else "prefill"
     link_s = found["pass_bytes"][phase].get("host>gpu", 0) / link_rate
     spans = [f"{passes.get(p, 0):.3f} / {planned.get(p, 0):.3f}" for p in ("prefill", "decode")]
-    speed = f"{after_loading(found):,.0f} / {found['predicted_tokens_per_s']:,.0f}"
+    forecast = 1e6 * plan.workload.num_sequences * plan.workload.gen_len / plan.forecast.makespan_us
+    speed = f"{after_loading(found):,.0f} / {forecast:,.0f}"
     memory = f"{found['peak_gpu_bytes'] / 1e9:.2f} / {budget / 1e9:.2f}"
     share = link_s / passes[phase] if passes[phase] else 0.0
     return f"{policy:22}{size:>11}{speed:>17}{spans[0]:>18}{spans[1]:>18}{link_s:>9.3f}{share:>9.1%}{memory:>14}"
@@ -256,12 +313,16 @@ def after_loading(found: dict[str, Any]) -> float:
 # ---------------------------------------------------------------------------------------- each in a process of its own
 
 
-def in_child(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``work`` returns in a fork of this process, which has imported torch once and holds no GPU memory."""
+def attempt(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What ``work`` returns in a fork of this process, which has imported torch once and holds no GPU memory; ``failed`` says why, where
+    it does not."""
     import klotski_runtime.engine  # noqa: F401
 
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
-        return pool.submit(work, *arguments).result()
+        try:
+            return pool.submit(work, *arguments).result()
+        except Exception as error:  # of any kind: the others are still worth running
+            return {"failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
 
 
 def klotski_run(arguments: list[str]) -> dict[str, Any]:
@@ -274,14 +335,14 @@ def klotski_run(arguments: list[str]) -> dict[str, Any]:
     return {"failed": err.getvalue().strip()} if code else dict(json.loads(out.getvalue()))
 
 
-def compared(plan: Path, trace: Path) -> list[str]:
-    """Where the time went beyond the plan."""
+def compared(plan: Path, trace: Path) -> dict[str, Any]:
+    """``lines``: where the time went beyond the plan."""
     from klotski_compiler.cli.inspect import main as command
 
     out = io.StringIO()
     with redirect_stdout(out):
         command([str(plan), "--compare", str(trace)])
-    return out.getvalue().splitlines()
+    return {"lines": out.getvalue().splitlines()}
 
 
 def link_rates() -> dict[str, Any]:
@@ -304,30 +365,25 @@ def link_rates() -> dict[str, Any]:
     return rates
 
 
-def families(folder: Path) -> list[str]:
-    """A line for each family: rows that are equal."""
+def rows_of_family(family: str, folder: Path) -> dict[str, Any]:
+    """``parts``: of each plan for a tiny model of that family, how many rows are equal."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
     from klotski_runtime.skeleton import HOST
     from same import PROMPTS, Resident, run
-    from tiny import FAMILIES, make_checkpoint
+    from tiny import make_checkpoint
 
     disable_progress_bar()
-    lines = []
-    for family in FAMILIES:
-        with tempfile.TemporaryDirectory() as scratch:
-            model = Resident(make_checkpoint(family, Path(scratch) / "model"))
-            parts = []
-            for path in sorted(folder.glob(f"{family}.*.json")):
-                plan = load(path)
-                there, here = (
-                    run(plan, model, Path(scratch), device=device).rows for device in (torch.device("cuda:0"), HOST)
-                )
-                equal = sum(one.tokens == other.tokens for one, other in zip(there, here, strict=True))
-                parts.append(f"{path.stem.partition('.')[2]} {equal} of {len(PROMPTS)}")
-            lines.append(f"  {family:14}{', '.join(parts)}")
-    return lines
+    parts = []
+    with tempfile.TemporaryDirectory() as scratch:
+        model = Resident(make_checkpoint(family, Path(scratch) / "model"))
+        for path in sorted(folder.glob(f"{family}.*.json")):
+            plan, devices = load(path), (torch.device("cuda:0"), HOST)
+            there, here = (run(plan, model, Path(scratch), device=device).rows for device in devices)
+            equal = sum(one.tokens == other.tokens for one, other in zip(there, here, strict=True))
+            parts.append(f"{path.stem.partition('.')[2]} {equal} of {len(PROMPTS)}")
+    return {"parts": parts}
 
 
 def peer(folder: Path, model: Model, batch: int, budget: int) -> dict[str, Any]:
@@ -341,11 +397,8 @@ def peer(folder: Path, model: Model, batch: int, budget: int) -> dict[str, Any]:
     prompts = torch.randint(3, model.shape.vocab, (batch, model.prompt_len), generator=choose).tolist()
     setting = {"batch": batch, "cap_bytes": budget, "gpu_bytes": _room(model, batch, budget)}
     asked = argparse.Namespace(setting=setting, gen_len=PEER_GEN_LEN)
-    try:
-        import_accelerate(folder)
-        found = generate(lambda: load_gpu_offload(folder, setting, PEER_GEN_LEN), prompts, asked)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        return {"failed": str(error).splitlines()[0]}
+    import_accelerate(folder)
+    found = generate(lambda: load_gpu_offload(folder, setting, PEER_GEN_LEN), prompts, asked)
     pass_s = found["decode_s"] / found["decode_passes"]
     return {
         "tokens_per_s": batch * model.gen_len / (found["prefill_s"] + (model.gen_len - 1) * pass_s),

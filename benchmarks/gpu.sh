@@ -1,9 +1,10 @@
 #!/bin/sh
-# What a machine with a GPU shows, in three steps, since plans may be compiled where the solvers are:
+# What a machine with a GPU shows, step by step, since plans may be compiled where the solvers are:
 #
-#   benchmarks/gpu.sh profile -o hw.json           on the GPU machine, two minutes: what klotski-compile plans with
-#   benchmarks/gpu.sh plans hw.json -o plans       where OR-Tools is, some minutes: a plan per policy and model
-#   benchmarks/gpu.sh run plans -o result.txt      on the GPU machine, under nine minutes: everything else
+#   benchmarks/gpu.sh profile -o hw.json             on the GPU machine, a minute: what klotski-compile plans with
+#   benchmarks/gpu.sh calibrate hw.json -o hw2.json  where both are, half a minute; may be left out: the profile, corrected by a run
+#   benchmarks/gpu.sh plans hw2.json -o plans        where OR-Tools is, half a minute: a plan per policy and model
+#   benchmarks/gpu.sh run plans -o result.txt        on the GPU machine, under nine minutes: everything else
 #
 # It needs no installation: Python with torch, transformers, pydantic and greenlet will do. PYTHON names another interpreter.
 here=$(cd "$(dirname "$0")/.." && pwd)

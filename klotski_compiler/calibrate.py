@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median_low
 
 from klotski_compiler.actual import Log
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.hardware import Hardware, Link, Processor
-from klotski_compiler.plan import Bind, Compute, Op, Plan
+from klotski_compiler.plan import Bind, Compute, Load, Op, Plan, Store
 
 LEAST_SHARE = 0.01  # of all measured time, that a resource must have worked for its rate to be corrected
+PARTLY = {"pick", "kv", "query", "rows", "sums"}  # copies that move less than all of it, or wait for more than the link
 Resource = tuple[str, str]  # what of a machine, and of which link or processor
 
 
@@ -19,20 +21,26 @@ def calibrated(hardware: Hardware, plan: Plan, logs: dict[str, list[Log]], trace
     """The profile with the rates at which the plan's ops would have been priced as they were measured.
 
     A rate is divided, a fixed cost multiplied, by measured over planned time of all ops that it prices; both together, where an op has
-    both. Raises ConfigError where the plan is for another machine.
+    both. Of an op's runs the median counts: the first ones bring in what the later ones use. Raises ConfigError where the plan is for
+    another machine.
     """
     if plan.hardware != hardware.name:
         why = f"is {hardware.name}, but the plan was made for {plan.hardware}; name the profile that klotski-compile was given"
         raise ConfigError("hardware profile", "name", why)
     planned, measured = Counter[Resource](), Counter[Resource]()
     for phase, runs in logs.items():
-        steps = plan.steps[phase]
+        taken: dict[int, list[float]] = {}
         for log in runs:
             for (_, number), (start, end) in log.items():
-                step = steps[number]
-                if step.end_us > step.start_us and (resource := _resource(plan, phase, step.op)):
-                    planned[resource] += step.end_us - step.start_us
-                    measured[resource] += end - start  # type: ignore[assignment]
+                taken.setdefault(number, []).append(end - start)
+        for number, each in taken.items():
+            step = plan.steps[phase][number]
+            resource, expected_us = _resource(plan, phase, step.op), step.end_us - step.start_us
+            if isinstance(step.op, Load | Store):  # the plan has them slower where others use the same memory
+                expected_us = round(_alone_us(hardware.links[step.op.link], plan, step.op))
+            if resource and expected_us > 0:
+                planned[resource] += len(each) * expected_us
+                measured[resource] += len(each) * median_low(each)  # type: ignore[assignment]
     total = sum(measured.values())
     slower = {r: measured[r] / planned[r] for r in planned if measured[r] >= LEAST_SHARE * total}
     links = {name: _link(link, slower.get(("link", name), 1.0)) for name, link in hardware.links.items()}
@@ -48,7 +56,8 @@ def _resource(plan: Plan, phase: str, op: Op) -> Resource | None:
     if isinstance(op, Bind):
         return None
     if not isinstance(op, Compute):
-        return "link", op.link
+        whole = all(plan.tensors[index].kind not in PARTLY for index in op.tensors)
+        return ("link", op.link) if whole else None
     if op.fn in ("experts", "dense", "head"):
         return "matmul", op.stream
     if op.fn == "router":
@@ -57,6 +66,11 @@ def _resource(plan: Plan, phase: str, op: Op) -> Resource | None:
         return None
     mixed = phase == "prefill" and plan.decision.rolling  # some bring prompts, some decode
     return None if mixed else ("prefill" if phase == "prefill" else "attention", op.stream)
+
+
+def _alone_us(link: Link, plan: Plan, op: Load | Store) -> float:
+    nbytes = sum(plan.tensors[index].moved_bytes(op.pages if isinstance(op, Load) else None) for index in op.tensors)
+    return link.latency_us * len(op.tensors) + 1e6 * nbytes / link.bandwidth_bytes_per_s
 
 
 def _link(link: Link, slower: float) -> Link:

@@ -23,6 +23,10 @@ LAYER_BYTES = 200_000  # transformers' modules of a layer, without weights
 TENSOR_BYTES = 1_000  # where a tensor of the checkpoint lies
 STEP_BYTES = 900  # a parsed step, its line and what is kept of its last runs
 SHAPES, SHAPE_BYTES = 64, 600_000  # shapes of 16-bit matmuls for which oneDNN keeps code and scratch memory
+GRAPHS_BYTES, FINE_BYTES = (
+    40 << 20,
+    1 << 20,
+)  # two of the pieces in which torch takes memory for tensors of more than a MiB
 MARGIN = 1.2
 OTHER_SHAPES = 16  # of attention, router and head
 
@@ -59,6 +63,11 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
         "routing": tokens * top_k * (44 + 2 * width),
         "embedding rows": gathered * GATHERED_ROWS * (2 * hidden * width + 8192),
     }
+    if cost.hardware.compute_tier == "gpu":  # what decode ops take in graphs, no other op can have
+        few = min(rows, decision.sequences)
+        router = 32 * few * hidden + 4 * few * shared * width
+        graphs = max(router, 16 * decision.decode_batch * hidden * width)
+        kept["CUDA graphs"] = graphs + (GRAPHS_BYTES if graphs > FINE_BYTES else 0)
     narrow = rows  # of 16-bit matmuls
     if width == 2 and cost.hardware.compute_tier == "host" and cost.processor.widen_rows:
         narrow = min(rows, cost.processor.widen_rows)

@@ -43,7 +43,7 @@ def test_budgets_are_shares_of_what_the_files_hold(tmp_path: Path) -> None:
 def test_plans_of_every_policy_are_for_the_checkpoint_that_is_made_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu, "MODELS", (gpu.Model("small", SMALL, 6, 8, 3, ("joint", "klotski")),))
+    monkeypatch.setattr(gpu, "MODELS", (gpu.Model("small", SMALL, 6, 8, 3, ("joint", "klotski"), 1.0),))
     monkeypatch.setattr(gpu, "GPU_SHARE", 200)
     monkeypatch.setattr(gpu, "_family_plans", lambda folder: None)
     hardware = tmp_path / "machine.json"

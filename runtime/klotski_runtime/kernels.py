@@ -8,7 +8,7 @@ so a token costs 3 x hidden x compute bytes, and no op needs a third buffer of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,10 +20,11 @@ from transformers.cache_utils import Cache
 from klotski_compiler.errors import ExecError
 from klotski_runtime.checkpoint import EMBEDDING
 from klotski_runtime.experts import ExpertKernel, Parts, Runs, is_common, runs
+from klotski_runtime.graphs import Graphs, Piece
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.reader import RowGather
 from klotski_runtime.skeleton import HOST, Skeleton
-from klotski_runtime.split import NewOnly, Split
+from klotski_runtime.split import Call, Ends, NewOnly, Split, on_host
 from klotski_runtime.wide import Widener
 
 
@@ -44,11 +45,20 @@ class Chunks:
 
 @dataclass(slots=True)
 class Frame:
-    """What attention needs besides hidden states, the same in every layer; ``masks`` by whether a layer is sliding, and where."""
+    """What attention needs besides hidden states, the same in every layer of a pass; ``masks`` by whether a layer is sliding, and where."""
 
+    past: int
     positions: torch.Tensor
     angles: Any
     masks: dict[tuple[bool, torch.device], torch.Tensor | None] = field(default_factory=dict)
+
+    def renew(self, past: int, positions: torch.Tensor, angles: Any) -> None:
+        """For another pass, in the same memory."""
+        self.past = past
+        self.positions.copy_(positions)
+        for old, new in zip(_tensors(self.angles), _tensors(angles), strict=True):
+            old.copy_(new)
+        self.masks.clear()
 
 
 class Batch:
@@ -82,6 +92,10 @@ class Batch:
         """The batch's rows in the group's tensors."""
         return slice(self.first, self.first + self.ids.numel())
 
+    def rows_of(self, sequences: slice) -> slice:
+        """The rows of some of its sequences."""
+        return slice(self.first + sequences.start * self.queries, self.first + sequences.stop * self.queries)
+
     def present(self, sequences: slice, device: torch.device) -> torch.Tensor:
         """[B, past + q]: whether a position of each of ``sequences`` holds a token rather than padding."""
         return torch.arange(self.past + self.queries, device=device) >= self.pads[device][sequences, None]
@@ -94,7 +108,39 @@ class Batch:
         """End the pass: its tokens are cached, ``ids`` [B] are the next ones."""
         self.past += self.queries
         self.ids = ids[:, None]
-        self.frames.clear()
+
+
+@dataclass(slots=True)
+class Routing:
+    """What routers said of a pass's tokens: each one's experts and their weights, in the wide type [tokens, k]."""
+
+    indices: torch.Tensor
+    weights: torch.Tensor
+
+
+class Room:
+    """Memory for what goes in and out of an attention function, which one op uses at a time; grows to the most that was asked for."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.held = torch.empty(0, dtype=dtype, device=device)
+
+    def take(self, elements: int) -> torch.Tensor:
+        """So many elements, flat, until the next call."""
+        if self.held.numel() < elements:
+            self.held = self.held.new_empty(elements)
+        return self.held
+
+
+@dataclass(slots=True)
+class Halted:
+    """Decode attention of some sequences before its middle part, which may run elsewhere with ``module`` and ``mask``."""
+
+    sequences: slice
+    ends: Ends
+    call: Call
+    hidden: torch.Tensor
+    module: Any
+    mask: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +157,10 @@ class Assignment:
 
     @classmethod
     def of(
-        cls, indices: torch.Tensor, weights: torch.Tensor, present: torch.Tensor, first: int, num_experts: int
+        cls, indices: torch.Tensor, weights: torch.Tensor, present: torch.Tensor | None, first: int, num_experts: int
     ) -> Assignment:
-        """Sort ``indices`` [t, k] of rows ``first`` onwards, leaving out the rows that are not ``present`` [t]."""
-        choice = indices.masked_fill(~present[:, None], num_experts).flatten()
+        """Sort ``indices`` [t, k] of rows ``first`` onwards, leaving out the rows that are not ``present`` [t] (None: all are)."""
+        choice = (indices if present is None else indices.masked_fill(~present[:, None], num_experts)).flatten()
         chosen, order = torch.sort(choice, stable=True)
         every = torch.arange(num_experts, device=choice.device, dtype=choice.dtype)
         ends = torch.searchsorted(chosen, every, right=True)
@@ -156,8 +202,10 @@ class Group:
         self._kernel = self._make_kernel(self._device, skeleton.widener)
         self._elsewhere: ExpertKernel | None = None
         self._found: dict[tuple[int, ...], tuple[Sequence[Parts], Runs]] = {}
-        self._splits: dict[int, list[tuple[slice, Split, torch.Tensor, torch.Tensor | None]]] = {}
-        self._indices = self._weights = torch.empty(0, 0)
+        self._halted: dict[int, list[Halted]] = {}
+        self._graphs = Graphs(self._device)
+        self._room = Room(skeleton.compute_dtype, self._device)
+        self._routing = Routing(torch.empty(0, 0), torch.empty(0, 0))
         self._assignments: dict[int | None, Assignment] = {}
         self._logits = torch.empty(0, dtype=skeleton.compute_dtype, device=self._device)
 
@@ -194,7 +242,6 @@ class Group:
             batch.first = first
             first += batch.ids.numel()
         self._wide, self._x = wide[:first], x[:first]
-        self._indices = self._weights = torch.empty(0, 0)
         self._assignments.clear()
 
     @torch.inference_mode()
@@ -217,17 +264,42 @@ class Group:
     def attention(self, layer: int, batch: int, kv: KvBlock) -> None:
         """x <- h + attention(norm(h)) where h is wide in the compute dtype; new keys and values go into ``kv``."""
         own = self.batches[batch]
+        graphs = own.past and self._graphs.capturing and not self._skeleton.latent(layer)
         limit = self._chunks.decode_batch if own.past else self._chunks.attention_batch
         for sequences in _split(slice(0, own.size), limit):
             frame, cache = self._frame(own, sequences), kv.cache(sequences, own.past)
             mask = self._mask(layer, own, sequences, frame, cache, self._device)
-            hidden = self._own_hidden(own, sequences)
-            hidden += self._skeleton.attention(layer, hidden, mask, frame.positions, frame.angles, cache)
+            if graphs:
+                ends, hidden = self._ends(layer, own, sequences, self._room.held)
+                call = ends.begin(partial(self._start, layer, own, sequences, hidden), self._room.take)
+                call.attend(self._room.held, kv, sequences, own.past, mask, call.module)
+                ends.finish(hidden, self._room.held)
+            else:
+                hidden = self._take(own, sequences)
+                hidden += self._skeleton.attention(layer, hidden, mask, frame.positions, frame.angles, cache)
 
-    def _own_hidden(self, own: Batch, sequences: slice) -> torch.Tensor:
-        """x of some sequences, which gets h in the compute dtype: [B, q, hidden]."""
-        rows = slice(own.first + sequences.start * own.queries, own.first + sequences.stop * own.queries)
-        return self._x[rows].copy_(self._wide[rows]).view(-1, own.queries, self._skeleton.hidden)
+    def _ends(self, layer: int, own: Batch, sequences: slice, packed: torch.Tensor) -> tuple[Ends, torch.Tensor]:
+        """The ends of decode attention of some sequences, and where their x is: [B, 1, hidden]."""
+        hidden = self._own(own, sequences)
+        where = packed, self._x, self._wide, self._frame(own, sequences).positions
+        weights = self._skeleton.addresses("attention", layer)
+        key = layer, own.first + sequences.start, len(hidden), *(part.data_ptr() for part in where), *weights
+        return self._graphs.find(key, Ends), hidden
+
+    def _start(self, layer: int, own: Batch, sequences: slice, hidden: torch.Tensor) -> Split:
+        self._take(own, sequences)
+        frame, cache = self._frame(own, sequences), NewOnly(own.past)
+        forward = partial(self._skeleton.attention, layer, hidden, None, frame.positions, frame.angles, cache)
+        return Split(self._skeleton.config, forward)
+
+    def _own(self, own: Batch, sequences: slice) -> torch.Tensor:
+        """x of some sequences: [B, q, hidden]."""
+        return self._x[own.rows_of(sequences)].view(-1, own.queries, self._skeleton.hidden)
+
+    def _take(self, own: Batch, sequences: slice) -> torch.Tensor:
+        """The same, which gets h in the compute dtype."""
+        self._x[own.rows_of(sequences)].copy_(self._wide[own.rows_of(sequences)])
+        return self._own(own, sequences)
 
     def _mask(
         self, layer: int, own: Batch, sequences: slice, frame: Frame, cache: Cache, device: torch.device
@@ -242,46 +314,39 @@ class Group:
     @torch.inference_mode()
     def project(self, layer: int, batch: int, packed: torch.Tensor) -> None:
         """The first part of decode attention: queries, keys and values of the new tokens into ``packed``, flat."""
-        own, splits = self.batches[batch], []
+        own, halted = self.batches[batch], []
         for sequences in _split(slice(0, own.size), self._chunks.decode_batch):
+            region = packed[_region(packed, own, sequences)]
             frame, cache = self._frame(own, sequences), NewOnly(own.past)
-            mask = self._mask(layer, own, sequences, frame, cache, HOST)  # for ``attend``
-            hidden = self._own_hidden(own, sequences)
-            forward = partial(self._skeleton.attention, layer, hidden, None, frame.positions, frame.angles, cache)
-            split = Split(self._skeleton.config, forward)
-            split.call.pack(packed[_region(packed, own, sequences)])
-            splits.append((sequences, split, hidden, mask))
-        self._splits[batch] = splits
+            mask = self._mask(layer, own, sequences, frame, cache, HOST)
+            ends, hidden = self._ends(layer, own, sequences, region)
+            call = ends.begin(partial(self._start, layer, own, sequences, hidden), partial(_first, region))
+            halted.append(Halted(sequences, ends, call, hidden, on_host(call.module), mask))
+        self._halted[batch] = halted
 
     @torch.inference_mode()
     def attend(self, batch: int, kv: KvBlock, packed: torch.Tensor) -> None:
         """The part that may run elsewhere: the mixed values take the place of the queries in ``packed``."""
         own = self.batches[batch]
-        for sequences, split, _, mask in self._splits[batch]:
-            split.attend(packed[_region(packed, own, sequences)], kv, sequences, own.past, mask)
+        for part in self._halted[batch]:
+            region = packed[_region(packed, own, part.sequences)]
+            part.call.attend(region, kv, part.sequences, own.past, part.mask, part.module)
 
     @torch.inference_mode()
     def output(self, batch: int, packed: torch.Tensor) -> None:
         """The last part, as ``attention`` leaves it: x <- h + the output projection."""
         own = self.batches[batch]
-        for sequences, split, hidden, _ in self._splits.pop(batch):
-            hidden += split.finish(packed[_region(packed, own, sequences)])
+        for part in self._halted.pop(batch):
+            part.ends.finish(part.hidden, packed[_region(packed, own, part.sequences)])
 
     @torch.inference_mode()
     def router(self, layer: int, batch: int) -> None:
         """wide <- h + base and x <- the experts' input, where h is x; notes the experts and weights of each token of one batch, or
         (-1 - n) of all from number n on."""
         for rows in _split(self._rows(batch), self._chunks.token_rows):
-            hidden = self._x[rows]
-            routed = self._skeleton.moe_block(layer, hidden)
-            self._wide[rows].copy_(hidden).add_(routed.base)
-            hidden.copy_(routed.x)
-            if self._indices.shape != (len(self._x), routed.indices.shape[1]):
-                shape = len(self._x), routed.indices.shape[1]
-                self._indices = torch.empty(shape, dtype=torch.int32, device=self._device)
-                self._weights = torch.empty_like(self._indices, dtype=self._wide.dtype)
-            self._indices[rows] = routed.indices.int()
-            self._weights[rows] = routed.weights.to(self._wide.dtype)
+            routing = self._routing.indices, self._routing.weights
+            piece = self._piece(batch, ("router", "shared"), layer, rows, routing)
+            piece(partial(self._route, layer, rows))
         for scope in [batch, None] if batch >= 0 else list(self._assignments):
             self._assignments.pop(scope, None)
         self._routed = layer
@@ -290,8 +355,33 @@ class Group:
     def dense(self, layer: int, batch: int) -> None:
         """wide <- h + mlp(norm(h)) where h is x, of the batches that ``router`` would take."""
         for rows in _split(self._rows(batch), self._chunks.token_rows):
-            hidden = self._x[rows]
-            self._wide[rows].copy_(hidden).add_(self._skeleton.dense_block(layer, hidden))
+            self._piece(batch, ("dense",), layer, rows, ())(partial(self._feed, layer, rows))
+
+    def _piece(
+        self, batch: int, kinds: tuple[str, ...], layer: int, rows: slice, others: Sequence[torch.Tensor]
+    ) -> Callable[[Callable[[], None]], None]:
+        """How work on some rows of x and wide with a layer's weights, and on others' memory, is done: in prefill just so."""
+        if not all(own.past for own in ([self.batches[batch]] if batch >= 0 else self.batches.values())):
+            return _as_it_is
+        weights = [address for kind in kinds for address in self._skeleton.addresses(kind, layer)]
+        where = [part.data_ptr() for part in (self._x, self._wide, *others)]
+        return self._graphs.find((kinds, layer, rows.start, rows.stop, *where, *weights), Piece)
+
+    def _route(self, layer: int, rows: slice) -> None:
+        hidden, routing = self._x[rows], self._routing
+        routed = self._skeleton.moe_block(layer, hidden)
+        self._wide[rows].copy_(hidden).add_(routed.base)
+        hidden.copy_(routed.x)
+        if routing.indices.shape != (len(self._x), routed.indices.shape[1]):
+            shape = len(self._x), routed.indices.shape[1]
+            routing.indices = torch.empty(shape, dtype=torch.int32, device=self._device)
+            routing.weights = torch.empty(shape, dtype=self._wide.dtype, device=self._device)
+        routing.indices[rows] = routed.indices.int()
+        routing.weights[rows] = routed.weights.to(self._wide.dtype)
+
+    def _feed(self, layer: int, rows: slice) -> None:
+        hidden = self._x[rows]
+        self._wide[rows].copy_(hidden).add_(self._skeleton.dense_block(layer, hidden))
 
     def _rows(self, batch: int) -> slice:
         """The rows of one batch, or of all from one on that are there."""
@@ -455,11 +545,16 @@ class Group:
         """The frame of one attention call: made once per pass in decode. In prefill the masks of a batch would take
         B x T x T bytes, so there a frame lives for one call.
         """
-        if sequences.start in batch.frames:
-            return batch.frames[sequences.start]
+        frame = batch.frames.get(sequences.start)
+        if frame and frame.past == batch.past:
+            return frame
         new = torch.arange(batch.past, batch.past + batch.queries, device=self._device)
         positions = (new - batch.pads[self._device][sequences, None]).clamp(min=0)
-        frame = Frame(positions, self._skeleton.rotary(positions))
+        angles = self._skeleton.rotary(positions)
+        if frame:
+            frame.renew(batch.past, positions, angles)
+            return frame
+        frame = Frame(batch.past, positions, angles)
         if batch.past:
             batch.frames[sequences.start] = frame
         return frame
@@ -473,10 +568,13 @@ class Group:
     def _assign(self, layer: int, batch: int | None) -> Assignment:
         scope = list(self.batches.values()) if batch is None else [self.batches[batch]]
         rows = slice(scope[0].first, scope[-1].rows.stop)
-        present = torch.cat([b.present(slice(None), self._device)[:, b.past :].flatten() for b in scope])
+        # Padding is at the beginning: what is new in decode is a token.
+        whole = all(b.past or not b.padded(slice(None)) for b in scope)
+        presence = (b.present(slice(None), self._device)[:, b.past :].flatten() for b in scope)
+        present = None if whole else torch.cat([*presence])
         return Assignment.of(
-            self._indices[rows],
-            self._weights[rows].contiguous(),
+            self._routing.indices[rows],
+            self._routing.weights[rows].contiguous(),
             present,
             rows.start,
             self._skeleton.num_experts(layer),
@@ -491,6 +589,19 @@ def kernel_threads(count: int) -> None:
     """
     torch.get_num_threads()  # a thread's first question sets it to what another thread asked for last
     torch.set_num_threads(count)
+
+
+def _as_it_is(work: Callable[[], None]) -> None:
+    work()
+
+
+def _first(region: torch.Tensor, elements: int) -> torch.Tensor:
+    return region[:elements]
+
+
+def _tensors(angles: Any) -> tuple[torch.Tensor, ...]:
+    """Position embeddings, which some models have as a pair."""
+    return angles if isinstance(angles, tuple) else (angles,)
 
 
 def _split(rows: slice, limit: int) -> Iterator[slice]:

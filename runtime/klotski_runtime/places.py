@@ -134,9 +134,21 @@ class Places:
         self._arrived(tensor, target, expert, pages)
 
     def carry(self, source: int, target: int) -> None:
-        """Copy all of a slot to another tier's."""
+        """Copy all of a slot to another tier's.
+
+        To a GPU a kernel does it: a copy engine first takes all whole experts that have been issued to it, whatever their stream.
+        """
         here, there = self.slot(source), self.slot(target)
-        self._copy(there, 0, here, 0, min(here.nbytes, there.nbytes))
+        nbytes = min(here.nbytes, there.nbytes)
+        if (seen := self._seen.get(here.tier)) is None or nbytes % 8:
+            self._copy(there, 0, here, 0, nbytes)
+            return
+        to, words = (
+            arena.tensor(at.offset, nbytes, torch.int64, (nbytes // 8,))
+            for arena, at in ((self.arenas[there.tier], there), (seen, here))
+        )
+        torch.bitwise_or(words, 0, out=to)  # torch gives whatever it sees to be a copy to the copy engine
+        self.moved_bytes[f"{here.tier}>{there.tier}"] += nbytes
 
     def _copy(self, there: Slot, to: int, here: Slot, first: int, nbytes: int) -> None:
         """On a GPU the copy is issued to the current stream."""

@@ -14,7 +14,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import date
 from itertools import count, cycle
@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.hardware import Hardware, Link, Processor, Tier
+from klotski_runtime.attention import grouped_attention
 from klotski_runtime.checkpoint import PAGE
 from klotski_runtime.device import context_bytes, cpu_threads, gpu_of, use
 from klotski_runtime.profile_block import SMALL, Block
@@ -162,7 +162,7 @@ def measure(
             step("disk: reading, with and without the processor at work")
             turns.take(sizes.turns)
             for unit, (where, its_sizes) in units.items():
-                with _at_work(chosen) if with_gpu and unit == "cpu" else nullcontext():
+                with _surroundings(unit, chosen):
                     rounds[unit].append(_processor_round(where, its_sizes, step))
         links |= turns.found()
     processors = {unit: _typical(found) for unit, found in rounds.items()}
@@ -241,6 +241,13 @@ def _describe(device: torch.device) -> str:
 
 
 # Time
+
+
+def _surroundings(unit: str, device: torch.device) -> AbstractContextManager[object]:
+    """As it is when plans run: beside a GPU, the CPU is not alone; on a GPU, kernels are issued to a stream of their own."""
+    if device.type == "cpu":
+        return nullcontext()
+    return _at_work(device) if unit == "cpu" else torch.cuda.stream(torch.cuda.Stream(device))
 
 
 @contextmanager
@@ -401,11 +408,11 @@ def _widened(widener: Widener, rows: Tensor, outs: Sequence[Tensor], gate: Tenso
     widener.mm(F.silu(inner, inplace=True).mul_(other), (down, out))
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Grouped-query attention exactly as the installed transformers calls it."""
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Grouped-query attention as the runtime calls it."""
     heads = SimpleNamespace(num_key_value_groups=QUERY_HEADS // KV_HEADS, is_causal=True)
     output: Tensor
-    output, _ = sdpa_attention_forward(heads, query, key, value, mask, scaling=HEAD_DIM**-0.5)  # type: ignore[arg-type]
+    output, _ = grouped_attention(heads, query, key, value, None, scaling=HEAD_DIM**-0.5)
     return output
 
 
@@ -421,12 +428,10 @@ def _decode_attention(device: torch.device, sizes: Sizes) -> tuple[float, str]:
         caches = pool[: len(pool) // (2 * elements) * 2 * elements].view(-1, 2, batch, KV_HEADS, context, HEAD_DIM)
         turn = cycle(caches.unbind())
         query = torch.randn(batch, QUERY_HEADS, 1, HEAD_DIM, device=device, dtype=torch.bfloat16)
-        # Prompts of one batch differ in length, so a decode step carries a mask.
-        mask = torch.ones(batch, 1, 1, context, device=device, dtype=torch.bool)
 
-        def attend(query: Tensor = query, mask: Tensor = mask, turn: Iterator[Tensor] = turn) -> Tensor:
+        def attend(query: Tensor = query, turn: Iterator[Tensor] = turn) -> Tensor:
             key, value = next(turn)
-            return _attend(query, key, value, mask)
+            return _attend(query, key, value)
 
         rows.append((2 * elements * 2, _seconds(attend, device, sizes)))
     design = torch.tensor([[1 / seconds, nbytes / seconds] for nbytes, seconds in rows], dtype=torch.float64)
@@ -435,8 +440,8 @@ def _decode_attention(device: torch.device, sizes: Sizes) -> tuple[float, str]:
     if per_byte <= 0:  # too noisy for a slope: take the largest cache as it is
         nbytes, seconds = max(rows)
         fixed, per_byte = 0.0, seconds / nbytes
-    how = f"slope over {len(rows)} sizes of transformers' SDPA, {QUERY_HEADS} query and {KV_HEADS} KV heads, bf16"
-    return rounded(1 / per_byte), f"{how}, masked; fixed part {1e6 * fixed:.0f} us"
+    how = f"slope over {len(rows)} sizes of grouped attention, {QUERY_HEADS} query and {KV_HEADS} KV heads, bf16"
+    return rounded(1 / per_byte), f"{how}; fixed part {1e6 * fixed:.0f} us"
 
 
 def _prefill_attention(device: torch.device, sizes: Sizes) -> tuple[float, str]:
@@ -444,7 +449,7 @@ def _prefill_attention(device: torch.device, sizes: Sizes) -> tuple[float, str]:
     batch, prompt = 2, sizes.prompt
     query = torch.randn(batch, QUERY_HEADS, prompt, HEAD_DIM, device=device, dtype=torch.bfloat16)
     key, value = torch.randn(2, batch, KV_HEADS, prompt, HEAD_DIM, device=device, dtype=torch.bfloat16)
-    seconds = _seconds(lambda: _attend(query, key, value, None), device, sizes)
+    seconds = _seconds(lambda: _attend(query, key, value), device, sizes)
     flops = 4 * QUERY_HEADS * HEAD_DIM * batch * prompt**2
     how = f"transformers' SDPA, {batch} whole prompts of {prompt} tokens, bf16, all pairs of positions counted"
     return rounded(flops / seconds), how

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from transformers import Qwen3MoeConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from klotski_runtime.attention import grouped_attention
 from klotski_runtime.checkpoint import ModuleKey
 from klotski_runtime.kernels import Chunks, Group
 from klotski_runtime.kv import KvBlock
@@ -103,4 +103,4 @@ class Block:
         """The keys and values of attention."""
         groups = self._query.shape[1] // self._kv.keys.shape[1]
         heads: Any = SimpleNamespace(num_key_value_groups=groups, is_causal=True)
-        sdpa_attention_forward(heads, self._query, self._kv.keys, self._kv.values, self._mask, scaling=self._scaling)
+        grouped_attention(heads, self._query, self._kv.keys, self._kv.values, self._mask, scaling=self._scaling)

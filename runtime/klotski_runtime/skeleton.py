@@ -23,6 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from klotski_compiler.errors import ConfigError
+from klotski_runtime.attention import GROUPED
 from klotski_runtime.checkpoint import EMBEDDING, ModuleKey, read_config
 from klotski_runtime.kv import KvShape
 from klotski_runtime.wide import Widener
@@ -119,6 +120,8 @@ class Skeleton:
                 ).eval()
         except ValueError as error:
             raise _unsupported(config, str(error)) from error
+        if config._attn_implementation == "sdpa":
+            config._attn_implementation = GROUPED
         base = self.model.get_submodule(self.model.base_model_prefix)
         _check_supported(config, self.model, base)
         self._embedding, self._layers, self._norm = base.embed_tokens, base.layers, base.norm
@@ -129,6 +132,7 @@ class Skeleton:
         self._embedding.padding_idx = None
         self._full_precision = tuple(self.model._keep_in_fp32_modules_strict or ())
         self._bound: dict[ModuleKey, dict[str, torch.Tensor]] = {}
+        self._addresses: dict[ModuleKey, tuple[int, ...]] = {}
         self.layers = len(self._layers)
         self.hidden = int(config.hidden_size)
         self._widen_rows = widen_rows
@@ -149,11 +153,17 @@ class Skeleton:
             full = any(part in name for part in self._full_precision)
             converted = tensor.to(torch.float32 if full else self.compute_dtype)
             self._bound[key].setdefault(name, self._place(name, converted))
+            self._addresses[key] = *self._addresses.get(key, ()), converted.data_ptr()
 
     def unbind(self, key: ModuleKey) -> None:
         """Put back the parameters without memory that ``bind`` replaced."""
+        self._addresses.pop(key, None)
         for name, empty in self._bound.pop(key, {}).items():
             self._place(name, empty)
+
+    def addresses(self, kind: str, layer: int) -> tuple[int, ...]:
+        """Where the weights of a layer's module are."""
+        return self._addresses.get(ModuleKey(kind, layer), ())
 
     def is_bound(self, key: ModuleKey) -> bool:
         """Whether the module's weights are in memory."""
@@ -217,6 +227,10 @@ class Skeleton:
         assert probe.shape is not None
         return probe.shape
 
+    def latent(self, layer: int) -> bool:
+        """Whether attention caches its keys and values in another form than it uses them in."""
+        return getattr(self._layers[layer].self_attn, "kv_lora_rank", None) is not None
+
     # ------------------------------------------------------------------------------------------ ops
 
     def embed(self, ids: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
@@ -247,9 +261,6 @@ class Skeleton:
         mask: torch.Tensor | None = make(
             config=self.config, inputs_embeds=embeds, attention_mask=present if padded else None, **{CACHE: cache}
         )
-        if mask is None and queries == 1 and present.device == HOST and self.config._attn_implementation == "sdpa":
-            # torch's CPU kernel for grouped queries reads the cache ten times slower where no mask is given.
-            return present[:, None, None, :]
         return mask
 
     def attention(

@@ -17,6 +17,7 @@ from greenlet import getcurrent, greenlet
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from klotski_runtime.graphs import Graphs, Piece
 from klotski_runtime.kv import KvBlock
 
 SPLIT = "klotski_split"
@@ -26,36 +27,45 @@ def _halt(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     """The attention function of a split forward."""
     parent = getcurrent().parent
     assert parent is not None
-    return parent.switch(Call(module, query, key, value, settings)), None
+    return parent.switch((module, (query, key, value), settings)), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(SPLIT, _halt)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Call:
-    """What attention is asked for: query [B, heads, 1, width], new key and value [B, kv heads, 1, width], and its settings."""
+    """What attention is asked for. shapes: of query [B, heads, 1, width], new key and value [B, kv heads, 1, width]. function: the
+    name of transformers' attention function."""
 
     module: Any
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
+    shapes: tuple[torch.Size, ...]
     settings: dict[str, Any]
+    function: str
 
-    def pack(self, out: torch.Tensor) -> None:
-        """Query, key and value, one after the other, into ``out``, flat."""
-        first = 0
-        for part in (self.query, self.key, self.value):
-            out[first : first + part.numel()].view(part.shape).copy_(part)
-            first += part.numel()
+    @property
+    def elements(self) -> int:
+        """Values of query, key and value."""
+        return sum(shape.numel() for shape in self.shapes)
 
-    def unpack(self, source: torch.Tensor) -> list[torch.Tensor]:
-        """The inverse: views of query, key and value."""
-        first, found = 0, []
-        for part in (self.query, self.key, self.value):
-            found.append(source[first : first + part.numel()].view(part.shape))
-            first += part.numel()
-        return found
+    def views(self, packed: torch.Tensor) -> list[torch.Tensor]:
+        """Query, key and value, one after the other in ``packed``, flat."""
+        parts = packed[: self.elements].split([shape.numel() for shape in self.shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def mixed(self, packed: torch.Tensor) -> torch.Tensor:
+        """The mixed values [B, 1, heads, width], which take the place of the query."""
+        (batch, heads, queries, _), width = self.shapes[0], self.shapes[2][3]
+        return packed[: batch * queries * heads * width].view(batch, queries, heads, width)
+
+    def attend(
+        self, packed: torch.Tensor, kv: KvBlock, sequences: slice, past: int, mask: torch.Tensor | None, module: Any
+    ) -> None:
+        """Attention over cache and new token. module: the call's, with its own parameters where ``packed`` is."""
+        query, key, value = self.views(packed)
+        keys, values = kv.cache(sequences, past).update(key, value, 0)
+        function = ALL_ATTENTION_FUNCTIONS.get(self.function) or _eager(module)
+        self.mixed(packed).copy_(function(module, query, keys, values, mask, **self.settings)[0])
 
 
 class NewOnly(Cache):
@@ -82,33 +92,59 @@ class Split:
 
     def __init__(self, config: Any, forward: Callable[[], torch.Tensor]) -> None:
         """Runs ``forward``, whose cache is a ``NewOnly``, up to its attention function. ``config``: the model's."""
-        self._function = config._attn_implementation
+        function = config._attn_implementation
         config._attn_implementation = SPLIT
         try:
             self._run = greenlet(forward)
-            self.call: Call = self._run.switch()
-            self._module = _on_host(self.call.module)
+            module, self._parts, settings = self._run.switch()
         finally:
-            config._attn_implementation = self._function
+            config._attn_implementation = function
+        self.call = Call(module, tuple(part.shape for part in self._parts), settings, function)
 
-    def attend(self, packed: torch.Tensor, kv: KvBlock, sequences: slice, past: int, mask: torch.Tensor | None) -> None:
-        """Attention over cache and new token; the mixed values [B, 1, heads, width] take the place of the query in ``packed``."""
-        query, key, value = self.call.unpack(packed)
-        keys, values = kv.cache(sequences, past).update(key, value, 0)
-        function = ALL_ATTENTION_FUNCTIONS.get(self._function) or _eager(self._module)
-        mixed, _ = function(self._module, query, keys, values, mask, **self.call.settings)
-        packed[: mixed.numel()].view(mixed.shape).copy_(mixed)
+    def pack(self, packed: torch.Tensor) -> None:
+        """Query, key and value into ``packed``, flat."""
+        for view, part in zip(self.call.views(packed), self._parts, strict=True):
+            view.copy_(part)
 
     def finish(self, packed: torch.Tensor) -> torch.Tensor:
         """What ``forward`` returns, given the mixed values."""
-        query, value = self.call.query, self.call.value
-        shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-        count = query.shape[0] * query.shape[2] * query.shape[1] * value.shape[3]
-        out: torch.Tensor = self._run.switch(packed[:count].view(shape))
+        out: torch.Tensor = self._run.switch(self.call.mixed(packed))
         return out
 
 
-def _on_host(module: Any) -> Any:
+class Ends:
+    """What a layer's attention does before and after its attention function, each a piece. Between the two only ``packed`` carries
+    what was computed."""
+
+    def __init__(self, graphs: Graphs) -> None:
+        self._before, self._after = Piece(graphs), Piece(graphs)
+        self._split: Split | None = None
+        self._call: Call | None = None
+
+    def begin(self, start: Callable[[], Split], room: Callable[[int], torch.Tensor]) -> Call:
+        """``start`` a forward and pack what its attention function is asked for into ``room`` for so many elements, flat."""
+
+        def work() -> None:
+            self._split = start()
+            self._call = self._split.call
+            self._split.pack(room(self._call.elements))
+
+        self._before(work)
+        assert self._call is not None
+        return self._call
+
+    def finish(self, hidden: torch.Tensor, packed: torch.Tensor) -> None:
+        """hidden += what the forward returns."""
+
+        def work() -> None:
+            assert self._split is not None
+            hidden.add_(self._split.finish(packed))
+
+        self._after(work)
+        self._split = None
+
+
+def on_host(module: Any) -> Any:
     """An attention module whose own parameters (gpt-oss has sinks), not those of its projections, are in host memory."""
     if all(own.device.type == "cpu" for own in module._parameters.values()):
         return module
