@@ -105,8 +105,8 @@ def test_a_profile_is_corrected_by_what_was_slower(tmp_path: Path, capsys: pytes
     assert corrected.kv_bytes_per_s == pytest.approx(gpu.kv_bytes_per_s / 1.25)
     for (_, rate), (_, now) in zip(gpu.matmul["bf16"], corrected.matmul["bf16"], strict=True):
         assert now == pytest.approx(rate / 1.25)
-    before, after = hardware.links["disk>host"], found.links["disk>host"]
-    assert after.bandwidth_bytes_per_s == pytest.approx(before.bandwidth_bytes_per_s, rel=0.1)
+    disk, same = hardware.links["disk>host"], found.links["disk>host"]
+    assert same.bandwidth_bytes_per_s == pytest.approx(disk.bandwidth_bytes_per_s, rel=0.2)
     assert re.search(r"x 0\.5\d\d by trace.json", found.sources["links.host>gpu.bandwidth_bytes_per_s"])
 
     plan.save(tmp_path / "plan.json")
