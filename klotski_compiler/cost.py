@@ -19,6 +19,7 @@ DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 ROW_READERS = 16  # threads that gather embedding rows: single pages, each of which waits behind large reads
 # Of 16-bit matmuls through fp32: rows at a time, and of the weights values and columns of the product.
 WIDENED_ROWS, WIDENED_BLOCK, WIDENED_COLUMNS = 512, 1 << 19, 512
+WORKERS = 2  # threads of a CPU, with kernels of their own, that experts and blocks of widened matmuls are shared among
 FEW_ROWS, ROW_STEP = 16, 32  # an expert computes more rows than the first number in multiples of the second
 GATHERED_ROWS = 256  # embedding rows that are read from disk at a time
 ROW_OPS = 6  # small ops that a row takes: to ask a reader for it, and to copy it from the page that holds it

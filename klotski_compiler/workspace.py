@@ -12,6 +12,7 @@ from klotski_compiler.cost import (
     WIDENED_BLOCK,
     WIDENED_COLUMNS,
     WIDENED_ROWS,
+    WORKERS,
     Cost,
 )
 from klotski_compiler.model import Layer, ModelSpec, Module
@@ -72,7 +73,8 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
     if width == 2 and cost.hardware.compute_tier == "host" and cost.processor.widen_rows:
         narrow = min(rows, cost.processor.widen_rows)
         widest = max(hidden, inner, shared, dense, *(layer.attention_flops // 4 for layer in spec.layers))
-        kept["widened matmuls"] = 4 * (WIDENED_ROWS * (widest + WIDENED_COLUMNS) + max(WIDENED_BLOCK, widest))
+        block = WIDENED_ROWS * (widest + WIDENED_COLUMNS) + max(WIDENED_BLOCK, widest)
+        kept["widened matmuls"] = 4 * WORKERS * block
     if converted:
         kept["converted weights"] = width * _bound_params(spec, decision)
     experts = sum(layer.num_experts for layer in spec.layers)

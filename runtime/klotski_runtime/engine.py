@@ -28,7 +28,7 @@ from klotski_runtime import binding
 from klotski_runtime.checkpoint import EMBEDDING, HEAD, PAGE, Checkpoint, ModuleKey
 from klotski_runtime.cuda_streams import CudaBackend, Lanes, of_gpu
 from klotski_runtime.device import cpu_threads, use
-from klotski_runtime.kernels import Chunks, Group, kernel_threads
+from klotski_runtime.kernels import Chunks, Group
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.measured import Measured, Watch
 from klotski_runtime.places import Places, module_key
@@ -37,6 +37,7 @@ from klotski_runtime.roster import Roster, Seat
 from klotski_runtime.skeleton import HOST, Skeleton
 from klotski_runtime.spill import SpillFile
 from klotski_runtime.streams import Perform, Ran, ThreadBackend
+from klotski_runtime.workers import Workers, kernel_threads
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -79,7 +80,8 @@ class Engine:
         self.plan, self._config, self._keep_log = plan, config, keep_log
         self.threads = threads or cpu_threads(device)
         kernel_threads(1)
-        self.skeleton = Skeleton(config, DTYPES[plan.dtype], device, plan.widen_rows)
+        self.workers = Workers(self.threads)
+        self.skeleton = Skeleton(config, DTYPES[plan.dtype], device, plan.widen_rows, self.workers)
         self.checkpoint = Checkpoint.open(folder, self.skeleton.model)
         self._check_model()
         self.reader = DiskReader()
@@ -136,6 +138,7 @@ class Engine:
     def close(self) -> None:
         """Close files; memory goes with the last view."""
         self.places.close()
+        self.workers.close()
         self.reader.close()
         self._row_reader.close()
         if self._spill:

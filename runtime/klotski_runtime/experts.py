@@ -46,20 +46,29 @@ class ExpertKernel:
     ) -> None:
         self.rows = rows
         self._widener = widener or Widener(0, 0)
+        self._mm = self._widener.mm
         self._x = torch.zeros(rows, hidden, dtype=compute, device=device)
         self._inner = torch.empty(2 * rows * intermediate, dtype=compute, device=device)
         self._out = torch.empty(rows, hidden, dtype=wide, device=device)
 
     def run(
-        self, experts: Any, parts: Parts, x: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor
+        self,
+        experts: Any,
+        parts: Parts,
+        x: torch.Tensor,
+        rows: torch.Tensor,
+        weights: torch.Tensor,
+        worker: int | None = None,
     ) -> torch.Tensor:
-        """``weights`` [r] x expert(``x``[``rows``]) as [r, hidden] in the wide type; valid until the next call."""
+        """``weights`` [r] x expert(``x``[``rows``]) as [r, hidden] in the wide type; valid until the next call. worker: whose task this
+        is part of (None: of none)."""
+        self._mm = partial(self._widener.mm, worker=worker)
         count = rows.shape[0]
         source, out = self._x[: self._rounded(count)], self._out[:count]
         torch.index_select(x, 0, rows, out=source[:count])
         down = parts["down"].t() if experts.is_transposed else parts["down"]
         # The experts' input is not needed once the inner values are there: its buffer takes the output.
-        self._widener.mm(self._gated(experts, parts, source), (down, source))
+        self._mm(self._gated(experts, parts, source), (down, source))
         if "down_bias" in parts:
             source.add_(parts["down_bias"])
         return out.copy_(source[:count]).mul_(weights[:, None])
@@ -101,7 +110,7 @@ class ExpertKernel:
             return self._fused(experts, parts, x)
         size = count * gate.shape[0]
         gated, other = self._inner[:size].view(count, -1), self._inner[size : 2 * size].view(count, -1)
-        self._widener.mm(x, (gate, gated), (up, other))
+        self._mm(x, (gate, gated), (up, other))
         if common:
             return _activation(experts.act_fn)(gated).mul_(other)
         special: torch.Tensor = experts._apply_gate(torch.cat([gated, other], dim=1))
@@ -111,7 +120,7 @@ class ExpertKernel:
         """The same from one gate_up matrix, by the experts module's own rules."""
         weight = parts["gate_up"].t() if experts.is_transposed else parts["gate_up"]
         inner = self._inner[: x.shape[0] * weight.shape[0]].view(x.shape[0], -1)
-        self._widener.mm(x, (weight, inner))
+        self._mm(x, (weight, inner))
         if "gate_up_bias" in parts:
             inner.add_(parts["gate_up_bias"])
         gated: torch.Tensor = experts._apply_gate(inner)

@@ -8,6 +8,7 @@ so a token costs 3 x hidden x compute bytes, and no op needs a third buffer of t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -199,8 +200,9 @@ class Group:
         self._skeleton, self._chunks, self._embedding = skeleton, chunks, embedding
         self._device = skeleton.device
         self.batches = {number: Batch(sequences, self._device) for number, sequences in enumerate(prompts)}
-        self._kernel = self._make_kernel(self._device, skeleton.widener)
-        self._elsewhere: ExpertKernel | None = None
+        self._kernels = self._make_kernels(self._device, skeleton.widener)
+        self._elsewhere: list[ExpertKernel] = []
+        self._adding = threading.Lock()
         self._found: dict[tuple[int, ...], tuple[Sequence[Parts], Runs]] = {}
         self._halted: dict[int, list[Halted]] = {}
         self._graphs = Graphs(self._device)
@@ -209,18 +211,13 @@ class Group:
         self._assignments: dict[int | None, Assignment] = {}
         self._logits = torch.empty(0, dtype=skeleton.compute_dtype, device=self._device)
 
-    def _make_kernel(self, device: torch.device, widener: Widener) -> ExpertKernel:
+    def _make_kernels(self, device: torch.device, widener: Widener) -> list[ExpertKernel]:
+        """One for every worker of the CPU, or one for the GPU."""
         skeleton = self._skeleton
         inner = max(map(skeleton.inner, range(skeleton.layers)))
-        return ExpertKernel(
-            self._chunks.expert_rows,
-            skeleton.hidden,
-            inner,
-            skeleton.compute_dtype,
-            skeleton.wide_dtype,
-            device,
-            widener,
-        )
+        count = skeleton.workers.count if device == HOST else 1
+        rows, dtypes = -(-self._chunks.expert_rows // count), (skeleton.compute_dtype, skeleton.wide_dtype)
+        return [ExpertKernel(rows, skeleton.hidden, inner, *dtypes, device, widener) for _ in range(count)]
 
     @property
     def tokens(self) -> int:
@@ -414,7 +411,7 @@ class Group:
         orders of the same expert ops differ by about 2^-53 (fp32) or 2^-24 (bf16) of the sum, and the rounding hides
         this unless the sum lies as close to a rounding boundary: in fp32 the order of expert ops cannot be seen.
         """
-        self._add_experts(self._kernel, layer, experts, self._assignment(layer, batch), self._x, self._wide)
+        self._add_experts(self._kernels, layer, experts, self._assignment(layer, batch), self._x, self._wide)
 
     @torch.inference_mode()
     def send(self, rows: torch.Tensor) -> None:
@@ -430,8 +427,8 @@ class Group:
         """sums <- the sum of weight x expert(rows) in the wide type, for all tokens of the group; both flat."""
         shape = self._wide.shape
         x, out = rows[: self._x.numel()].view(shape), sums[: self._wide.numel()].view(shape)
-        if self._elsewhere is None:
-            self._elsewhere = self._make_kernel(HOST, self._skeleton.make_widener())
+        if not self._elsewhere:
+            self._elsewhere = self._make_kernels(HOST, self._skeleton.make_widener())
         self._add_experts(self._elsewhere, layer, experts, self._sent, x, out.zero_())
 
     @torch.inference_mode()
@@ -441,24 +438,36 @@ class Group:
 
     def _add_experts(
         self,
-        kernel: ExpertKernel,
+        kernels: Sequence[ExpertKernel],
         layer: int,
         experts: Sequence[tuple[int, Parts]],
         assignment: Assignment,
         x: torch.Tensor,
         into: torch.Tensor,
     ) -> None:
-        module = self._skeleton.experts(layer)
+        module, most = self._skeleton.experts(layer), kernels[0].rows
         if into.is_cuda:
-            experts = self._add_together(kernel, module, experts, assignment, x, into)
-        for expert, stored in experts:
-            pairs = slice(assignment.starts[expert], assignment.starts[expert + 1])
-            if pairs.start == pairs.stop:
-                continue
-            parts = {name: part.to(x.dtype) for name, part in stored.items()}
-            for piece in _split(pairs, kernel.rows):
-                rows = assignment.rows[piece]
-                into.index_add_(0, rows, kernel.run(module, parts, x, rows, assignment.weights[piece]))
+            experts = self._add_together(kernels[0], module, experts, assignment, x, into)
+
+        def add(stored: Parts, piece: slice, worker: int | None) -> None:
+            parts, rows = {name: part.to(x.dtype) for name, part in stored.items()}, assignment.rows[piece]
+            out = kernels[worker or 0].run(module, parts, x, rows, assignment.weights[piece], worker)
+            with self._adding:
+                into.index_add_(0, rows, out)
+
+        pieces = [
+            (stored, piece)
+            for expert, stored in experts
+            for piece in _split(slice(assignment.starts[expert], assignment.starts[expert + 1]), most)
+        ]
+        alone = pieces
+        if len(kernels) > 1:  # the largest first, so that all workers end together; what is left over they share
+            pieces.sort(key=lambda one: one[1].start - one[1].stop)
+            side_by_side = len(pieces) - len(pieces) % len(kernels)
+            self._skeleton.workers.run([partial(add, *one) for one in pieces[:side_by_side]])
+            alone = pieces[side_by_side:]
+        for stored, piece in alone:
+            add(stored, piece, None)
 
     def _add_together(
         self,
@@ -579,16 +588,6 @@ class Group:
             rows.start,
             self._skeleton.num_experts(layer),
         )
-
-
-def kernel_threads(count: int) -> None:
-    """Let the calling thread's kernels use ``count`` threads.
-
-    OpenMP keeps a team for every thread that asks for one. With more team members than cores it puts them to sleep after each
-    operation, and to wake them takes ten times as long as a small kernel; therefore one stream has a team and no other.
-    """
-    torch.get_num_threads()  # a thread's first question sets it to what another thread asked for last
-    torch.set_num_threads(count)
 
 
 def _as_it_is(work: Callable[[], None]) -> None:

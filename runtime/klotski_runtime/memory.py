@@ -14,9 +14,9 @@ SAMPLE_S = 0.05
 _PROCESS = Path("/proc/self")
 
 _SETTINGS = {
-    # An OpenMP thread that has gone to sleep takes milliseconds to wake: it lands on the core of the thread that calls it,
-    # and waits there. So many turns are about 10 ms, as long as a few experts are read; readers need little of a processor.
-    "GOMP_SPINCOUNT": "3000000",
+    # An OpenMP thread spins for so many turns before it sleeps: from one kernel of an op to the next, but no longer, for then it
+    # would be in the way of a worker that has the core.
+    "GOMP_SPINCOUNT": "10000",
     # oneDNN keeps code for every matmul shape that it meets, about 0.6 MB each and 1,024 of them unless told otherwise.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(SHAPES),
 }

@@ -34,6 +34,7 @@ from klotski_runtime.device import context_bytes, cpu_threads, gpu_of, use
 from klotski_runtime.profile_block import SMALL, Block
 from klotski_runtime.profile_disk import MIB, Found, Turns, fill, rounded, scratch_file
 from klotski_runtime.wide import Widener
+from klotski_runtime.workers import Task, Workers
 
 Report = Callable[[str, float], None]
 """Called with what is being measured and the share (0 to 1) of the work that is done."""
@@ -346,7 +347,7 @@ def _processor_round(device: torch.device, sizes: Sizes, step: Callable[[str], N
                 widen_rows,
                 "from where on those matmuls, faster through fp32, are in the table so; 0: nowhere",
             )
-        how = f"one expert (three F.linear, hidden {sizes.hidden}, intermediate {sizes.inter}), weights not in cache"
+        how = f"experts side by side (each three F.linear, hidden {sizes.hidden}, intermediate {sizes.inter}), weights not in cache"
         found[f"matmul.{dtype}"] = points, how
     found["memory_bytes_per_s"] = rounded(fastest_read), "fastest read of an expert's weights in those matmuls"
     step(f"{unit}: decode attention")
@@ -373,8 +374,9 @@ def _experts(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator
 
 
 def _matmul(device: torch.device, dtype: str, sizes: Sizes) -> tuple[tuple[tuple[int, float], ...], float, int]:
-    """Points (tokens, flops per second) of one expert, the fastest rate at which one read its weights, bytes/s, and from how many
-    tokens on 16-bit matmuls are faster through fp32 (0: never), which then give the points.
+    """Points (tokens, flops per second) of experts, the fastest rate at which they read their weights, bytes/s, and from how many
+    tokens on 16-bit matmuls are faster through fp32 (0: never), which then give the points. On a CPU as many run side by side as there
+    are workers.
 
     On a CPU the fixed cost of the calls is taken off, because expert_op_us holds it; on a GPU it hides behind the
     kernel before.
@@ -384,28 +386,39 @@ def _matmul(device: torch.device, dtype: str, sizes: Sizes) -> tuple[tuple[tuple
     nbytes = params * torch_dtype.itemsize
     turn = _experts(device, torch_dtype, sizes)
     small = [torch.randn(n, SMALL, device=device, dtype=torch_dtype) for n in (1, SMALL, SMALL, SMALL)]
-    fixed = _seconds(lambda: _expert(*small), device, sizes) if device.type == "cpu" else 0.0
-    may_widen = device.type == "cpu" and torch_dtype.itemsize == 2
-    widener = Widener(int(may_widen), max(sizes.hidden, sizes.inter))
+    on_cpu = device.type == "cpu"
+    workers = Workers(torch.get_num_threads() if on_cpu else 1)
+
+    def each(task: Task) -> float:
+        """Seconds per task where every worker has one."""
+        return _seconds(lambda: workers.run([task] * workers.count), device, sizes) / workers.count
+
+    fixed = each(lambda worker: _expert(*small)) if on_cpu else 0.0
+    may_widen = on_cpu and torch_dtype.itemsize == 2
+    widener = Widener(int(may_widen), max(sizes.hidden, sizes.inter), workers)
+    widths = sizes.inter, sizes.inter, sizes.hidden
     points, fastest, widen_rows = [], 0.0, 0
     for tokens in sizes.tokens:
         rows = torch.randn(tokens, sizes.hidden, device=device, dtype=torch_dtype)
-        seconds = _seconds(lambda rows=rows: _expert(rows, *next(turn)), device, sizes)  # type: ignore[misc]
+        seconds = each(lambda worker, rows=rows: _expert(rows, *next(turn)))  # type: ignore[misc]
         if may_widen and tokens >= LEAST_WIDENED:
-            outs = [torch.empty(tokens, width, dtype=torch_dtype) for width in (sizes.inter, sizes.inter, sizes.hidden)]
-            wide = _seconds(lambda rows=rows, outs=outs: _widened(widener, rows, outs, *next(turn)), device, sizes)  # type: ignore[misc]
+            outs = [[torch.empty(tokens, n, dtype=torch_dtype) for n in widths] for _ in range(workers.count)]
+            wide = each(lambda worker, rows=rows, outs=outs: _widened(widener, worker, rows, outs[worker], *next(turn)))  # type: ignore[misc]
             widen_rows = (widen_rows or tokens) if wide < WORTH_WIDENING * seconds else 0
             seconds = wide if widen_rows else seconds
         seconds = max(seconds - fixed, seconds / 2)
         points.append((tokens, rounded(2 * params * tokens / seconds)))
         fastest = max(fastest, nbytes / seconds)
+    workers.close()
     return tuple(points), fastest, widen_rows
 
 
-def _widened(widener: Widener, rows: Tensor, outs: Sequence[Tensor], gate: Tensor, up: Tensor, down: Tensor) -> None:
+def _widened(
+    widener: Widener, worker: int, rows: Tensor, outs: Sequence[Tensor], gate: Tensor, up: Tensor, down: Tensor
+) -> None:
     inner, other, out = outs
-    widener.mm(rows, (gate, inner), (up, other))
-    widener.mm(F.silu(inner, inplace=True).mul_(other), (down, out))
+    widener.mm(rows, (gate, inner), (up, other), worker=worker)
+    widener.mm(F.silu(inner, inplace=True).mul_(other), (down, out), worker=worker)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -460,7 +473,8 @@ def _fixed_costs(device: torch.device, sizes: Sizes) -> Found:
     weight = torch.randn(SMALL, SMALL, device=device, dtype=torch.bfloat16)
     rows = torch.randn(8, SMALL, device=device, dtype=torch.bfloat16)
     small = _seconds(lambda: F.linear(rows, weight), device, sizes)
-    block = Block(device, SMALL, (4, 2, 32), batch=1, queries=1)
+    workers = Workers(torch.get_num_threads() if device.type == "cpu" else 1)
+    block = Block(device, SMALL, (4, 2, 32), batch=1, queries=1, workers=workers)
     attention = _seconds(block.attention, device, sizes) - _seconds(block.projections, device, sizes)
     what = f"transformers' Qwen3-MoE by the runtime's ops, {SMALL} wide, 1 token"
     return {

@@ -27,6 +27,7 @@ from klotski_runtime.attention import GROUPED
 from klotski_runtime.checkpoint import EMBEDDING, ModuleKey, read_config
 from klotski_runtime.kv import KvShape
 from klotski_runtime.wide import Widener
+from klotski_runtime.workers import Workers
 
 HOST = torch.device("cpu")
 WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
@@ -105,8 +106,11 @@ class Skeleton:
         compute_dtype: torch.dtype,
         device: torch.device = HOST,
         widen_rows: int = 0,
+        workers: Workers | None = None,
     ) -> None:
-        """widen_rows: of 16-bit matmuls on the CPU, see ``plan.Plan``. Raises ConfigError where the model or the type is unknown."""
+        """widen_rows: of 16-bit matmuls on the CPU, see ``plan.Plan``. workers: of the CPU (None: only who calls).
+
+        Raises ConfigError where the model or the type is unknown."""
         if compute_dtype not in WIDE:
             raise ConfigError(
                 "", "dtype", f"{compute_dtype} is not a compute dtype; use one of {', '.join(map(str, WIDE))}"
@@ -135,7 +139,7 @@ class Skeleton:
         self._addresses: dict[ModuleKey, tuple[int, ...]] = {}
         self.layers = len(self._layers)
         self.hidden = int(config.hidden_size)
-        self._widen_rows = widen_rows
+        self._widen_rows, self.workers = widen_rows, workers or Workers(1)
         linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
         self._widest = max(
             self.hidden, *(module.in_features for module in linear), *map(self.inner, range(self.layers))
@@ -183,8 +187,8 @@ class Skeleton:
         return old
 
     def make_widener(self) -> Widener:
-        """What multiplies by this model's weights through fp32, for one thread."""
-        return Widener(self._widen_rows, self._widest)
+        """What multiplies by this model's weights through fp32, where it may."""
+        return Widener(self._widen_rows, self._widest, self.workers)
 
     def _linear(self, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])

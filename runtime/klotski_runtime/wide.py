@@ -6,57 +6,90 @@ A product is rounded once, as by a 16-bit kernel that adds in fp32.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from klotski_compiler.cost import WIDENED_BLOCK, WIDENED_COLUMNS, WIDENED_ROWS
+from klotski_runtime.workers import Workers
 
 NARROW = (torch.bfloat16, torch.float16)
 
 
-class Widener:
-    """Multiplies by weights, for one thread: where that is faster by 16-bit ones in buffers that are reused. A block of weights is
-    widened, used while caches hold it, and overwritten."""
+Products = Sequence[tuple[torch.Tensor, torch.Tensor]]
+"""Pairs of a weight [n, k] and where its product with rows goes [m, n]."""
 
-    def __init__(self, least_rows: int, widest: int) -> None:
+
+class _Buffers:
+    """What one worker needs: widened rows, a block of widened weights, their product."""
+
+    def __init__(self, widest: int) -> None:
+        self.rows = torch.empty(WIDENED_ROWS * widest)
+        self.weight = torch.empty(max(WIDENED_BLOCK, widest))
+        self.out = torch.empty(WIDENED_ROWS * WIDENED_COLUMNS)
+
+
+class Widener:
+    """Multiplies by weights: where that is faster by 16-bit ones in buffers that are reused. A block of weights is widened, used while
+    caches hold it, and overwritten. ``workers`` share a matmul's columns, or multiply each on its own."""
+
+    def __init__(self, least_rows: int, widest: int, workers: Workers | None = None) -> None:
         """least_rows: from how many rows on it is faster than 16-bit kernels (0: never). widest: most columns of a weight."""
-        self._least_rows = least_rows
-        if least_rows:
-            self._rows = torch.empty(WIDENED_ROWS * widest)
-            self._weight = torch.empty(max(WIDENED_BLOCK, widest))
-            self._out = torch.empty(WIDENED_ROWS * WIDENED_COLUMNS)
+        self._least_rows, self._workers = least_rows, workers or Workers(1)
+        self._buffers = [_Buffers(widest) for _ in range(self._workers.count if least_rows else 0)]
 
     def takes(self, x: torch.Tensor) -> bool:
         """Whether rows ``x`` [m, k] had better be multiplied through fp32."""
         return 0 < self._least_rows <= x.shape[0] and x.dtype in NARROW and x.device.type == "cpu"
 
     def mm(
-        self, x: torch.Tensor, *products: tuple[torch.Tensor, torch.Tensor], bias: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        *products: tuple[torch.Tensor, torch.Tensor],
+        bias: torch.Tensor | None = None,
+        worker: int | None = None,
     ) -> None:
         """``out`` [m, n] <- ``x`` [m, k] times the transpose of ``weight`` [n, k], plus ``bias`` [n], for every (weight, out): through
-        fp32, for which the rows are widened once, or as they are."""
+        fp32, for which the rows are widened once, or as they are. worker: whose task this is part of (None: of none)."""
         if self.takes(x):
-            self._widened(x, products, bias)
+            self._widened(x, products, bias, worker)
             return
         for weight, out in products:
             torch.mm(x, weight.t(), out=out)
             if bias is not None:
                 out += bias
 
-    def _widened(
-        self, x: torch.Tensor, products: Sequence[tuple[torch.Tensor, torch.Tensor]], bias: torch.Tensor | None
+    def _widened(self, x: torch.Tensor, products: Products, bias: torch.Tensor | None, worker: int | None) -> None:
+        own = self._buffers[worker or 0]
+        for first in range(0, len(x), WIDENED_ROWS):
+            rows = slice(first, min(first + WIDENED_ROWS, len(x)))
+            wide = own.rows[: x[rows].numel()].view(x[rows].shape).copy_(x[rows])
+            if worker is None:
+                parts = self._workers.count
+                self._workers.run([partial(self._part, wide, rows, products, bias, n, parts) for n in range(parts)])
+            else:
+                self._part(wide, rows, products, bias, 0, 1, worker)
+
+    def _part(
+        self,
+        wide: torch.Tensor,
+        rows: slice,
+        products: Products,
+        bias: torch.Tensor | None,
+        number: int,
+        parts: int,
+        worker: int,
     ) -> None:
-        count, width = x.shape
-        step = max(1, min(WIDENED_BLOCK // width, WIDENED_COLUMNS))
-        for first in range(0, count, WIDENED_ROWS):
-            rows = x[first : first + WIDENED_ROWS]
-            wide = self._rows[: rows.numel()].view(rows.shape).copy_(rows)
-            for weight, out in products:
-                for begin in range(0, weight.shape[0], step):
-                    narrow = weight[begin : begin + step]
-                    block = self._weight[: narrow.numel()].view(narrow.shape).copy_(narrow)
-                    product = self._out[: len(rows) * len(block)].view(len(rows), -1)
-                    torch.mm(wide, block.t(), out=product)
-                    if bias is not None:
-                        product += bias[begin : begin + step]
-                    out[first : first + len(rows), begin : begin + step].copy_(product)
+        """One of so many parts of the columns of every product."""
+        own, step = self._buffers[worker], max(1, min(WIDENED_BLOCK // wide.shape[1], WIDENED_COLUMNS))
+        for weight, out in products:
+            end = len(weight) * (number + 1) // parts
+            for begin in range(len(weight) * number // parts, end, step):
+                columns = slice(begin, min(begin + step, end))
+                narrow = weight[columns]
+                block = own.weight[: narrow.numel()].view(narrow.shape).copy_(narrow)
+                product = own.out[: len(wide) * len(block)].view(len(wide), -1)
+                torch.mm(wide, block.t(), out=product)
+                if bias is not None:
+                    product += bias[columns]
+                out[rows, columns].copy_(product)

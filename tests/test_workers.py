@@ -1,0 +1,60 @@
+"""Threads that take tasks side by side."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from klotski_compiler.cost import WIDENED_ROWS, WORKERS
+from klotski_runtime.wide import Widener
+from klotski_runtime.workers import Workers
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("tasks", [0, 1, 2, 7])
+def test_every_task_is_done_once_by_one_worker(threads: int, tasks: int) -> None:
+    workers, done = Workers(threads), list[tuple[int, int, int]]()
+    before = torch.get_num_threads()
+
+    def task(number: int, worker: int) -> None:
+        time.sleep(0.002)
+        done.append((number, worker, threading.get_ident()))
+
+    for _ in range(2):
+        done.clear()
+        workers.run([lambda worker, number=number: task(number, worker) for number in range(tasks)])  # type: ignore[misc]
+        assert sorted(number for number, _, _ in done) == list(range(tasks))
+        assert {worker for _, worker, _ in done} <= set(range(min(threads, WORKERS)))
+        assert len({(worker, thread) for _, worker, thread in done}) == len({worker for _, worker, _ in done})
+        assert (0, threading.get_ident()) in {(worker, thread) for _, worker, thread in done} or not done
+    workers.close()
+    torch.set_num_threads(before)
+
+
+def test_a_failure_ends_the_tasks_and_is_raised() -> None:
+    workers, done = Workers(2), list[int]()
+
+    def fail(worker: int) -> None:
+        raise ValueError("so")
+
+    with pytest.raises(ValueError, match="so"):
+        workers.run([fail, *[done.append] * 50])
+    workers.run([done.append, done.append])
+    assert len(done) >= 2
+    workers.close()
+
+
+def test_a_product_does_not_depend_on_who_computes_it() -> None:
+    workers = Workers(2)
+    x, weight = torch.randn(WIDENED_ROWS + 3, 40).bfloat16(), torch.randn(77, 40).bfloat16()
+    shared, own, alone = (torch.zeros(len(x), 77, dtype=torch.bfloat16) for _ in range(3))
+    widener = Widener(1, 40, workers)
+    widener.mm(x, (weight, shared))
+    workers.run([lambda worker: widener.mm(x, (weight, own), worker=worker)] * 2)
+    Widener(1, 40).mm(x, (weight, alone))
+    torch.testing.assert_close(shared, alone)
+    torch.testing.assert_close(own, alone)
+    workers.close()
