@@ -44,7 +44,7 @@ class ExpertKernel:
         device: torch.device = HOST,
         widener: Widener | None = None,
     ) -> None:
-        self.rows = rows
+        self.rows, self.flops_per_row = rows, 6 * hidden * intermediate
         self._widener = widener or Widener(0, 0)
         self._mm = self._widener.mm
         self._x = torch.zeros(rows, hidden, dtype=compute, device=device)

@@ -27,6 +27,7 @@ from klotski_runtime.reader import RowGather
 from klotski_runtime.skeleton import HOST, Skeleton
 from klotski_runtime.split import Call, Ends, NewOnly, Split, on_host
 from klotski_runtime.wide import Widener
+from klotski_runtime.workers import WORTH_SHARING
 
 
 @dataclass(frozen=True, slots=True)
@@ -460,8 +461,9 @@ class Group:
             for expert, stored in experts
             for piece in _split(slice(assignment.starts[expert], assignment.starts[expert + 1]), most)
         ]
-        alone = pieces
-        if len(kernels) > 1:  # the largest first, so that all workers end together; what is left over they share
+        alone, count = pieces, sum(piece.stop - piece.start for _, piece in pieces)
+        if len(kernels) > 1 and count * kernels[0].flops_per_row >= WORTH_SHARING:
+            # The largest first, so that all workers end together; what is left over they share.
             pieces.sort(key=lambda one: one[1].start - one[1].stop)
             side_by_side = len(pieces) - len(pieces) % len(kernels)
             self._skeleton.workers.run([partial(add, *one) for one in pieces[:side_by_side]])

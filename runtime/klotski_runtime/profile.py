@@ -327,11 +327,11 @@ def _typical(rounds: list[Found]) -> Found:
     return {field: median(field) for field in rounds[0]}
 
 
-def _shared_work(sizes: Sizes) -> Callable[[], Tensor]:
-    """An expert's matmuls over a few tokens, on the CPU, weights not in cache."""
-    turn = _experts(torch.device("cpu"), torch.bfloat16, sizes)
+def _shared_work(sizes: Sizes) -> Callable[[], object]:
+    """The matmuls of experts over a few tokens each, side by side on the CPU, weights not in cache."""
+    turn, workers = _experts(torch.device("cpu"), torch.bfloat16, sizes), Workers(torch.get_num_threads())
     rows = torch.randn(SHARED_ROWS, sizes.hidden, dtype=torch.bfloat16)
-    return lambda: _expert(rows, *next(turn))
+    return lambda: workers.run([lambda worker: _expert(rows, *next(turn))] * workers.count)
 
 
 def _processor_round(device: torch.device, sizes: Sizes, step: Callable[[str], None]) -> Found:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from klotski_compiler.cost import WIDENED_BLOCK, WIDENED_COLUMNS, WIDENED_ROWS
-from klotski_runtime.workers import Workers
+from klotski_runtime.workers import WORTH_SHARING, Workers
 
 NARROW = (torch.bfloat16, torch.float16)
 
@@ -64,11 +64,12 @@ class Widener:
         for first in range(0, len(x), WIDENED_ROWS):
             rows = slice(first, min(first + WIDENED_ROWS, len(x)))
             wide = own.rows[: x[rows].numel()].view(x[rows].shape).copy_(x[rows])
-            if worker is None:
+            flops = 2 * wide.numel() * sum(len(weight) for weight, _ in products)
+            if worker is None and flops >= WORTH_SHARING:
                 parts = self._workers.count
                 self._workers.run([partial(self._part, wide, rows, products, bias, n, parts) for n in range(parts)])
             else:
-                self._part(wide, rows, products, bias, 0, 1, worker)
+                self._part(wide, rows, products, bias, 0, 1, worker or 0)
 
     def _part(
         self,

@@ -14,6 +14,9 @@ import torch
 
 from klotski_compiler.cost import WORKERS
 
+WORTH_SHARING = 150_000_000
+"""Flops from which on work is shared: to call another thread, and to wait for it, takes as long as a tenth of them."""
+
 Task = Callable[[int], object]
 """Work for one thread, given the number of the worker that does it."""
 
