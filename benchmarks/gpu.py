@@ -62,7 +62,7 @@ CALIBRATION_TOKENS = 6
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one of the three steps."""
+    """Runs one of the steps."""
     parser = argparse.ArgumentParser(prog="gpu.sh", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
         "--models",

@@ -24,10 +24,8 @@ LAYER_BYTES = 200_000  # transformers' modules of a layer, without weights
 TENSOR_BYTES = 1_000  # where a tensor of the checkpoint lies
 STEP_BYTES = 900  # a parsed step, its line and what is kept of its last runs
 SHAPES, SHAPE_BYTES = 64, 600_000  # shapes of 16-bit matmuls for which oneDNN keeps code and scratch memory
-GRAPHS_BYTES, FINE_BYTES = (
-    40 << 20,
-    1 << 20,
-)  # two of the pieces in which torch takes memory for tensors of more than a MiB
+FINE_BYTES = 1 << 20  # for tensors of more, torch takes memory in pieces of 20 MiB
+GRAPHS_BYTES = 40 << 20  # two of them
 MARGIN = 1.2
 OTHER_SHAPES = 16  # of attention, router and head
 

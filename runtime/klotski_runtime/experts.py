@@ -23,6 +23,9 @@ GROUPED_BYTES = 16
 Parts = Mapping[str, torch.Tensor]
 """One expert's weights: gate, up, down; or gate_up, down and, where the model has them, gate_up_bias and down_bias."""
 
+Multiply = Callable[..., None]
+"""``Widener.mm`` for one worker."""
+
 Runs = tuple[list[tuple[list[int], Parts]], list[int]]
 """Places of experts that are taken together, with their matrices, and places of those that are not."""
 
@@ -46,7 +49,6 @@ class ExpertKernel:
     ) -> None:
         self.rows, self.flops_per_row = rows, 6 * hidden * intermediate
         self._widener = widener or Widener(0, 0)
-        self._mm = self._widener.mm
         self._x = torch.zeros(rows, hidden, dtype=compute, device=device)
         self._inner = torch.empty(2 * rows * intermediate, dtype=compute, device=device)
         self._out = torch.empty(rows, hidden, dtype=wide, device=device)
@@ -62,13 +64,13 @@ class ExpertKernel:
     ) -> torch.Tensor:
         """``weights`` [r] x expert(``x``[``rows``]) as [r, hidden] in the wide type; valid until the next call. worker: whose task this
         is part of (None: of none)."""
-        self._mm = partial(self._widener.mm, worker=worker)
+        mm = partial(self._widener.mm, worker=worker)
         count = rows.shape[0]
         source, out = self._x[: self._rounded(count)], self._out[:count]
         torch.index_select(x, 0, rows, out=source[:count])
         down = parts["down"].t() if experts.is_transposed else parts["down"]
         # The experts' input is not needed once the inner values are there: its buffer takes the output.
-        self._mm(self._gated(experts, parts, source), (down, source))
+        mm(self._gated(experts, parts, source, mm), (down, source))
         if "down_bias" in parts:
             source.add_(parts["down_bias"])
         return out.copy_(source[:count]).mul_(weights[:, None])
@@ -99,7 +101,7 @@ class ExpertKernel:
         """
         return count if count <= FEW_ROWS else min(-(-count // ROW_STEP) * ROW_STEP, self.rows)
 
-    def _gated(self, experts: Any, parts: Parts, x: torch.Tensor) -> torch.Tensor:
+    def _gated(self, experts: Any, parts: Parts, x: torch.Tensor, mm: Multiply) -> torch.Tensor:
         """act(gate(x)) * up(x), or what the family has in its place, as [r, intermediate]."""
         count, common = x.shape[0], is_common(experts)
         if "gate" in parts:
@@ -107,20 +109,20 @@ class ExpertKernel:
         elif common:
             gate, up = parts["gate_up"].chunk(2)
         else:
-            return self._fused(experts, parts, x)
+            return self._fused(experts, parts, x, mm)
         size = count * gate.shape[0]
         gated, other = self._inner[:size].view(count, -1), self._inner[size : 2 * size].view(count, -1)
-        self._mm(x, (gate, gated), (up, other))
+        mm(x, (gate, gated), (up, other))
         if common:
             return _activation(experts.act_fn)(gated).mul_(other)
         special: torch.Tensor = experts._apply_gate(torch.cat([gated, other], dim=1))
         return special
 
-    def _fused(self, experts: Any, parts: Parts, x: torch.Tensor) -> torch.Tensor:
+    def _fused(self, experts: Any, parts: Parts, x: torch.Tensor, mm: Multiply) -> torch.Tensor:
         """The same from one gate_up matrix, by the experts module's own rules."""
         weight = parts["gate_up"].t() if experts.is_transposed else parts["gate_up"]
         inner = self._inner[: x.shape[0] * weight.shape[0]].view(x.shape[0], -1)
-        self._mm(x, (weight, inner))
+        mm(x, (weight, inner))
         if "gate_up_bias" in parts:
             inner.add_(parts["gate_up_bias"])
         gated: torch.Tensor = experts._apply_gate(inner)

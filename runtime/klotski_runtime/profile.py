@@ -473,8 +473,7 @@ def _fixed_costs(device: torch.device, sizes: Sizes) -> Found:
     weight = torch.randn(SMALL, SMALL, device=device, dtype=torch.bfloat16)
     rows = torch.randn(8, SMALL, device=device, dtype=torch.bfloat16)
     small = _seconds(lambda: F.linear(rows, weight), device, sizes)
-    workers = Workers(torch.get_num_threads() if device.type == "cpu" else 1)
-    block = Block(device, SMALL, (4, 2, 32), batch=1, queries=1, workers=workers)
+    block = Block(device, SMALL, (4, 2, 32), batch=1, queries=1)
     attention = _seconds(block.attention, device, sizes) - _seconds(block.projections, device, sizes)
     what = f"transformers' Qwen3-MoE by the runtime's ops, {SMALL} wide, 1 token"
     return {

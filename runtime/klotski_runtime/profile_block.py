@@ -9,13 +9,11 @@ import torch
 from torch.nn import functional as F
 from transformers import Qwen3MoeConfig
 
-from klotski_compiler.cost import WORKERS
 from klotski_runtime.attention import grouped_attention
 from klotski_runtime.checkpoint import ModuleKey
 from klotski_runtime.kernels import Chunks, Group
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.skeleton import Skeleton
-from klotski_runtime.workers import Workers
 
 SMALL = 128  # width of the matmuls that stand for "no work": what remains is the cost of the calls
 CACHED = 16  # positions before the one token of a decode step
@@ -25,7 +23,7 @@ class Block:
     """One layer of transformers' Qwen3-MoE with random weights, through the runtime's ops: ``batch`` sequences of ``queries``
     new tokens each; a single one has CACHED positions before it.
 
-    heads: query heads, key and value heads, width of a head. workers: of the CPU.
+    heads: query heads, key and value heads, width of a head.
     """
 
     def __init__(
@@ -35,7 +33,6 @@ class Block:
         heads: tuple[int, int, int],
         batch: int,
         queries: int,
-        workers: Workers | None = None,
     ) -> None:
         query_heads, kv_heads, width = heads
         settings: dict[str, Any] = {
@@ -49,7 +46,7 @@ class Block:
             "num_experts_per_tok": 2,
             "moe_intermediate_size": SMALL,
         }
-        skeleton = Skeleton(Qwen3MoeConfig(**settings), torch.bfloat16, device, workers=workers)
+        skeleton = Skeleton(Qwen3MoeConfig(**settings), torch.bfloat16, device)
         with device:
             shape = skeleton.kv_shape(0)
             for kind, part in (
@@ -69,8 +66,8 @@ class Block:
             capacity = past + queries
             storage = torch.zeros(batch * capacity * shape.elements, dtype=torch.bfloat16)
             self._kv = KvBlock(storage, shape, batch, capacity)
-            # Small experts share a load: a GPU takes them together, the workers of a CPU side by side.
-            self.experts = 4 if device.type == "cuda" else WORKERS
+            # Small experts share a load, and a GPU takes them together.
+            self.experts = 4 if device.type == "cuda" else 1
             matrices = torch.randn(self.experts, 3, SMALL * hidden, dtype=torch.bfloat16) / 32
             forms = {"gate": (SMALL, hidden), "up": (SMALL, hidden), "down": (hidden, SMALL)}
             self._parts = [
