@@ -13,9 +13,10 @@ Setting = dict[str, Any]
 
 
 LEGEND = [
-    "cap: what a process may take beyond an idle one, page cache included. batch: sequences in flight.",
-    "tokens/s: generated, end to end. load s: before the first pass. prefill: prompt tokens/s. decode: generated tokens/s after each",
-    "row's first; pass s: of one decode pass. In rolling order the two share passes. peak: beyond an idle process, page cache included;",
+    "cap: what a process may take beyond an idle one, page cache included. batch: sequences in flight. prompts: that it ran.",
+    "tokens/s: generated, end to end, of one loading and as many such runs as all prompts are. load s: before the first pass.",
+    "prefill: prompt tokens/s. decode: generated tokens/s after each row's first; pass s: of one decode pass. In rolling order",
+    "the two share passes. peak: beyond an idle process, page cache included;",
     "own: growth of the process's resident memory, pages of its libraries that it came to touch included. read: from the disk.",
     "same: share of prompts whose first token is ours; in bf16 a random model's two best logits are often closer than rounding.",
     "Ratios are of neighbours in time: median (least to most). no load: of the time after loading. equal batch: ours held to the",
@@ -41,15 +42,24 @@ class Best(NamedTuple):
 
 
 def end_to_end(report: Report) -> float:
-    """Generated tokens per second from the first weight byte on; 0 for a run that failed."""
-    return 0.0 if "failed" in report else float(report["generated_tokens"] / report["wall_s"])
+    """Generated tokens per second from the first weight byte on; 0 for a run that failed. A run of a part of the prompts
+    counts as often as there are such parts, and its loading once."""
+    if "failed" in report:
+        return 0.0
+    parts = report["of_prompts"] / len(report["first_tokens"])
+    return float(parts * report["generated_tokens"] / (report["wall_s"] + (parts - 1) * running_s(report)))
+
+
+def running_s(report: Report) -> float:
+    """Seconds of a run after loading."""
+    return float(report["prefill_s"] + report["decode_s"])
 
 
 def after_loading(report: Report) -> float:
     """The same from the first pass on."""
     if "failed" in report:
         return 0.0
-    return float(report["generated_tokens"] / (report["prefill_s"] + report["decode_s"]))
+    return float(report["generated_tokens"] / running_s(report))
 
 
 def prefill(report: Report) -> float:
@@ -71,22 +81,35 @@ def ratios(ours: list[Report], theirs: list[Report], rate: Callable[[Report], fl
 
 
 def same_first(ours: list[Report], theirs: list[Report]) -> float | None:
-    """Share of prompts with the same first token in the first pair that has both."""
+    """Share of prompts with the same first token in the first pair that has both; the peer may have run fewer prompts."""
     for our, their in zip(ours, theirs, strict=True):
         if "failed" not in our and "failed" not in their:
-            pairs = list(zip(our["first_tokens"], their["first_tokens"], strict=True))
+            pairs = list(zip(our["first_tokens"], their["first_tokens"], strict=False))
             return float(sum(one == other for one, other in pairs) / len(pairs))
     return None
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
 
+Value = Callable[[Report], float | None]
+COLUMNS: dict[str, tuple[Value, int]] = {  # of a run, and decimal places
+    "cap MB": (lambda run: run["cap_bytes"] and run["cap_bytes"] / 1e6, 0),
+    "prompts": (lambda run: len(run["first_tokens"]), 0),
+    "tokens/s": (end_to_end, 2),
+    "load s": (lambda run: run["load_s"], 2),
+    "prefill": (prefill, 1),
+    "decode": (decode, 2),
+    "pass s": (lambda run: run.get("decode_pass_s"), 2),
+    "peak MB": (lambda run: run["peak_bytes"] and run["peak_bytes"] / 1e6, 0),
+    "own MB": (lambda run: run["own_bytes"] / 1e6, 0),
+    "read GB": (lambda run: run["storage_read_bytes"] / 1e9, 2),
+}
+
 
 def tables(found: dict[str, Best], runs: dict[str, list[Report]]) -> Iterator[str]:
     """Speeds, ratios, and what did not run."""
     ours = runs[OURS]
-    words = ("cap MB", "tokens/s", "load s", "prefill", "decode", "pass s", "peak MB", "own MB", "read GB", "same")
-    yield f"{f'medians of {len(ours)}':<26}" + "".join(f"{word:>9}" for word in words) + "  setting"
+    yield f"{f'medians of {len(ours)}':<26}" + "".join(f"{word:>9}" for word in [*COLUMNS, "same"]) + "  setting"
     for name, reports in runs.items():
         if good := [report for report in reports if "failed" not in report]:
             shown = good[-1].get("shown") or described(found[name].setting)
@@ -123,25 +146,18 @@ def tables(found: dict[str, Best], runs: dict[str, list[Report]]) -> Iterator[st
 def numbers(reports: list[Report]) -> Iterator[str]:
     """Median cells of a row."""
 
-    def median(value: Callable[[Report], float | None]) -> float | None:
+    def median(value: Value) -> float | None:
         values = [found for report in reports if (found := value(report)) is not None]
         return float(statistics.median(values)) if values else None
 
-    yield cell(median(lambda r: r["cap_bytes"] and r["cap_bytes"] / 1e6), 0)
-    yield cell(median(end_to_end), 2)
-    yield cell(median(lambda r: r["load_s"]), 2)
-    yield cell(median(prefill), 1)
-    yield cell(median(decode), 2)
-    yield cell(median(lambda r: r.get("decode_pass_s")), 2)
-    yield cell(median(lambda r: r["peak_bytes"] and r["peak_bytes"] / 1e6), 0)
-    yield cell(median(lambda r: r["own_bytes"] / 1e6), 0)
-    yield cell(median(lambda r: r["storage_read_bytes"] / 1e9), 2)
+    for value, places in COLUMNS.values():
+        yield cell(median(value), places)
 
 
 def sweeps(found: dict[str, Best]) -> Iterator[str]:
     """Every setting that was tried."""
     yield ""
-    yield "sweep: generated tokens/s after loading (batch by batch as many prompts as --sweep-prompts asks for, one batch at least)"
+    yield "sweep: generated tokens/s after loading (one batch, or as many as hold --sweep-prompts)"
     for name, best in found.items():
         for setting, factor, report in best.tried:
             mark = "*" if (setting, factor) == (best.setting, best.factor) else ""

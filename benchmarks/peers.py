@@ -12,15 +12,15 @@ before and not timed; nor are Klotski's profile, measured anew in every repeat, 
 than those of the runs.
 
 Speeds end to end count from the first weight byte to the last token, imports apart. ``device_map`` rewrites fused experts whenever it
-loads; so the ratio without loading is printed beside it.
+loads; so the ratio without loading is printed beside it. A peer takes a file batch by batch, each as long as the one before; with
+``--peer-prompts`` it runs fewer of them, and its speed end to end is that of one loading and as many batches as the file has.
 
-Not tried so far: ``llama_cpp`` (written from the interface of llama-cpp-python 0.3.36; only its GGUF file was read back, by the ``gguf``
-package), and cgroups of version 2.
+Not tried so far: cgroups of version 2.
 
     python benchmarks/peers.py                                        a small model
 
     python benchmarks/checkpoint.py big-model --shape qwen3-30b-a3b --layers 6
-    python benchmarks/peers.py --model big-model --prompts 1024 --prompt-len 64 --gen-len 32 --cap 2GiB --sweep-prompts 64 \\
+    python benchmarks/peers.py --model big-model --prompts 1024 --prompt-len 64 --gen-len 32 --cap 2GiB --peer-prompts 256 \\
         --json peers.json --output benchmarks/results/peers.txt       hours; what is done is kept in peers.json and not done again
 """
 
@@ -40,7 +40,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,13 @@ def main(argv: list[str] | None = None) -> int:
         help="at least so many prompts in a sweep's run (default: a batch)",
     )
     parser.add_argument(
+        "--peer-prompts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="whole batches of at least so many prompts in a peer's run (default: all prompts)",
+    )
+    parser.add_argument(
         "--disk-rate", type=parse_size, metavar="SIZE", help="slow the disk to so many bytes per second"
     )
     parser.add_argument(
@@ -171,7 +178,7 @@ class Bench:
         self.no_cage = cage.unavailable(self.disk)
         if self.no_cage and asked.disk_rate:
             raise ConfigError("--disk-rate", "", f"needs cgroups, which cannot be had here ({self.no_cage})")
-        sizes = ("prompts", "prompt_len", "gen_len", "sweep_prompts", "disk_rate")
+        sizes = ("prompts", "prompt_len", "gen_len", "sweep_prompts", "peer_prompts", "disk_rate")
         about = {name: getattr(asked, name) for name in sizes} | {"cap": self.cap, "weights": self.weights}
         self.record = Record(asked.json, about | {"model": self.source.name})
         self.idle: dict[str, int] = {}
@@ -191,8 +198,7 @@ class Bench:
         def speed(setting: Setting) -> float:
             key = json.dumps([factor, setting], sort_keys=True)
             if key not in tried:
-                count = self.asked.sweep_prompts or setting["batch"]
-                count = min(-(-count // setting["batch"]) * setting["batch"], self.asked.prompts)
+                count = self._whole_batches(self.asked.sweep_prompts or 1, setting["batch"])
                 tried[key] = Tried(setting, factor, self.run(peer, setting, factor, count))
             return after_loading(tried[key].report)
 
@@ -211,16 +217,21 @@ class Bench:
 
     def repeat(self, number: int, found: dict[str, Best]) -> Iterator[tuple[str, Report]]:
         """Ours, then each peer followed by ours at its batch size; (name, report), in this order in time."""
-        yield OURS, self.ours(number, None)
+        yield OURS, self.ours(number, None, self.asked.prompts)
         held: set[int] = set()
         for peer, best in found.items():
             if best.why_not:
                 continue
-            yield peer, self.run(peer, best.setting, best.factor, self.asked.prompts, number)
             batch = best.setting["batch"]
+            count = self._whole_batches(self.asked.peer_prompts or self.asked.prompts, batch)
+            yield peer, self.run(peer, best.setting, best.factor, count, number)
             if batch not in held:
                 held.add(batch)
-                yield held_to(batch), self.ours(number, batch)
+                yield held_to(batch), self.ours(number, batch, count)
+
+    def _whole_batches(self, prompts: int, batch: int) -> int:
+        """Prompts of as few batches as hold so many; there are no more than all."""
+        return min(-(-prompts // batch) * batch, self.asked.prompts)
 
     def run(self, peer: str, setting: Setting, factor: int, count: int, repeat: int | None = None) -> Report:
         """One run of a peer; a failure is a report, too."""
@@ -238,19 +249,20 @@ class Bench:
         name = "sweep" if repeat is None else f"repeat {repeat}"
         return self.record.once(f"{name}: {what}", lambda: self._measured(words, peer, limit))
 
-    def ours(self, repeat: int, batch: int | None) -> Report:
+    def ours(self, repeat: int, batch: int | None, count: int) -> Report:
         """Compile and run Klotski, in the least cap in which it can; the machine is profiled once in a repeat."""
         factor = 1
         while True:
-            what = f"repeat {repeat}: {held_to(batch)}" + (f", cap x {factor}" if factor > 1 else "")
-            report = self.record.once(what, lambda factor=factor: self._ours(repeat, batch, factor))  # type: ignore[misc]
+            what = f"repeat {repeat}: {held_to(batch)}, {count} prompts" + (f", cap x {factor}" if factor > 1 else "")
+            work = partial(self._ours, repeat, batch, count, factor)
+            report = self.record.once(what, work)
             if not report.get("killed") or factor * self.cap > CAP_SHARE * self.weights:
                 return report
             factor *= 2
 
-    def _ours(self, repeat: int, batch: int | None, factor: int) -> Report:
+    def _ours(self, repeat: int, batch: int | None, count: int, factor: int) -> Report:
         asked, plan, out = self.asked, self.work / "plan.json", self.work / "out.jsonl"
-        sizes = ("--prompt-len", asked.prompt_len, "--gen-len", asked.gen_len, "--num-sequences", asked.prompts)
+        sizes = ("--prompt-len", asked.prompt_len, "--gen-len", asked.gen_len, "--num-sequences", count)
         known = ("--routing", self._routing, "--memory", f"host={self.cap * factor}")
         held = ("--batch-size", batch, "--num-batches", 1) if batch else ()
         words = (*command("klotski_compiler.cli.compile"), self.model, self._profiled(repeat), "-o", plan)
@@ -260,7 +272,8 @@ class Bench:
             say(f"  failed: {why}")
             return {"failed": why, "killed": compiled.code == Infeasible.exit_code}
         out.unlink(missing_ok=True)
-        files = ("--model", self.model, "--scratch", self._scratch, "--input", self.prompts, "--output", out)
+        prompts = self._prompts(f"prompts-{count}", count, 0)
+        files = ("--model", self.model, "--scratch", self._scratch, "--input", prompts, "--output", out)
         report = self._measured([*command("klotski_runtime.cli.run"), plan, *files, "--json"], OURS, self.cap * factor)
         if "failed" in report:
             return report
@@ -270,6 +283,7 @@ class Bench:
         return report | {
             "first_tokens": [row["choices"][0]["token_ids"][0] for row in rows],
             "prompt_tokens": sum(row["usage"]["prompt_tokens"] for row in rows),
+            "of_prompts": asked.prompts,
             "decode_pass_s": report["pass_us"].get("decode", {}).get("measured", 0) / 1e6,
             "shown": f"{decision['num_batches']} x {decision['batch_size']}{order}",
             "factor": factor,
@@ -290,7 +304,7 @@ class Bench:
             return {"failed": done.why, "killed": done.killed, "wall_s": done.wall_s, "began": began}
         report: Report = json.loads(done.stdout.splitlines()[-1])
         if rows := report.pop("tokens", None):
-            report["first_tokens"] = [row[0] for row in rows]
+            report |= {"first_tokens": [row[0] for row in rows], "of_prompts": self.asked.prompts}
         if report.get("decode_passes"):
             report["decode_pass_s"] = report["decode_s"] / report["decode_passes"]
         own = report["peak_rss_bytes"] - report["idle_rss_bytes"]

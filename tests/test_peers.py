@@ -125,6 +125,7 @@ def made_up(speed: float, **fields: Any) -> Report:
         "generated_tokens": 12,
         "prompt_tokens": 40,
         "first_tokens": [1, 2, 3, 4],
+        "of_prompts": 4,
         "wall_s": wall_s,
         "load_s": wall_s / 4,
         "prefill_s": wall_s / 4,
@@ -145,6 +146,7 @@ def test_rates_are_of_their_phase() -> None:
     assert end_to_end(report) == 2.0
     assert prefill(report) == 40 / 1.5
     assert decode(report) == (12 - 4) / 3
+    assert end_to_end(report | {"of_prompts": 12}) == 36 / (1.5 + 3 * 4.5)  # loads once, runs three times as long
     assert end_to_end(FAILED) == prefill(FAILED) == decode(FAILED) == 0
 
 
