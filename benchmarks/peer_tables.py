@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 OURS = "klotski"
+DISK = "independent reader"
 
 Report = dict[str, Any]
 Setting = dict[str, Any]
-
 
 LEGEND = [
     "cap: what a process may take beyond an idle one, page cache included. batch: sequences in flight. prompts: that it ran.",
@@ -20,7 +20,10 @@ LEGEND = [
     "own: growth of the process's resident memory, pages of its libraries that it came to touch included. read: from the disk.",
     "same: share of prompts whose first token is ours; in bf16 a random model's two best logits are often closer than rounding.",
     "Ratios are of neighbours in time: median (least to most). no load: of the time after loading. equal batch: ours held to the",
-    "peer's batch, one batch at a time, end to end.",
+    "peer's batch, one batch at a time, end to end. Beside the machine: the bytes that no decode pass avoids (limit.py) and what the",
+    "best reader of the disk takes for them, computing by the profile's rates, the measured pass, and the greater of the first two as",
+    "its share; how far forecasts of passes are above what was measured; the share of all passes in which neither the busiest stream",
+    "works nor the plan waits.",
 ]
 
 
@@ -107,8 +110,9 @@ COLUMNS: dict[str, tuple[Value, int]] = {  # of a run, and decimal places
 
 
 def tables(found: dict[str, Best], runs: dict[str, list[Report]]) -> Iterator[str]:
-    """Speeds, ratios, and what did not run."""
-    ours = runs[OURS]
+    """Speeds, ratios, what did not run, and ours beside what the machine can do."""
+    ours, disk = runs[OURS], runs.get(DISK, [])
+    runs = {name: reports for name, reports in runs.items() if name != DISK}
     yield f"{f'medians of {len(ours)}':<26}" + "".join(f"{word:>9}" for word in [*COLUMNS, "same"]) + "  setting"
     for name, reports in runs.items():
         if good := [report for report in reports if "failed" not in report]:
@@ -141,6 +145,35 @@ def tables(found: dict[str, Best], runs: dict[str, list[Report]]) -> Iterator[st
         for report in reports:
             if "failed" in report:
                 yield f"{name}: a run failed: {report['failed']}"
+    yield from at_the_limit([(our, their) for our, their in zip(ours, disk, strict=True) if "failed" not in our])
+
+
+def at_the_limit(runs: list[tuple[Report, Report]]) -> Iterator[str]:
+    """Of each run of ours and the disk's best rate before it: the decode pass beside the least that it can take, forecasts, overhead."""
+    yield ""
+    words = ["least GB", "disk s", "computes s", "decode s", "of limit", "prefill", "decode", "overhead"]
+    yield f"{'ours beside the machine':<26}" + "".join(f"{word:>11}" for word in words) + "  disk"
+    for number, (our, disk) in enumerate(runs, 1):
+        cells = ["-"] * 5
+        if least := our["limit"]:
+            read_s, compute_s, pass_s = (
+                least["read_bytes"] / disk["bytes_per_s"],
+                least["compute_s"],
+                our["decode_pass_s"],
+            )
+            seconds = [f"{value:.2f}" for value in (read_s, compute_s, pass_s)]
+            cells = [f"{least['read_bytes'] / 1e9:.2f}", *seconds, f"{max(read_s, compute_s) / pass_s:.1%}"]
+        for phase in ("prefill", "decode"):
+            us = our["pass_us"].get(phase, {"measured": 0})
+            cells.append(f"{us['predicted'] / us['measured'] - 1:+.1%}" if us["measured"] else "-")
+        cells.append(f"{overhead(our):.1%}")
+        yield f"{f'run {number}':<26}" + "".join(f"{text:>11}" for text in cells) + f"  {disk['shown']}"
+
+
+def overhead(report: Report) -> float:
+    """Share of the passes in which neither the busiest stream works nor the plan waits."""
+    planned_idle_s = sum(report["predicted_bubble_s"].values())
+    return float(1 - (max(report["busy_s"].values()) + planned_idle_s) / running_s(report))
 
 
 def numbers(reports: list[Report]) -> Iterator[str]:

@@ -49,7 +49,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "runtime")]
 
 from benchmarks import cage  # noqa: E402
 from benchmarks.demo import command, weight_bytes  # noqa: E402
+from benchmarks.limit import fastest, limit, readings  # noqa: E402
 from benchmarks.peer_tables import (  # noqa: E402
+    DISK,
     LEGEND,
     OURS,
     Best,
@@ -63,16 +65,21 @@ from benchmarks.peer_tables import (  # noqa: E402
     tables,
 )
 from klotski_compiler.cli.compile import parse_size  # noqa: E402
+from klotski_compiler.cost import Cost  # noqa: E402
 from klotski_compiler.errors import ConfigError, ExecError, Infeasible  # noqa: E402
+from klotski_compiler.hardware import read_hardware  # noqa: E402
+from klotski_compiler.model import read_model  # noqa: E402
 from klotski_compiler.outcome import outcome  # noqa: E402
 from klotski_compiler.output import check_file, write_whole  # noqa: E402
+from klotski_compiler.plan import load  # noqa: E402
+from klotski_compiler.routing import read_routing  # noqa: E402
 
 FREE = "resident"
 PEERS = (FREE, "disk_offload", "device_map", "llama_cpp")
 PACKAGES = {"disk_offload": "accelerate", "device_map": "accelerate", "llama_cpp": "gguf llama-cpp-python"}
 SMALL = ("--layers", 16, "--hidden", 1024)  # of the model that is made where none is named: 0.68 GB
 CAP_SHARE = 4
-FIRST_BATCH = 8
+FIRST_BATCH = 64
 LLAMA_SEQUENCES = 256  # more are refused
 BETTER = 1.03  # a setting must be faster by this to be taken: neighbours differ by less
 ROUTING_PROMPTS = 64
@@ -216,7 +223,8 @@ class Bench:
         return Best(best, factor, list(tried.values()))
 
     def repeat(self, number: int, found: dict[str, Best]) -> Iterator[tuple[str, Report]]:
-        """Ours, then each peer followed by ours at its batch size; (name, report), in this order in time."""
+        """The disk, ours, then each peer followed by ours at its batch size; (name, report), in this order in time."""
+        yield DISK, self.record.once(f"repeat {number}: {DISK}", self._reader)
         yield OURS, self.ours(number, None, self.asked.prompts)
         held: set[int] = set()
         for peer, best in found.items():
@@ -231,7 +239,8 @@ class Bench:
 
     def _whole_batches(self, prompts: int, batch: int) -> int:
         """Prompts of as few batches as hold so many; there are no more than all."""
-        return min(-(-prompts // batch) * batch, self.asked.prompts)
+        most: int = self.asked.prompts
+        return min(-(-prompts // batch) * batch, most)
 
     def run(self, peer: str, setting: Setting, factor: int, count: int, repeat: int | None = None) -> Report:
         """One run of a peer; a failure is a report, too."""
@@ -277,17 +286,29 @@ class Bench:
         report = self._measured([*command("klotski_runtime.cli.run"), plan, *files, "--json"], OURS, self.cap * factor)
         if "failed" in report:
             return report
-        decision = json.loads(plan.read_text())["decision"]
-        order = ", rolling" if decision.get("rolling") else ""
+        compiled_plan = load(plan)
+        decision = compiled_plan.decision
+        spec = read_model(str(self.model))
+        cost = Cost(
+            spec, read_hardware(str(self._profiled(repeat))), read_routing(self._routing, spec), compiled_plan.dtype
+        )
+        order = ", rolling" if decision.rolling else ""
         rows = [json.loads(line)["response"]["body"] for line in out.read_text().splitlines()]
         return report | {
             "first_tokens": [row["choices"][0]["token_ids"][0] for row in rows],
             "prompt_tokens": sum(row["usage"]["prompt_tokens"] for row in rows),
             "of_prompts": asked.prompts,
             "decode_pass_s": report["pass_us"].get("decode", {}).get("measured", 0) / 1e6,
-            "shown": f"{decision['num_batches']} x {decision['batch_size']}{order}",
+            "shown": f"{decision.num_batches} x {decision.batch_size}{order}",
+            "limit": None if decision.rolling else limit(compiled_plan, cost)._asdict(),
             "factor": factor,
         }
+
+    def _reader(self) -> Report:
+        """The fastest of many ways to read the model's files."""
+        found = fastest(readings(sorted(file.resolve() for file in self.model.glob("*.safetensors"))))
+        say(f"  {found}")
+        return {"bytes_per_s": found.bytes_per_s, "shown": str(found)}
 
     def _measured(self, words: list[Any], peer: str, limit: int | None) -> Report:
         """Run caged and cold; the JSON that it printed, and what the cage saw."""

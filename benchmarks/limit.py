@@ -1,0 +1,115 @@
+"""What a decode pass takes at least on this machine, whatever the schedule: the bytes that no schedule of a plan's sizes can avoid at the
+disk's best rate, or computing at the measured rates.
+
+The disk's best rate is what an independent reader gets from the model's own files, out of the page cache: plain threads that read
+blocks in order, of every size and number that is tried, past the page cache and through it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count, product
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.cage import drop_page_cache
+from klotski_compiler.bounds.apart import Relaxation
+from klotski_compiler.bounds.least import DECODE
+from klotski_compiler.cost import Cost
+from klotski_compiler.plan import Compute, Plan
+
+THREADS = (1, 2, 4, 8)
+BLOCKS = (1 << 20, 4 << 20, 16 << 20)
+SAMPLE_BYTES = 1 << 30  # read in one try
+
+
+class Reading(NamedTuple):
+    """How fast a way to read was."""
+
+    threads: int
+    block_bytes: int
+    direct: bool
+    bytes_per_s: float
+
+    def __str__(self) -> str:
+        way = "past the page cache" if self.direct else "through the page cache"
+        return (
+            f"{self.bytes_per_s / 1e9:.2f} GB/s ({self.threads} threads, blocks of {self.block_bytes >> 20} MiB, {way})"
+        )
+
+
+class Limit(NamedTuple):
+    """Of a decode pass: read_bytes that every schedule of its sizes reads at least, compute_s of its ops by the profile's rates."""
+
+    read_bytes: float
+    compute_s: float
+
+
+def readings(files: Sequence[Path]) -> Iterator[Reading]:
+    """Every way to read, on one stretch of the files after the other, so that no reader finds what another one has warmed."""
+    blocks = _stretches(files)
+    for threads, block_bytes, direct in product(THREADS, BLOCKS, (True, False)):
+        drop_page_cache(files)
+        yield Reading(threads, block_bytes, direct, _rate(next(blocks), threads, block_bytes, direct))
+
+
+def _stretches(files: Sequence[Path]) -> Iterator[tuple[Path, int, int]]:
+    """(file, first byte, bytes): SAMPLE_BYTES at a time of all files, around and around."""
+    while True:
+        for file in files:
+            size = file.stat().st_size
+            for first in range(0, size, SAMPLE_BYTES):
+                if (nbytes := min(SAMPLE_BYTES, size - first)) == SAMPLE_BYTES or size < SAMPLE_BYTES:
+                    yield file, first, nbytes
+
+
+def _rate(stretch: tuple[Path, int, int], threads: int, block_bytes: int, direct: bool) -> float:
+    """Bytes per second of threads that each take the next block."""
+    file, first, nbytes = stretch
+    blocks, read = count(), [0] * threads
+    try:
+        descriptor = os.open(file, os.O_RDONLY | (os.O_DIRECT if direct else 0))
+    except OSError:  # a file system without direct reads
+        return 0.0
+
+    def work(number: int) -> None:
+        with mmap.mmap(-1, block_bytes) as buffer:  # on a page's border, as direct reads want it
+            while (at := next(blocks) * block_bytes) < nbytes:
+                read[number] += os.preadv(descriptor, [buffer], first + at)
+
+    try:
+        began = time.perf_counter()
+        workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        return sum(read) / (time.perf_counter() - began)
+    finally:
+        os.close(descriptor)
+
+
+def fastest(found: Iterable[Reading]) -> Reading:
+    """The fastest way to read."""
+    return max(found, key=lambda reading: reading.bytes_per_s)
+
+
+def limit(plan: Plan, cost: Cost) -> Limit:
+    """Of a decode pass of a plan: every weight that its sequences touch in the mean, less those that save most per byte in all the room
+    that the bound leaves for weights (design 7.2) beside the prompts' KV cache."""
+    sequences, passes = plan.decision.sequences, plan.envelope.gen_len - 1
+    relaxed = Relaxation(cost, plan.workload, plan.budgets)
+    room = relaxed.room(sequences) - sequences * plan.envelope.prompt_len * relaxed.kv_position
+    read = 0.0
+    weights = relaxed.weights(1, sequences, sequences)
+    for weight in sorted(weights, key=lambda w: w.moved_bytes[DECODE] / w.nbytes, reverse=True):
+        kept = min(1.0, max(0.0, room) / weight.nbytes)
+        room -= weight.nbytes
+        read += (1 - kept) * weight.moved_bytes[DECODE] / passes
+    steps = plan.steps["decode"]
+    stream = next(step.op.stream for step in steps if isinstance(step.op, Compute))
+    return Limit(read, sum(step.end_us - step.start_us for step in steps if step.op.stream == stream) / 1e6)
