@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import cage, gguf_file, peers
+from benchmarks import cage, gguf_file, limit, peers
 from benchmarks.peer_tables import Best, Report, Tried, decode, end_to_end, prefill, ratios, same_first, sweeps, tables
 from commands import ENVIRONMENT, ROOT
 from klotski_compiler.errors import ConfigError
@@ -138,6 +138,14 @@ def made_up(speed: float, **fields: Any) -> Report:
     } | fields
 
 
+OWN: Report = {  # what reports of ours have more
+    "shown": "2 x 2",
+    "limit": {"read_bytes": 1e8, "compute_s": 0.3},
+    "pass_us": {"prefill": {"predicted": 90, "measured": 100}, "decode": {"predicted": 110, "measured": 100}},
+    "busy_s": {"cpu": 0.9},
+    "predicted_bubble_s": {"kv": 0.1},
+}
+DISK: Report = {"bytes_per_s": 1e9, "shown": "1.00 GB/s"}
 FAILED: Report = {"failed": "killed: it needs more memory than that", "killed": True}
 
 
@@ -167,7 +175,8 @@ def test_the_table_shows_speeds_ratios_and_what_did_not_run() -> None:
         "llama_cpp": Best({}, 1, [], "not installed here; pip install gguf llama-cpp-python"),
     }
     runs = {
-        "klotski": [made_up(8.0, shown="2 x 2"), made_up(6.0, shown="2 x 2")],
+        "independent reader": [DISK] * 2,
+        "klotski": [made_up(8.0, **OWN), made_up(6.0, **OWN)],
         "disk_offload": [made_up(2.0), made_up(1.0)],
         "klotski, batch 4": [made_up(4.0, shown="1 x 4"), made_up(2.0, shown="1 x 4")],
     }
@@ -178,6 +187,19 @@ def test_the_table_shows_speeds_ratios_and_what_did_not_run() -> None:
     assert "2 times the cap is the least" in text
     assert "killed: it needs more memory" in text
     assert "2.67*" in text  # after loading
+    assert "80.0%" in text  # of the limit: 0.3 s of a decode pass of 12 / 8 / 4 s
+    assert "-10.0%" in text  # forecast of prefill
+    assert "+10.0%" in text
+    assert "11.1%" in text  # overhead: 1 - (0.9 + 0.1) / 1.125
+
+
+def test_every_way_to_read_reads_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limit, "SAMPLE_BYTES", 3 * MB)
+    (tmp_path / "file").write_bytes(bytes(7 * MB))
+    found = list(limit.readings([tmp_path / "file"]))
+    assert len(found) == 2 * len(limit.THREADS) * len(limit.BLOCKS)
+    assert all(reading.bytes_per_s > 0 for reading in found if not reading.direct)
+    assert limit.fastest(found).bytes_per_s == max(reading.bytes_per_s for reading in found)
 
 
 # -------------------------------------------------------------------------------------------------------------- sweep
