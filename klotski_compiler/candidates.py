@@ -19,13 +19,16 @@ from klotski_compiler.plan import Decision, LayerDecision, Workload
 from klotski_compiler.policies import policy
 from klotski_compiler.routing import Routing
 from klotski_compiler.tensors import state_bytes
-from klotski_compiler.workspace import decode_attention_bytes, prefill_attention_bytes
+from klotski_compiler.workspace import decode_attention_bytes, prefill_attention_bytes, router_bytes
 
 FINER = 2 ** (1 / 3)  # sizes of a group that are tried, one over the next
 SMALL_SHARE = 0.03  # head and embedding stay resident where they take less than this of the budget
 ATTENTION_SHARE = 0.08  # of the budget for what one attention call allocates
+LOAD_SHARE = 0.03  # of the budget for what one load brings, at most
+ROWS_SHARE = 0.05  # of the budget for what a router allocates, above which fewer tokens per matmul are looked at
 EXPERT_ROWS = {"host": 512, "gpu": 8192}  # tokens per matmul: where its rate has long stopped growing
 LEAST_ROWS = 512  # tokens per matmul that joint may go down to: its rate has stopped growing
+FEWEST_ROWS = 128  # where memory is that small
 LAUNCH_SHARE = 0.25  # of such a matmul's time that launching the next, which goes on beside it, may take
 LEAST_BATCH, BATCH_TOKENS = 8, 4096  # sequences of a batch, or prompt tokens: fewer leave a processor little to do
 UNEVEN = 1.1  # passes from a sequence's first to the last that its cohort is given, over those that it needs, at most
@@ -149,12 +152,16 @@ class Candidates:
         shares = getattr(module, "CPU_ATTENTION", (0.0,)) if self.cost.cpu_attends and not solved else (0.0,)
         return sorted({round(share * num_batches) for share in shares})
 
+    @property
+    def load_bytes(self) -> float:
+        """What a load of experts aims at."""
+        return min(LOAD_BYTES * (2 if self.is_large else 1), LOAD_SHARE * self.request.budgets[self.tier])
+
     def leads(self, experts: str) -> list[tuple[int, int]]:
         """(expert slots, experts per load)."""
         layer = next(layer for layer in self.request.spec.layers if layer.expert)
         assert layer.expert is not None
-        aim = LOAD_BYTES * (2 if self.is_large else 1)
-        unit = max(1, min(layer.num_experts, round(aim / layer.expert.nbytes)))
+        unit = max(1, min(layer.num_experts, round(self.load_bytes / layer.expert.nbytes)))
         if experts == "static":
             return [(layer.num_experts, unit)]
         if experts == "picks":
@@ -194,7 +201,7 @@ class Candidates:
             unit=unit,
             head_pages=0
             if spec.head.nbytes <= small and not solved
-            else max(1, -(-spec.head.nbytes // (2 * LOAD_BYTES))),
+            else ceil(spec.head.nbytes / min(2 * LOAD_BYTES, LOAD_SHARE * budget)),
             prefill_groups=parts,
             attention_batch=largest(
                 batch_size, lambda a: prefill_attention_bytes(self.cost, a, workload.prompt_len) <= room
@@ -210,6 +217,9 @@ class Candidates:
     def least_rows(self) -> int:
         """Tokens per expert matmul that joint may go down to."""
         rows, cost = LEAST_ROWS, self.cost
+        room = ROWS_SHARE * self.request.budgets[self.tier]
+        while rows > FEWEST_ROWS and router_bytes(cost, rows) > room:
+            rows //= 2
         layer = next(layer for layer in self.request.spec.layers if layer.expert)
         assert layer.expert is not None
         while rows < EXPERT_ROWS["gpu"] and cost.processor.expert_op_us > LAUNCH_SHARE * cost.module_us(

@@ -39,15 +39,14 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
     hidden = spec.hidden_size
     top_k = max(layer.top_k for layer in spec.layers)
     inner = max(_inner(layer, spec) for layer in spec.layers)
-    shared = max((layer.shared.params // (3 * hidden) for layer in spec.layers if layer.shared), default=0)
-    dense = max((layer.dense.params // (3 * hidden) for layer in spec.layers if layer.dense), default=0)
+    shared, dense = _widest(spec, "shared"), _widest(spec, "dense")
     rows = min(rows, tokens)
     transient = {
         "attention": max(
             prefill_attention_bytes(cost, decision.attention_batch, workload.prompt_len),
             decode_attention_bytes(cost, decision.decode_batch, workload.prompt_len + workload.gen_len),
         ),
-        "router": 32 * rows * hidden + 4 * rows * shared * width,
+        "router": router_bytes(cost, rows),
         "dense": (20 * rows * hidden + 4 * rows * dense * width) if dense else 0,
         "activation": 56 * rows * inner if spec.model_type == "gpt_oss" else 1 << 20,
         "embedding": 2 * rows * hidden * width,
@@ -64,14 +63,13 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
     }
     if cost.hardware.compute_tier == "gpu":  # what decode ops take in graphs, no other op can have
         few = min(rows, decision.sequences)
-        router = 32 * few * hidden + 4 * few * shared * width
-        graphs = max(router, 16 * decision.decode_batch * hidden * width)
+        graphs = max(router_bytes(cost, few), 16 * decision.decode_batch * hidden * width)
         kept["CUDA graphs"] = graphs + (GRAPHS_BYTES if graphs > FINE_BYTES else 0)
     narrow = rows  # of 16-bit matmuls
     if width == 2 and cost.hardware.compute_tier == "host" and cost.processor.widen_rows:
         narrow = min(rows, cost.processor.widen_rows)
         widest = max(hidden, inner, shared, dense, *(layer.attention_flops // 4 for layer in spec.layers))
-        block = WIDENED_ROWS * (widest + WIDENED_COLUMNS) + max(WIDENED_BLOCK, widest)
+        block = min(WIDENED_ROWS, decision.expert_rows) * (widest + WIDENED_COLUMNS) + max(WIDENED_BLOCK, widest)
         kept["widened matmuls"] = 4 * WORKERS * block
     if converted:
         kept["converted weights"] = width * _bound_params(spec, decision)
@@ -140,6 +138,11 @@ def _reserved(nbytes: int) -> int:
     return int(MARGIN * nbytes) + (2 << 20)
 
 
+def router_bytes(cost: Cost, rows: int) -> int:
+    """Peak of a router's op over so many tokens, with the shared expert that it computes, too."""
+    return 32 * rows * cost.spec.hidden_size + 4 * rows * _widest(cost.spec, "shared") * cost.compute_bytes
+
+
 def prefill_attention_bytes(cost: Cost, sequences: int, prompt_len: int) -> int:
     """Peak of one prefill attention call over ``sequences`` whole prompts: projections, mask and (where attention is not fused:
     latent attention, attention sinks) scores."""
@@ -166,6 +169,12 @@ def decode_attention_bytes(cost: Cost, sequences: int, context: int) -> int:
         return 8 * sequences * cost.spec.hidden_size * cost.compute_bytes + (1 << 20)
 
     return max(layer_bytes(layer) for layer in set(cost.spec.layers))
+
+
+def _widest(spec: ModelSpec, kind: str) -> int:
+    """Greatest inner width of the modules of a kind, 0 where there are none."""
+    modules = (getattr(layer, kind) for layer in spec.layers)
+    return max((module.params // (3 * spec.hidden_size) for module in modules if module), default=0)
 
 
 def _inner(layer: Layer, spec: ModelSpec) -> int:

@@ -363,6 +363,23 @@ def test_buffers_shrink_where_memory_is_worth_more() -> None:
     assert search.fitted("joint", [(us, fitted)]) == [(us, fitted)], "nothing single would better it"
 
 
+def test_what_passes_through_a_small_memory_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads, pages of the head and micro-batches are looked for in the size of the budget, not in that of a disk's or a link's optimum."""
+    monkeypatch.setattr("klotski_compiler.candidates.LOAD_BYTES", 32 << 20)
+    hardware = tiny_hardware(False)
+
+    def sizes(budget: int) -> tuple[int, int, int]:
+        search = Search(
+            Request(SPEC, hardware, uniform(SPEC), WORKLOAD, {"host": budget, "disk": RICH}, "bf16", "joint")
+        )
+        base = next(search.bases("joint"))
+        return base.unit, base.head_pages, search.least_rows
+
+    assert sizes(RICH) == (SPEC.layers[1].num_experts, 1, 512)
+    assert sizes(64 << 20) == (3, 1, 256)
+    assert sizes(16 << 20) == (1, 3, 128)
+
+
 def test_of_many_estimates_the_first_are_timed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """The best by what they really take comes first."""
     search = Search(

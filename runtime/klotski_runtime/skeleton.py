@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from klotski_compiler.cost import WIDENED_ROWS
 from klotski_compiler.errors import ConfigError
 from klotski_runtime.attention import GROUPED
 from klotski_runtime.checkpoint import EMBEDDING, ModuleKey, read_config
@@ -107,8 +108,10 @@ class Skeleton:
         device: torch.device = HOST,
         widen_rows: int = 0,
         workers: Workers | None = None,
+        rows_at_once: int = WIDENED_ROWS,
     ) -> None:
-        """widen_rows: of 16-bit matmuls on the CPU, see ``plan.Plan``. workers: of the CPU (None: only who calls).
+        """widen_rows: of 16-bit matmuls on the CPU, see ``plan.Plan``; rows_at_once: so many of them at a time. workers: of the CPU
+        (None: only who calls).
 
         Raises ConfigError where the model or the type is unknown."""
         if compute_dtype not in WIDE:
@@ -139,7 +142,7 @@ class Skeleton:
         self._addresses: dict[ModuleKey, tuple[int, ...]] = {}
         self.layers = len(self._layers)
         self.hidden = int(config.hidden_size)
-        self._widen_rows, self.workers = widen_rows, workers or Workers(1)
+        self._widen_rows, self._rows_at_once, self.workers = widen_rows, rows_at_once, workers or Workers(1)
         linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
         self._widest = max(
             self.hidden, *(module.in_features for module in linear), *map(self.inner, range(self.layers))
@@ -188,7 +191,7 @@ class Skeleton:
 
     def make_widener(self) -> Widener:
         """What multiplies by this model's weights through fp32, where it may."""
-        return Widener(self._widen_rows, self._widest, self.workers)
+        return Widener(self._widen_rows, self._widest, self.workers, self._rows_at_once)
 
     def _linear(self, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])

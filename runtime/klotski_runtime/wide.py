@@ -23,20 +23,22 @@ Products = Sequence[tuple[torch.Tensor, torch.Tensor]]
 class _Buffers:
     """What one worker needs: widened rows, a block of widened weights, their product."""
 
-    def __init__(self, widest: int) -> None:
-        self.rows = torch.empty(WIDENED_ROWS * widest)
+    def __init__(self, widest: int, rows: int) -> None:
+        self.rows = torch.empty(rows * widest)
         self.weight = torch.empty(max(WIDENED_BLOCK, widest))
-        self.out = torch.empty(WIDENED_ROWS * WIDENED_COLUMNS)
+        self.out = torch.empty(rows * WIDENED_COLUMNS)
 
 
 class Widener:
     """Multiplies by weights: where that is faster by 16-bit ones in buffers that are reused. A block of weights is widened, used while
     caches hold it, and overwritten. ``workers`` share a matmul's columns, or multiply each on its own."""
 
-    def __init__(self, least_rows: int, widest: int, workers: Workers | None = None) -> None:
+    def __init__(
+        self, least_rows: int, widest: int, workers: Workers | None = None, rows_at_once: int = WIDENED_ROWS
+    ) -> None:
         """least_rows: from how many rows on it is faster than 16-bit kernels (0: never). widest: most columns of a weight."""
-        self._least_rows, self._workers = least_rows, workers or Workers(1)
-        self._buffers = [_Buffers(widest) for _ in range(self._workers.count if least_rows else 0)]
+        self._least_rows, self._workers, self._at_once = least_rows, workers or Workers(1), rows_at_once
+        self._buffers = [_Buffers(widest, rows_at_once) for _ in range(self._workers.count if least_rows else 0)]
 
     def takes(self, x: torch.Tensor) -> bool:
         """Whether rows ``x`` [m, k] had better be multiplied through fp32."""
@@ -61,8 +63,8 @@ class Widener:
 
     def _widened(self, x: torch.Tensor, products: Products, bias: torch.Tensor | None, worker: int | None) -> None:
         own = self._buffers[worker or 0]
-        for first in range(0, len(x), WIDENED_ROWS):
-            rows = slice(first, min(first + WIDENED_ROWS, len(x)))
+        for first in range(0, len(x), self._at_once):
+            rows = slice(first, min(first + self._at_once, len(x)))
             wide = own.rows[: x[rows].numel()].view(x[rows].shape).copy_(x[rows])
             flops = 2 * wide.numel() * sum(len(weight) for weight, _ in products)
             if worker is None and flops >= WORTH_SHARING:
