@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from klotski_compiler.errors import ExecError
+from klotski_runtime.assignment import Assignment, Routing
+from klotski_runtime.batch import Batch, Frame
 from klotski_runtime.checkpoint import EMBEDDING
 from klotski_runtime.experts import ExpertKernel, Parts, Runs, is_common, runs
 from klotski_runtime.graphs import Graphs, Piece
@@ -45,81 +47,6 @@ class Chunks:
     expert_rows: int
 
 
-@dataclass(slots=True)
-class Frame:
-    """What attention needs besides hidden states, the same in every layer of a pass; ``masks`` by whether a layer is sliding, and where."""
-
-    past: int
-    positions: torch.Tensor
-    angles: Any
-    masks: dict[tuple[bool, torch.device], torch.Tensor | None] = field(default_factory=dict)
-
-    def renew(self, past: int, positions: torch.Tensor, angles: Any) -> None:
-        """For another pass, in the same memory."""
-        self.past = past
-        self.positions.copy_(positions)
-        for old, new in zip(_tensors(self.angles), _tensors(angles), strict=True):
-            old.copy_(new)
-        self.masks.clear()
-
-
-class Batch:
-    """Sequences computed together, left-padded to the longest prompt.
-
-    ids: [B, q], the tokens of the current pass, on the device. pads: [B], padding positions of each sequence, on the device and
-    in host memory. past: cached positions, padding included. first: the batch's first row in the group's tensors.
-    """
-
-    def __init__(self, prompts: Sequence[Sequence[int]], device: torch.device = HOST) -> None:
-        width = max(map(len, prompts))
-        pad = torch.tensor([width - len(prompt) for prompt in prompts])
-        self.pads = {HOST: pad, device: pad.to(device)}
-        self.ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-        self.past = 0
-        self.first = 0
-        self.frames: dict[int, Frame] = {}
-
-    @property
-    def size(self) -> int:
-        """Sequences."""
-        return int(self.ids.shape[0])
-
-    @property
-    def queries(self) -> int:
-        """Positions of each sequence in this pass."""
-        return int(self.ids.shape[1])
-
-    @property
-    def rows(self) -> slice:
-        """The batch's rows in the group's tensors."""
-        return slice(self.first, self.first + self.ids.numel())
-
-    def rows_of(self, sequences: slice) -> slice:
-        """The rows of some of its sequences."""
-        return slice(self.first + sequences.start * self.queries, self.first + sequences.stop * self.queries)
-
-    def present(self, sequences: slice, device: torch.device) -> torch.Tensor:
-        """[B, past + q]: whether a position of each of ``sequences`` holds a token rather than padding."""
-        return torch.arange(self.past + self.queries, device=device) >= self.pads[device][sequences, None]
-
-    def padded(self, sequences: slice) -> bool:
-        """Whether any of ``sequences`` has padding."""
-        return bool(self.pads[HOST][sequences].any())
-
-    def advance(self, ids: torch.Tensor) -> None:
-        """End the pass: its tokens are cached, ``ids`` [B] are the next ones."""
-        self.past += self.queries
-        self.ids = ids[:, None]
-
-
-@dataclass(slots=True)
-class Routing:
-    """What routers said of a pass's tokens: each one's experts and their weights, in the wide type [tokens, k]."""
-
-    indices: torch.Tensor
-    weights: torch.Tensor
-
-
 class Room:
     """Memory for what goes in and out of an attention function, which one op uses at a time; grows to the most that was asked for."""
 
@@ -143,42 +70,6 @@ class Halted:
     hidden: torch.Tensor
     module: Any
     mask: torch.Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """The (token, choice) pairs of a scope, sorted by expert: those of expert e are ``starts[e]:starts[e + 1]``.
-
-    rows: each pair's row in the group's tensors. weights: its routing weight, in the wide type. sizes: [experts], pairs of each.
-    """
-
-    rows: torch.Tensor
-    weights: torch.Tensor
-    sizes: torch.Tensor
-    starts: list[int]
-
-    @classmethod
-    def of(
-        cls, indices: torch.Tensor, weights: torch.Tensor, present: torch.Tensor | None, first: int, num_experts: int
-    ) -> Assignment:
-        """Sort ``indices`` [t, k] of rows ``first`` onwards, leaving out the rows that are not ``present`` [t] (None: all are)."""
-        choice = (indices if present is None else indices.masked_fill(~present[:, None], num_experts)).flatten()
-        chosen, order = torch.sort(choice, stable=True)
-        every = torch.arange(num_experts, device=choice.device, dtype=choice.dtype)
-        ends = torch.searchsorted(chosen, every, right=True)
-        sizes = ends.diff(prepend=ends.new_zeros(1))
-        starts = [0, *ends.tolist()]
-        order = order[: starts[-1]]
-        return cls(order // indices.shape[1] + first, weights.flatten()[order], sizes, starts)
-
-    def to(self, device: torch.device) -> Assignment:
-        """The same, on ``device``."""
-        return Assignment(self.rows.to(device), self.weights.to(device), self.sizes.to(device), self.starts)
-
-    @property
-    def counts(self) -> list[int]:
-        """Tokens of each expert."""
-        return [end - begin for begin, end in zip(self.starts, self.starts[1:], strict=False)]
 
 
 class Group:
@@ -598,11 +489,6 @@ def _as_it_is(work: Callable[[], None]) -> None:
 
 def _first(region: torch.Tensor, elements: int) -> torch.Tensor:
     return region[:elements]
-
-
-def _tensors(angles: Any) -> tuple[torch.Tensor, ...]:
-    """Position embeddings, which some models have as a pair."""
-    return angles if isinstance(angles, tuple) else (angles,)
 
 
 def _split(rows: slice, limit: int) -> Iterator[slice]:

@@ -1,0 +1,83 @@
+"""Sequences that are computed together, and what attention needs of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from klotski_runtime.skeleton import HOST
+
+
+@dataclass(slots=True)
+class Frame:
+    """What attention needs besides hidden states, the same in every layer of a pass; ``masks`` by whether a layer is sliding, and where."""
+
+    past: int
+    positions: torch.Tensor
+    angles: Any
+    masks: dict[tuple[bool, torch.device], torch.Tensor | None] = field(default_factory=dict)
+
+    def renew(self, past: int, positions: torch.Tensor, angles: Any) -> None:
+        """For another pass, in the same memory."""
+        self.past = past
+        self.positions.copy_(positions)
+        for old, new in zip(_tensors(self.angles), _tensors(angles), strict=True):
+            old.copy_(new)
+        self.masks.clear()
+
+
+class Batch:
+    """Sequences computed together, left-padded to the longest prompt.
+
+    ids: [B, q], the tokens of the current pass, on the device. pads: [B], padding positions of each sequence, on the device and
+    in host memory. past: cached positions, padding included. first: the batch's first row in the group's tensors.
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int]], device: torch.device = HOST) -> None:
+        width = max(map(len, prompts))
+        pad = torch.tensor([width - len(prompt) for prompt in prompts])
+        self.pads = {HOST: pad, device: pad.to(device)}
+        self.ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+        self.past = 0
+        self.first = 0
+        self.frames: dict[int, Frame] = {}
+
+    @property
+    def size(self) -> int:
+        """Sequences."""
+        return int(self.ids.shape[0])
+
+    @property
+    def queries(self) -> int:
+        """Positions of each sequence in this pass."""
+        return int(self.ids.shape[1])
+
+    @property
+    def rows(self) -> slice:
+        """The batch's rows in the group's tensors."""
+        return slice(self.first, self.first + self.ids.numel())
+
+    def rows_of(self, sequences: slice) -> slice:
+        """The rows of some of its sequences."""
+        return slice(self.first + sequences.start * self.queries, self.first + sequences.stop * self.queries)
+
+    def present(self, sequences: slice, device: torch.device) -> torch.Tensor:
+        """[B, past + q]: whether a position of each of ``sequences`` holds a token rather than padding."""
+        return torch.arange(self.past + self.queries, device=device) >= self.pads[device][sequences, None]
+
+    def padded(self, sequences: slice) -> bool:
+        """Whether any of ``sequences`` has padding."""
+        return bool(self.pads[HOST][sequences].any())
+
+    def advance(self, ids: torch.Tensor) -> None:
+        """End the pass: its tokens are cached, ``ids`` [B] are the next ones."""
+        self.past += self.queries
+        self.ids = ids[:, None]
+
+
+def _tensors(angles: Any) -> tuple[torch.Tensor, ...]:
+    """Position embeddings, which some models have as a pair."""
+    return angles if isinstance(angles, tuple) else (angles,)
