@@ -190,7 +190,8 @@ def numbers(reports: list[Report]) -> Iterator[str]:
 def sweeps(found: dict[str, Best]) -> Iterator[str]:
     """Every setting that was tried."""
     yield ""
-    yield "sweep: generated tokens/s after loading (one batch, or as many as hold --sweep-prompts)"
+    yield "sweep: generated tokens/s after loading (one batch, or as many as hold --sweep-prompts; with"
+    yield "--sweep-gen-len, as it follows from so many passes)"
     for name, best in found.items():
         for setting, factor, report in best.tried:
             mark = "*" if (setting, factor) == (best.setting, best.factor) else ""

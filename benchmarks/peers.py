@@ -20,8 +20,10 @@ Not tried so far: cgroups of version 2.
     python benchmarks/peers.py                                        a small model
 
     python benchmarks/checkpoint.py big-model --shape qwen3-30b-a3b --layers 6
-    python benchmarks/peers.py --model big-model --prompts 1024 --prompt-len 64 --gen-len 32 --cap 2GiB --peer-prompts 256 \\
-        --json peers.json --output benchmarks/results/peers.txt       hours; what is done is kept in peers.json and not done again
+    python benchmarks/peers.py --model big-model --prompts 1024 --prompt-len 64 --gen-len 32 --cap 2GiB --sweep-gen-len 6 \\
+        --peer-prompts 256 --json peers.json --output benchmarks/results/peers.txt
+
+The last one takes hours; what is done is kept in peers.json and not done again.
 """
 
 from __future__ import annotations
@@ -118,6 +120,12 @@ def main(argv: list[str] | None = None) -> int:
         help="at least so many prompts in a sweep's run (default: a batch)",
     )
     parser.add_argument(
+        "--sweep-gen-len",
+        type=int,
+        metavar="N",
+        help="new tokens of each prompt in a sweep's run; the time of all follows, since decode passes are alike (default: --gen-len)",
+    )
+    parser.add_argument(
         "--peer-prompts",
         type=int,
         default=0,
@@ -149,6 +157,7 @@ def compare(asked: argparse.Namespace, typed: str) -> str:
     for option in ("prompts", "prompt_len", "gen_len", "repeats"):
         if getattr(asked, option) < 1:
             raise ConfigError(f"--{option.replace('_', '-')}", "", f"{getattr(asked, option)} is not a positive number")
+    asked.sweep_gen_len = min(asked.gen_len, max(2, asked.sweep_gen_len or asked.gen_len))
     for option in ("json", "output"):
         if path := getattr(asked, option):
             check_file(f"--{option}", path)
@@ -185,7 +194,7 @@ class Bench:
         self.no_cage = cage.unavailable(self.disk)
         if self.no_cage and asked.disk_rate:
             raise ConfigError("--disk-rate", "", f"needs cgroups, which cannot be had here ({self.no_cage})")
-        sizes = ("prompts", "prompt_len", "gen_len", "sweep_prompts", "peer_prompts", "disk_rate")
+        sizes = ("prompts", "prompt_len", "gen_len", "sweep_prompts", "sweep_gen_len", "peer_prompts", "disk_rate")
         about = {name: getattr(asked, name) for name in sizes} | {"cap": self.cap, "weights": self.weights}
         self.record = Record(asked.json, about | {"model": self.source.name})
         self.idle: dict[str, int] = {}
@@ -243,20 +252,16 @@ class Bench:
         return min(-(-prompts // batch) * batch, most)
 
     def run(self, peer: str, setting: Setting, factor: int, count: int, repeat: int | None = None) -> Report:
-        """One run of a peer; a failure is a report, too."""
-        options = [
-            "--prompts",
-            count,
-            "--gen-len",
-            self.asked.gen_len,
-            "--setting",
-            json.dumps(self._full(setting, factor)),
-        ]
+        """One run of a peer, of a sweep where it belongs to no repeat; a failure is a report, too."""
+        gen_len = self.asked.sweep_gen_len if repeat is None else self.asked.gen_len
+        sizes = ["--prompts", count, "--gen-len", gen_len]
+        options = [*sizes, "--setting", json.dumps(self._full(setting, factor))]
         words = [sys.executable, ROOT / "benchmarks" / "peer.py", peer, self.model, self.prompts, *options]
         limit = None if peer == FREE else self.cap * factor
         what = f"{peer}, {described(setting, factor)}, {count} prompts"
         name = "sweep" if repeat is None else f"repeat {repeat}"
-        return self.record.once(f"{name}: {what}", lambda: self._measured(words, peer, limit))
+        report = self.record.once(f"{name}: {what}", lambda: self._measured(words, peer, limit))
+        return prolonged(report, gen_len, self.asked.gen_len)
 
     def ours(self, repeat: int, batch: int | None, count: int) -> Report:
         """Compile and run Klotski, in the least cap in which it can; the machine is profiled once in a repeat."""
@@ -468,6 +473,20 @@ class Record:
             if self.path:
                 write_whole(self.path, json.dumps({"about": self.about, "runs": self.done}, indent=1) + "\n")
         return self.done[name]
+
+
+def prolonged(report: Report, gen_len: int, asked: int) -> Report:
+    """A run with so many new tokens of each prompt as if there had been as many as asked: so much more decode."""
+    if "failed" in report or gen_len == asked:
+        return report
+    more_s = report["decode_s"] * ((asked - 1) / (gen_len - 1) - 1)
+    generated = report["generated_tokens"] * asked // gen_len
+    longer = {
+        "decode_s": report["decode_s"] + more_s,
+        "wall_s": report["wall_s"] + more_s,
+        "generated_tokens": generated,
+    }
+    return report | longer
 
 
 def moves(peer: str, setting: Setting, prompts: int) -> Iterator[Setting]:

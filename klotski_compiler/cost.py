@@ -7,6 +7,7 @@ bytes, one that is bound after it the bytes of the experts that are expected to 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -161,6 +162,11 @@ class Cost:
         return ("host>gpu", "gpu>host") if self.hardware.compute_tier == "gpu" else ("disk>host", "host>disk")
 
     @cached_property
+    def layers(self) -> Counter[Layer]:
+        """The model's layers: those that differ, and how many there are of each."""
+        return Counter(self.spec.layers)
+
+    @cached_property
     def cpu_helps(self) -> bool:
         """Whether a CPU may compute beside a GPU."""
         return self.hardware.compute_tier == "gpu" and CPU in self.hardware.processors
@@ -168,7 +174,7 @@ class Cost:
     @cached_property
     def cpu_attends(self) -> bool:
         """Whether that holds for attention: a latent cache would have to be expanded on the CPU, to some 70 times its size."""
-        return self.cpu_helps and not any(layer.expand_flops for layer in self.spec.layers)
+        return self.cpu_helps and not any(layer.expand_flops for layer in self.layers)
 
     @property
     def compute_bytes(self) -> int:

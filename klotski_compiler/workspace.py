@@ -37,9 +37,8 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
     if decision.rolling:  # the others decode in the same pass
         tokens += decision.sequences - decision.sequences // decision.prefill_groups
     hidden = spec.hidden_size
-    top_k = max(layer.top_k for layer in spec.layers)
-    inner = max(_inner(layer, spec) for layer in spec.layers)
-    shared, dense = _widest(spec, "shared"), _widest(spec, "dense")
+    top_k = max(layer.top_k for layer in cost.layers)
+    inner, shared, dense = (_widest(cost, kind) for kind in ("expert", "shared", "dense"))
     rows = min(rows, tokens)
     transient = {
         "attention": max(
@@ -53,7 +52,8 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
     }
     if converted := _converts(cost):
         pages = max(1, decision.head_pages)
-        transient["conversion"] = 2 * width * max(_expert_params(spec), -(-spec.head.params // pages))
+        expert = max(layer.expert.params for layer in cost.layers if layer.expert)
+        transient["conversion"] = 2 * width * max(expert, -(-spec.head.params // pages))
     gathered = cost.hardware.compute_tier == "host" and not decision.embedding
     kept = {
         "experts": rows * width * (3 * hidden + 2 * inner),
@@ -68,19 +68,19 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
     narrow = rows  # of 16-bit matmuls
     if width == 2 and cost.hardware.compute_tier == "host" and cost.processor.widen_rows:
         narrow = min(rows, cost.processor.widen_rows)
-        widest = max(hidden, inner, shared, dense, *(layer.attention_flops // 4 for layer in spec.layers))
+        widest = max(hidden, inner, shared, dense, *(layer.attention_flops // 4 for layer in cost.layers))
         block = min(WIDENED_ROWS, decision.expert_rows) * (widest + WIDENED_COLUMNS) + max(WIDENED_BLOCK, widest)
         kept["widened matmuls"] = 4 * WORKERS * block
     if converted:
         kept["converted weights"] = width * _bound_params(spec, decision)
-    experts = sum(layer.num_experts for layer in spec.layers)
+    experts = sum(count * layer.num_experts for layer, count in cost.layers.items())
     kept["plan"] = STEP_BYTES * 4 * (experts // decision.unit + len(spec.layers) * (2 * decision.num_batches + 4))
     largest = max(transient, key=lambda op: transient[op])
     parts = {purpose: _reserved(nbytes) for purpose, nbytes in kept.items() if nbytes}
     if any(layer.kv == "disk" for layer in decision.layers):
         parts["spilled KV"] = spill_bytes(cost, decision, workload)
     parts[f"op ({largest})"] = _reserved(transient[largest])
-    parts["model"] = LAYER_BYTES * len(spec.layers) + TENSOR_BYTES * _tensors(spec)
+    parts["model"] = LAYER_BYTES * len(spec.layers) + TENSOR_BYTES * _tensors(cost)
     parts["matmul code"] = SHAPE_BYTES * min(SHAPES, _shapes(narrow)) if width == 2 else 0
     parts["runtime"] = RUNTIME_BYTES
     return {cost.hardware.compute_tier: parts}
@@ -104,16 +104,14 @@ def _bound_params(spec: ModelSpec, decision: Decision) -> int:
     return resident + 2 * max(streamed)
 
 
-def _expert_params(spec: ModelSpec) -> int:
-    """Parameters of a routed expert."""
-    return max(layer.expert.params for layer in spec.layers if layer.expert)
-
-
-def _tensors(spec: ModelSpec) -> int:
+def _tensors(cost: Cost) -> int:
     """Tensors of the checkpoint's layers."""
-    modules: list[Module] = [m for layer in spec.layers for part in MODULES if (m := getattr(layer, part))]
-    experts = sum(layer.num_experts * layer.expert.segments for layer in spec.layers if layer.expert)
-    return sum(module.segments for module in modules) + experts
+    total = 0
+    for layer, count in cost.layers.items():
+        modules: list[Module] = [m for part in MODULES if (m := getattr(layer, part))]
+        experts = layer.num_experts * layer.expert.segments if layer.expert else 0
+        total += count * (sum(module.segments for module in modules) + experts)
+    return total
 
 
 def _shapes(rows: int) -> int:
@@ -128,7 +126,7 @@ def spill_bytes(cost: Cost, decision: Decision, workload: Workload) -> int:
         return 0
     position = (
         max(decision.batch_size, decision.last_batch)
-        * max(layer.kv_elements for layer in cost.spec.layers)
+        * max(layer.kv_elements for layer in cost.layers)
         * cost.compute_bytes
     )
     return _reserved(2 * (workload.prompt_len + workload.gen_len) * position)
@@ -140,7 +138,7 @@ def _reserved(nbytes: int) -> int:
 
 def router_bytes(cost: Cost, rows: int) -> int:
     """Peak of a router's op over so many tokens, with the shared expert that it computes, too."""
-    return 32 * rows * cost.spec.hidden_size + 4 * rows * _widest(cost.spec, "shared") * cost.compute_bytes
+    return 32 * rows * cost.spec.hidden_size + 4 * rows * _widest(cost, "shared") * cost.compute_bytes
 
 
 def prefill_attention_bytes(cost: Cost, sequences: int, prompt_len: int) -> int:
@@ -155,7 +153,7 @@ def prefill_attention_bytes(cost: Cost, sequences: int, prompt_len: int) -> int:
         scores = 16 * layer.heads if cost.spec.model_type == "gpt_oss" else 7 * width // 2
         return scores * tokens * prompt_len + 10 * tokens * widest * width
 
-    return max(layer_bytes(layer) for layer in set(cost.spec.layers))
+    return max(layer_bytes(layer) for layer in cost.layers)
 
 
 def decode_attention_bytes(cost: Cost, sequences: int, context: int) -> int:
@@ -168,15 +166,10 @@ def decode_attention_bytes(cost: Cost, sequences: int, context: int) -> int:
             return sequences * context * layer.attention_flops // 2 * cost.compute_bytes
         return 8 * sequences * cost.spec.hidden_size * cost.compute_bytes + (1 << 20)
 
-    return max(layer_bytes(layer) for layer in set(cost.spec.layers))
+    return max(layer_bytes(layer) for layer in cost.layers)
 
 
-def _widest(spec: ModelSpec, kind: str) -> int:
+def _widest(cost: Cost, kind: str) -> int:
     """Greatest inner width of the modules of a kind, 0 where there are none."""
-    modules = (getattr(layer, kind) for layer in spec.layers)
-    return max((module.params // (3 * spec.hidden_size) for module in modules if module), default=0)
-
-
-def _inner(layer: Layer, spec: ModelSpec) -> int:
-    """Inner width of a routed expert."""
-    return layer.expert.params // (3 * spec.hidden_size) if layer.expert else 0
+    modules = (getattr(layer, kind) for layer in cost.layers)
+    return max((module.params // (3 * cost.spec.hidden_size) for module in modules if module), default=0)

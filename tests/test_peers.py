@@ -158,6 +158,14 @@ def test_rates_are_of_their_phase() -> None:
     assert end_to_end(FAILED) == prefill(FAILED) == decode(FAILED) == 0
 
 
+def test_a_short_run_tells_what_a_long_one_takes() -> None:
+    report = made_up(2.0)  # 4 prompts, 3 tokens each: 3 s in 2 passes of decode
+    assert peers.prolonged(report, 3, 3) == report
+    longer = peers.prolonged(report, 3, 5)
+    assert (longer["decode_s"], longer["wall_s"], longer["generated_tokens"]) == (6, 9, 20)
+    assert peers.prolonged(FAILED, 3, 5) == FAILED
+
+
 def test_ratios_are_of_neighbours_and_failures_fall_out() -> None:
     ours, theirs = [made_up(8.0), made_up(4.0), made_up(6.0)], [made_up(2.0), FAILED, made_up(1.0)]
     assert ratios(ours, theirs, end_to_end) == [4.0, 6.0]

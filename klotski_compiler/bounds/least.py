@@ -50,7 +50,7 @@ class Least:
         self.passes = workload.gen_len - 1  # of decode, per group
         prompt = workload.prompt_len
         self.contexts = (prompt + 1, prompt + self.passes)  # first and last; phases are timed at both (``simulate``)
-        self.layers = list(Counter(spec.layers).items())
+        self.layers = list(cost.layers.items())
         self.experts, self.routed = self._experts()
         width = cost.compute_bytes
         self.kv_position = sum(layer.kv_elements for layer in spec.layers) * width

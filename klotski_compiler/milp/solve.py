@@ -242,7 +242,12 @@ def _parameters(relax: bool) -> mathopt.SolveParameters:
     if relax:
         return mathopt.SolveParameters(time_limit=limit)
     return mathopt.SolveParameters(
-        time_limit=limit, threads=1, random_seed=SEED, relative_gap_tolerance=RELATIVE_GAP, node_limit=NODE_LIMIT
+        time_limit=limit,
+        threads=1,
+        random_seed=SEED,
+        relative_gap_tolerance=RELATIVE_GAP,
+        node_limit=NODE_LIMIT,
+        heuristics=mathopt.Emphasis.LOW,
     )
 
 
