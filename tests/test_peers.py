@@ -17,7 +17,13 @@ import pytest
 from benchmarks import cage, gguf_file, limit, peers
 from benchmarks.peer_tables import Best, Report, Tried, decode, end_to_end, prefill, ratios, same_first, sweeps, tables
 from commands import ENVIRONMENT, ROOT
+from klotski_compiler.cost import Cost
 from klotski_compiler.errors import ConfigError
+from klotski_compiler.hardware import read_hardware
+from klotski_compiler.model import read_model
+from klotski_compiler.plan import Load, Workload
+from klotski_compiler.planner import Request, compile_plan
+from klotski_compiler.routing import uniform
 from tiny import make_checkpoint
 
 MB = 1 << 20
@@ -208,6 +214,18 @@ def test_every_way_to_read_reads_the_files(tmp_path: Path, monkeypatch: pytest.M
     assert len(found) == 2 * len(limit.THREADS) * len(limit.BLOCKS)
     assert all(reading.bytes_per_s > 0 for reading in found if not reading.direct)
     assert limit.fastest(found).bytes_per_s == max(reading.bytes_per_s for reading in found)
+
+
+@pytest.mark.parametrize(("budget", "reads"), [(2 << 30, True), (8 << 30, True), (24 << 30, False)])
+def test_no_plan_reads_less_than_the_limit_says(budget: int, reads: bool) -> None:
+    spec, hardware = read_model("olmoe-1b-7b"), read_hardware("dev-2core")
+    budgets, workload = {"host": budget, "disk": 1 << 40}, Workload(prompt_len=16, gen_len=4, num_sequences=8)
+    plan = compile_plan(Request(spec, hardware, uniform(spec), workload, budgets, "bf16", "joint", 8, 1))
+    least = limit.limit(plan, Cost(spec, hardware, uniform(spec), "bf16"))
+    loads = (step.op for step in plan.steps["decode"] if isinstance(step.op, Load))
+    assert least.read_bytes <= sum(plan.tensors[tensor].nbytes for op in loads for tensor in op.tensors)
+    assert (least.read_bytes > 0) == reads
+    assert 0 < least.compute_s <= plan.forecast.pass_us["decode"] / 1e6
 
 
 # -------------------------------------------------------------------------------------------------------------- sweep
