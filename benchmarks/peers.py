@@ -62,6 +62,7 @@ from benchmarks.peer_tables import (  # noqa: E402
     Tried,
     after_loading,
     described,
+    end_to_end,
     held_to,
     sweeps,
     tables,
@@ -261,7 +262,9 @@ class Bench:
         what = f"{peer}, {described(setting, factor)}, {count} prompts"
         name = "sweep" if repeat is None else f"repeat {repeat}"
         report = self.record.once(f"{name}: {what}", lambda: self._measured(words, peer, limit))
-        return prolonged(report, gen_len, self.asked.gen_len)
+        longer = prolonged(report, gen_len, self.asked.gen_len)
+        say(f"  {report.get('failed') or speeds(longer)}")
+        return longer
 
     def ours(self, repeat: int, batch: int | None, count: int) -> Report:
         """Compile and run Klotski, in the least cap in which it can; the machine is profiled once in a repeat."""
@@ -270,6 +273,7 @@ class Bench:
             what = f"repeat {repeat}: {held_to(batch)}, {count} prompts" + (f", cap x {factor}" if factor > 1 else "")
             work = partial(self._ours, repeat, batch, count, factor)
             report = self.record.once(what, work)
+            say(f"  {report.get('failed') or speeds(report)}")
             if not report.get("killed") or factor * self.cap > CAP_SHARE * self.weights:
                 return report
             factor *= 2
@@ -283,7 +287,6 @@ class Bench:
         compiled = cage.run([*words, *sizes, *known, *held])
         if compiled.code:
             why = compiled.stderr.strip().replace("\n", "; ")
-            say(f"  failed: {why}")
             return {"failed": why, "killed": compiled.code == Infeasible.exit_code}
         out.unlink(missing_ok=True)
         prompts = self._prompts(f"prompts-{count}", count, 0)
@@ -326,7 +329,6 @@ class Bench:
         done = cage.run(words, None if self.no_cage else total, self.disk, self.asked.limit)
         shutil.rmtree(self._scratch)  # who is killed leaves files behind
         if done.code:
-            say(f"  failed: {done.why}")
             return {"failed": done.why, "killed": done.killed, "wall_s": done.wall_s, "began": began}
         report: Report = json.loads(done.stdout.splitlines()[-1])
         if rows := report.pop("tokens", None):
@@ -335,9 +337,6 @@ class Bench:
             report["decode_pass_s"] = report["decode_s"] / report["decode_passes"]
         own = report["peak_rss_bytes"] - report["idle_rss_bytes"]
         peak = max(0, done.peak_bytes - idle) if done.peak_bytes else None
-        say(
-            f"  {report['generated_tokens'] / report['wall_s']:.2f} tokens/s, {after_loading(report):.2f} after loading"
-        )
         return report | {"own_bytes": own, "peak_bytes": peak, "cap_bytes": limit, "began": began}
 
     # -------------------------------------------------------------------------------------------- what runs need
@@ -473,6 +472,11 @@ class Record:
             if self.path:
                 write_whole(self.path, json.dumps({"about": self.about, "runs": self.done}, indent=1) + "\n")
         return self.done[name]
+
+
+def speeds(report: Report) -> str:
+    """A run in a line of progress."""
+    return f"{end_to_end(report):.2f} tokens/s, {after_loading(report):.2f} after loading"
 
 
 def prolonged(report: Report, gen_len: int, asked: int) -> Report:
