@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 # The options of pytest.
 PYTEST ?= -n 2 -q
 
-HELPERS    := __init__ cage checkpoint demo gguf_file gpu peer peer_tables published
+HELPERS    := __init__ cage checkpoint demo gguf_file gpu limit peer peer_sweep peer_tables published
 BENCHMARKS := $(filter-out $(HELPERS:%=benchmarks/%.py),$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help

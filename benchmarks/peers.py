@@ -52,6 +52,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "runtime")]
 from benchmarks import cage  # noqa: E402
 from benchmarks.demo import command, weight_bytes  # noqa: E402
 from benchmarks.limit import fastest, limit, readings  # noqa: E402
+from benchmarks.peer_sweep import BETTER, FREE, PEERS, first, humblest, moves, prolonged  # noqa: E402
 from benchmarks.peer_tables import (  # noqa: E402
     DISK,
     LEGEND,
@@ -77,28 +78,11 @@ from klotski_compiler.output import check_file, write_whole  # noqa: E402
 from klotski_compiler.plan import load  # noqa: E402
 from klotski_compiler.routing import read_routing  # noqa: E402
 
-FREE = "resident"
-PEERS = (FREE, "disk_offload", "device_map", "llama_cpp")
-PACKAGES = {"disk_offload": "accelerate", "device_map": "accelerate", "llama_cpp": "gguf llama-cpp-python"}
-SMALL = ("--layers", 16, "--hidden", 1024)  # of the model that is made where none is named: 0.68 GB
 CAP_SHARE = 4
-FIRST_BATCH = 64
-LLAMA_SEQUENCES = 256  # more are refused
-BETTER = 1.03  # a setting must be faster by this to be taken: neighbours differ by less
 ROUTING_PROMPTS = 64
+SMALL = ("--layers", 16, "--hidden", 1024)  # of the model that is made where none is named: 0.68 GB
 CORES = os.cpu_count() or 1
-
-# What a sweep tries beside the batch size; the first is where it starts.
-OPTIONS: dict[str, dict[str, list[Any]]] = {
-    FREE: {"experts": ["grouped_mm", "eager", "batched_mm"]},
-    "disk_offload": {"experts": ["grouped_mm", "eager", "batched_mm"]},
-    "device_map": {"experts": ["grouped_mm", "eager", "batched_mm"], "cpu_share": [0.25, 0.5, 0.75, 0.1, 0.0]},
-    "llama_cpp": {
-        "ubatch": [512, 2048],
-        "threads": [CORES, *([CORES // 2] if CORES > 1 else [])],
-        "unified": [False, True],
-    },
-}
+PACKAGES = {"disk_offload": "accelerate", "device_map": "accelerate", "llama_cpp": "gguf llama-cpp-python"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -207,10 +191,8 @@ class Bench:
         if why := self._missing(peer):
             return Best({}, 1, [], why)
         tried: dict[str, Tried] = {}
-        base = {name: values[0] for name, values in OPTIONS[peer].items()} | {
-            "batch": min(FIRST_BATCH, self.asked.prompts)
-        }
-        humble = base | {"batch": 1} | ({"cpu_share": 0.0} if "cpu_share" in base else {})
+        base = first(peer, self.asked.prompts)
+        humble = humblest(base)
 
         def speed(setting: Setting) -> float:
             key = json.dumps([factor, setting], sort_keys=True)
@@ -477,30 +459,6 @@ class Record:
 def speeds(report: Report) -> str:
     """A run in a line of progress."""
     return f"{end_to_end(report):.2f} tokens/s, {after_loading(report):.2f} after loading"
-
-
-def prolonged(report: Report, gen_len: int, asked: int) -> Report:
-    """A run with so many new tokens of each prompt as if there had been as many as asked: so much more decode."""
-    if "failed" in report or gen_len == asked:
-        return report
-    more_s = report["decode_s"] * ((asked - 1) / (gen_len - 1) - 1)
-    generated = report["generated_tokens"] * asked // gen_len
-    longer = {
-        "decode_s": report["decode_s"] + more_s,
-        "wall_s": report["wall_s"] + more_s,
-        "generated_tokens": generated,
-    }
-    return report | longer
-
-
-def moves(peer: str, setting: Setting, prompts: int) -> Iterator[Setting]:
-    """Settings beside one: what a sweep tries next."""
-    most = min(prompts, LLAMA_SEQUENCES) if peer == "llama_cpp" else prompts
-    for batch in (4 * setting["batch"], 2 * setting["batch"], setting["batch"] // 2):
-        if batch and (batch := min(batch, most)) != setting["batch"]:
-            yield setting | {"batch": batch}
-    for name, values in OPTIONS[peer].items():
-        yield from (setting | {name: value} for value in values if value != setting[name])
 
 
 def bare(model: Path, folder: Path) -> Path:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks import cage, gguf_file, limit, peers
+from benchmarks.peer_sweep import prolonged
 from benchmarks.peer_tables import Best, Report, Tried, decode, end_to_end, prefill, ratios, same_first, sweeps, tables
 from commands import ENVIRONMENT, ROOT
 from klotski_compiler.cost import Cost
@@ -166,10 +167,10 @@ def test_rates_are_of_their_phase() -> None:
 
 def test_a_short_run_tells_what_a_long_one_takes() -> None:
     report = made_up(2.0)  # 4 prompts, 3 tokens each: 3 s in 2 passes of decode
-    assert peers.prolonged(report, 3, 3) == report
-    longer = peers.prolonged(report, 3, 5)
+    assert prolonged(report, 3, 3) == report
+    longer = prolonged(report, 3, 5)
     assert (longer["decode_s"], longer["wall_s"], longer["generated_tokens"]) == (6, 9, 20)
-    assert peers.prolonged(FAILED, 3, 5) == FAILED
+    assert prolonged(FAILED, 3, 5) == FAILED
 
 
 def test_ratios_are_of_neighbours_and_failures_fall_out() -> None:
