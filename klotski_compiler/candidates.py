@@ -25,6 +25,7 @@ FINER = 2 ** (1 / 3)  # sizes of a group that are tried, one over the next
 SMALL_SHARE = 0.03  # head and embedding stay resident where they take less than this of the budget
 ATTENTION_SHARE = 0.08  # of the budget for what one attention call allocates
 LOAD_SHARE = 0.03  # of the budget for what one load brings, at most
+LEAST_PAGE_BYTES = 1 << 20  # of the head
 ROWS_SHARE = 0.05  # of the budget for what a router allocates, above which fewer tokens per matmul are looked at
 EXPERT_ROWS = {"host": 512, "gpu": 8192}  # tokens per matmul: where its rate has long stopped growing
 LEAST_ROWS = 512  # tokens per matmul that joint may go down to: its rate has stopped growing
@@ -157,11 +158,11 @@ class Candidates:
         """What a load of experts aims at."""
         return min(LOAD_BYTES * (2 if self.is_large else 1), LOAD_SHARE * self.request.budgets[self.tier])
 
-    def leads(self, experts: str) -> list[tuple[int, int]]:
-        """(expert slots, experts per load)."""
+    def leads(self, experts: str, unit: int = 0) -> list[tuple[int, int]]:
+        """(expert slots, experts per load); 0: as many as a load aims at."""
         layer = next(layer for layer in self.request.spec.layers if layer.expert)
         assert layer.expert is not None
-        unit = max(1, min(layer.num_experts, round(self.load_bytes / layer.expert.nbytes)))
+        unit = unit or max(1, min(layer.num_experts, round(self.load_bytes / layer.expert.nbytes)))
         if experts == "static":
             return [(layer.num_experts, unit)]
         if experts == "picks":
@@ -201,7 +202,7 @@ class Candidates:
             unit=unit,
             head_pages=0
             if spec.head.nbytes <= small and not solved
-            else ceil(spec.head.nbytes / min(2 * LOAD_BYTES, LOAD_SHARE * budget)),
+            else self.head_pages(min(2 * LOAD_BYTES, LOAD_SHARE * budget)),
             prefill_groups=parts,
             attention_batch=largest(
                 batch_size, lambda a: prefill_attention_bytes(self.cost, a, workload.prompt_len) <= room
@@ -212,6 +213,15 @@ class Candidates:
             embedding=self.tier == "host" and spec.embedding.nbytes <= small and not solved,
             layers=tuple(layers),
         )
+
+    def head_pages(self, nbytes: float = 0) -> int:
+        """Pages of so many bytes in which the head is streamed, or of the least that is worth a load."""
+        return ceil(self.request.spec.head.nbytes / max(LEAST_PAGE_BYTES, nbytes))
+
+    def smallest_pieces(self, name: str, base: Decision) -> Decision:
+        """The same with the smallest pieces to stream in, whatever the budget."""
+        lead, unit = min(self.leads(policy(name).EXPERTS, unit=1))
+        return base.model_copy(update={"lead": lead, "unit": unit, "head_pages": self.head_pages(), "embedding": False})
 
     @cached_property
     def least_rows(self) -> int:

@@ -21,7 +21,8 @@ ROW_READERS = 16  # threads that gather embedding rows: single pages, each of wh
 # Of 16-bit matmuls through fp32: rows at a time, and of the weights values and columns of the product.
 WIDENED_ROWS, WIDENED_BLOCK, WIDENED_COLUMNS = 512, 1 << 19, 512
 WORKERS = 2  # threads of a CPU, with kernels of their own, that experts and blocks of widened matmuls are shared among
-FEW_ROWS, ROW_STEP = 16, 32  # an expert computes more rows than the first number in multiples of the second
+# With 16-bit kernels of a CPU an expert computes more rows than the first number in multiples of the second.
+FEW_ROWS, ROW_STEP = 16, 32
 GATHERED_ROWS = 256  # embedding rows that are read from disk at a time
 ROW_OPS = 6  # small ops that a row takes: to ask a reader for it, and to copy it from the page that holds it
 LOAD_OPS = 10  # small ops that a load from disk is worth: to hand pieces to readers, to bind what has arrived
@@ -337,10 +338,15 @@ class Cost:
         processor = self.hardware.processors[name] if name else self.processor
         moved = share * self.spec.hidden_size * 8 * self.compute_bytes  # gather (2) and add in twice the width (6)
         rows = share / touched
-        if processor.tier == "host" and rows > FEW_ROWS:
+        if self._rounds_up(processor, rows):
             rows += ROW_STEP / 2
         busy = processor.expert_op_us + self.module_us(layer.expert, rows, processor)
         return touched * busy + 1e6 * moved / processor.memory_bytes_per_s
+
+    def _rounds_up(self, processor: Processor, rows: float) -> bool:
+        """Whether an expert computes more rows than it has tokens: with the CPU's 16-bit kernels."""
+        widened = 0 < processor.widen_rows <= rows
+        return processor.tier == "host" and self.compute_bytes == 2 and not widened and rows > FEW_ROWS
 
     # ------------------------------------------------------------------------------------------------------------ ops
 

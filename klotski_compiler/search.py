@@ -217,7 +217,7 @@ class Search(Fills):
                 continue
             if not (bases := list(self.bases_of(name, [self.request.batch_size or 1]))):
                 continue
-            decision = self._stream_all(name, min(bases, key=lambda base: base.lead))
+            decision = self._stream_all(name, self.smallest_pieces(name, min(bases, key=lambda base: base.lead)))
             lowered = lower(self.cost, name, decision, self.request.workload)
             if over := self.over(lowered):
                 refusals[name] = self._shortfall(over)

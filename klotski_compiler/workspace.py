@@ -150,7 +150,7 @@ def prefill_attention_bytes(cost: Cost, sequences: int, prompt_len: int) -> int:
         widest = max(cost.spec.hidden_size, layer.attention_flops // 4)
         if layer.expand_elements:
             return 12 * layer.heads * tokens * prompt_len + 13 * tokens * widest * width
-        scores = 16 * layer.heads if cost.spec.model_type == "gpt_oss" else 7 * width // 2
+        scores = 16 * layer.heads if _eager(cost) else 7 * width // 2
         return scores * tokens * prompt_len + 10 * tokens * widest * width
 
     return max(layer_bytes(layer) for layer in cost.layers)
@@ -162,11 +162,16 @@ def decode_attention_bytes(cost: Cost, sequences: int, context: int) -> int:
     def layer_bytes(layer: Layer) -> int:
         if layer.expand_elements:
             return 2 * sequences * context * layer.expand_elements * cost.compute_bytes
-        if cost.spec.model_type == "gpt_oss":
+        if _eager(cost):
             return sequences * context * layer.attention_flops // 2 * cost.compute_bytes
         return 8 * sequences * cost.spec.hidden_size * cost.compute_bytes + (1 << 20)
 
     return max(layer_bytes(layer) for layer in cost.layers)
+
+
+def _eager(cost: Cost) -> bool:
+    """Whether attention keeps all scores, and copies keys and values for each head: with sinks, on a GPU."""
+    return cost.spec.model_type == "gpt_oss" and cost.hardware.compute_tier == "gpu"
 
 
 def _widest(cost: Cost, kind: str) -> int:

@@ -1,20 +1,27 @@
-"""The attention function of models that use torch's: as transformers has it, but for decode with grouped queries.
+"""Attention functions that do on a CPU what transformers' own do, without their copies and slow paths.
 
-There transformers copies keys and values once for each query head that shares them, wherever torch's kernels do not take groups, as
+*Decode.* transformers copies keys and values once for each query head that shares them, wherever torch's kernels do not take groups, as
 with any mask. The queries of one group are rows to the same keys and values, so a kernel takes them as such, and nothing is copied.
+
+*Sinks* (gpt-oss): a score per head that takes a share of the softmax and has no value. transformers has that only with all scores in
+memory. If L is the logarithm of the sum of a row's exponentials, which torch's kernel knows, the row's share without the sink s is
+exp(L) / (exp(L) + exp(s)).
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-GROUPED = "klotski_grouped"
+GROUPED, SINKS = "klotski_grouped", "klotski_sinks"
+ROWS_16_BIT = 2
+"""Fewest query rows for torch's 16-bit kernel on a CPU: with a single one it takes 2.4 times as long as with two."""
 
 
 def grouped_attention(
@@ -27,10 +34,10 @@ def grouped_attention(
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
     """Mixed values [B, q, heads, width] of query [B, heads, q, width], key and value [B, kv heads, context, width]."""
-    batch, heads, queries, width = query.shape
-    shared = key.shape[1]
+    heads, queries = query.shape[1:3]
+    one_by_one = heads == key.shape[1] and not _twice(query)
     for_all_heads = attention_mask is None or attention_mask.shape[1] == 1
-    if queries > 1 or heads == shared or not for_all_heads:
+    if queries > 1 or one_by_one or not for_all_heads:
         mixed, _ = sdpa_attention_forward(
             module,
             query,
@@ -41,10 +48,65 @@ def grouped_attention(
             **settings,
         )
         return mixed, None
-    rows = query.reshape(batch, shared, heads // shared, width)
+    rows = _rows(query, key)
     out = functional.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.reshape(batch, 1, heads, -1), None
+    return _heads(out, heads), None
+
+
+def attention_with_sinks(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **settings: Any,
+) -> tuple[torch.Tensor, Any]:
+    """The same with ``module.sinks`` [heads]; on a GPU the model's own function."""
+    if query.device.type != "cpu":
+        own: tuple[torch.Tensor, Any] = eager(module)(
+            module, query, key, value, attention_mask, scaling=scaling, **settings
+        )
+        return own
+    heads, queries = query.shape[1:3]
+    sinks = module.sinks.float()
+    if queries > 1:
+        groups = heads // key.shape[1]
+        rows, key, value = query, repeat_kv(key, groups), repeat_kv(value, groups)
+        sinks = sinks[:, None]
+    else:
+        rows = _rows(query, key)
+        sinks = _rows(sinks.view(1, heads, 1, 1), key)[..., 0]
+    out, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        rows, key, value, attn_mask=attention_mask, scale=scaling
+    )
+    mixed = out * torch.sigmoid(log_sums - sinks)[..., None].to(out.dtype)
+    return (mixed.transpose(1, 2).contiguous() if queries > 1 else _heads(mixed, heads)), None
+
+
+def eager(module: Any) -> Any:
+    """The model's own attention function."""
+    return importlib.import_module(type(module).__module__).eager_attention_forward
+
+
+def _twice(query: torch.Tensor) -> bool:
+    """Whether a single row had better be computed twice."""
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16
+
+
+def _rows(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Queries of one position [B, heads, 1, width] as [B, kv heads, rows, width]: those of a group, or a single one twice."""
+    rows = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+    return rows.expand(-1, -1, ROWS_16_BIT, -1) if rows.shape[2] == 1 and _twice(key) else rows
+
+
+def _heads(mixed: torch.Tensor, heads: int) -> torch.Tensor:
+    """Their mixed values [B, 1, heads, width]."""
+    batch, shared, _, width = mixed.shape
+    return mixed[:, :, : heads // shared].reshape(batch, 1, heads, width)
 
 
 ALL_ATTENTION_FUNCTIONS.register(GROUPED, grouped_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(GROUPED, sdpa_mask)
+ALL_ATTENTION_FUNCTIONS.register(SINKS, attention_with_sinks)
+ALL_MASK_ATTENTION_FUNCTIONS.register(SINKS, eager_mask)

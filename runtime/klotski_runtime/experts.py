@@ -15,7 +15,7 @@ from transformers.integrations.moe import _default_apply_gate
 
 from klotski_compiler.cost import FEW_ROWS, ROW_STEP
 from klotski_runtime.skeleton import HOST
-from klotski_runtime.wide import Widener
+from klotski_runtime.wide import NARROW, Widener
 
 GROUPED_BYTES = 16
 """Where matrices must begin, and how far apart they must be, for kernels that take several: multiples of this."""
@@ -66,7 +66,7 @@ class ExpertKernel:
         is part of (None: of none)."""
         mm = partial(self._widener.mm, worker=worker)
         count = rows.shape[0]
-        source, out = self._x[: self._rounded(count)], self._out[:count]
+        source, out = self._x[: self._computed(count)], self._out[:count]
         torch.index_select(x, 0, rows, out=source[:count])
         down = parts["down"].t() if experts.is_transposed else parts["down"]
         # The experts' input is not needed once the inner values are there: its buffer takes the output.
@@ -94,12 +94,16 @@ class ExpertKernel:
         inner = _activation(experts.act_fn)(gated).mul_(other)
         return out.copy_(torch._grouped_mm(inner, stacked["down"].mT, offs=ends)).mul_(weights[:, None])
 
-    def _rounded(self, count: int) -> int:
+    def _computed(self, count: int) -> int:
         """Rows that are computed for ``count`` tokens; what stands in the surplus ones does not matter.
 
-        oneDNN compiles and keeps code for every number of rows that it meets, and routing makes nearly all of them.
+        oneDNN, which has the 16-bit kernels, compiles and keeps code for every number of rows that it meets, and routing makes nearly
+        all of them.
         """
-        return count if count <= FEW_ROWS else min(-(-count // ROW_STEP) * ROW_STEP, self.rows)
+        x = self._x[:count]
+        if count <= FEW_ROWS or x.dtype not in NARROW or self._widener.takes(x):
+            return count
+        return min(-(-count // ROW_STEP) * ROW_STEP, self.rows)
 
     def _gated(self, experts: Any, parts: Parts, x: torch.Tensor, mm: Multiply) -> torch.Tensor:
         """act(gate(x)) * up(x), or what the family has in its place, as [r, intermediate]."""

@@ -24,7 +24,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from klotski_compiler.cost import WIDENED_ROWS
 from klotski_compiler.errors import ConfigError
-from klotski_runtime.attention import GROUPED
+from klotski_runtime.attention import GROUPED, SINKS
 from klotski_runtime.checkpoint import EMBEDDING, ModuleKey, read_config
 from klotski_runtime.kv import KvShape
 from klotski_runtime.wide import Widener
@@ -129,6 +129,8 @@ class Skeleton:
             raise _unsupported(config, str(error)) from error
         if config._attn_implementation == "sdpa":
             config._attn_implementation = GROUPED
+        elif any(name.endswith(".sinks") for name, _ in self.model.named_parameters()):
+            config._attn_implementation = SINKS
         base = self.model.get_submodule(self.model.base_model_prefix)
         _check_supported(config, self.model, base)
         self._embedding, self._layers, self._norm = base.embed_tokens, base.layers, base.norm

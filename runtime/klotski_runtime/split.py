@@ -6,7 +6,6 @@ are back. So norms, projections, rotary embedding and output projection are the 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from greenlet import getcurrent, greenlet
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from klotski_runtime.attention import eager
 from klotski_runtime.graphs import Graphs, Piece
 from klotski_runtime.kv import KvBlock
 
@@ -64,7 +64,7 @@ class Call:
         """Attention over cache and new token. module: the call's, with its own parameters where ``packed`` is."""
         query, key, value = self.views(packed)
         keys, values = kv.cache(sequences, past).update(key, value, 0)
-        function = ALL_ATTENTION_FUNCTIONS.get(self.function) or _eager(module)
+        function = ALL_ATTENTION_FUNCTIONS.get(self.function) or eager(module)
         self.mixed(packed).copy_(function(module, query, keys, values, mask, **self.settings)[0])
 
 
@@ -151,8 +151,3 @@ def on_host(module: Any) -> Any:
     there = copy(module)
     there.__dict__["_parameters"] = {n: p.to("cpu", non_blocking=True) for n, p in module._parameters.items()}
     return there
-
-
-def _eager(module: Any) -> Any:
-    """The model's own attention function."""
-    return importlib.import_module(type(module).__module__).eager_attention_forward
