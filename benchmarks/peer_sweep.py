@@ -19,7 +19,7 @@ CORES = os.cpu_count() or 1
 OPTIONS: dict[str, dict[str, list[Any]]] = {
     FREE: {"experts": ["grouped_mm", "eager", "batched_mm"]},
     "disk_offload": {"experts": ["grouped_mm", "eager", "batched_mm"]},
-    "device_map": {"experts": ["grouped_mm", "eager", "batched_mm"], "cpu_share": [0.25, 0.5, 0.75, 0.1, 0.0]},
+    "device_map": {"experts": ["grouped_mm", "eager", "batched_mm"], "cpu_share": [0.25, 0.5, 0.0]},
     "llama_cpp": {
         "ubatch": [512, 2048, 4096],
         "threads": [CORES, *([CORES // 2] if CORES > 1 else [])],

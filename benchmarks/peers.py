@@ -179,7 +179,7 @@ class Bench:
         self.no_cage = cage.unavailable(self.disk)
         if self.no_cage and asked.disk_rate:
             raise ConfigError("--disk-rate", "", f"needs cgroups, which cannot be had here ({self.no_cage})")
-        sizes = ("prompts", "prompt_len", "gen_len", "sweep_prompts", "sweep_gen_len", "peer_prompts", "disk_rate")
+        sizes = ("prompts", "prompt_len", "gen_len", "sweep_gen_len", "disk_rate")
         about = {name: getattr(asked, name) for name in sizes} | {"cap": self.cap, "weights": self.weights}
         self.record = Record(asked.json, about | {"model": self.source.name})
         self.idle: dict[str, int] = {}
