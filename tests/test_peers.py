@@ -243,7 +243,9 @@ class Pretend(peers.Bench):
     def _missing(self, peer: str) -> str:
         return ""
 
-    def run(self, peer: str, setting: Any, factor: int, count: int, repeat: int | None = None) -> Report:
+    def run(
+        self, peer: str, setting: Any, factor: int, count: int, repeat: int | None = None, again: bool = False
+    ) -> Report:
         self.ran.append((setting["batch"], count))
         speed = self.speed(setting, factor)
         return made_up(speed) if speed else FAILED
