@@ -98,10 +98,12 @@ def fastest(found: Iterable[Reading]) -> Reading:
     return max(found, key=lambda reading: reading.bytes_per_s)
 
 
-def limit(plan: Plan, cost: Cost) -> Limit:
+def limit(plan: Plan, cost: Cost) -> Limit | None:
     """Of a decode pass of a plan: every weight that its sequences touch in the mean, less those that save most per byte in all the room
-    that the bound leaves for weights (design 7.2) beside the prompts' KV cache."""
+    that the bound leaves for weights (design 7.2) beside the prompts' KV cache. None where no pass only decodes all sequences."""
     sequences, passes = plan.decision.sequences, plan.envelope.gen_len - 1
+    if plan.decision.rolling or not passes:
+        return None
     relaxed = Relaxation(cost, plan.workload, plan.budgets)
     room = relaxed.room(sequences) - sequences * plan.envelope.prompt_len * relaxed.kv_position
     read = 0.0

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 OURS = "klotski"
-DISK = "independent reader"
 
 Report = dict[str, Any]
 Setting = dict[str, Any]
@@ -22,7 +21,7 @@ LEGEND = [
     "Ratios are of neighbours in time: median (least to most). no load: of the time after loading. equal batch: ours held to the",
     "peer's batch, one batch at a time, end to end. Beside the machine: the bytes that no decode pass avoids (limit.py) and what the",
     "best reader of the disk takes for them, computing by the profile's rates, the measured pass, and the greater of the first two as",
-    "its share; how far forecasts of passes are above what was measured; the share of all passes in which neither the busiest stream",
+    "its share; +-: how far forecasts of passes are above what was measured; the share of all passes in which neither the busiest stream",
     "works nor the plan waits.",
 ]
 
@@ -111,8 +110,7 @@ COLUMNS: dict[str, tuple[Value, int]] = {  # of a run, and decimal places
 
 def tables(found: dict[str, Best], runs: dict[str, list[Report]]) -> Iterator[str]:
     """Speeds, ratios, what did not run, and ours beside what the machine can do."""
-    ours, disk = runs[OURS], runs.get(DISK, [])
-    runs = {name: reports for name, reports in runs.items() if name != DISK}
+    ours = runs[OURS]
     yield f"{f'medians of {len(ours)}':<26}" + "".join(f"{word:>9}" for word in [*COLUMNS, "same"]) + "  setting"
     for name, reports in runs.items():
         if good := [report for report in reports if "failed" not in report]:
@@ -145,19 +143,21 @@ def tables(found: dict[str, Best], runs: dict[str, list[Report]]) -> Iterator[st
         for report in reports:
             if "failed" in report:
                 yield f"{name}: a run failed: {report['failed']}"
-    yield from at_the_limit([(our, their) for our, their in zip(ours, disk, strict=True) if "failed" not in our])
+            elif report.get("again"):
+                yield f"{name}: was killed, and ran when tried once more"
+    yield from at_the_limit([report for report in ours if "failed" not in report])
 
 
-def at_the_limit(runs: list[tuple[Report, Report]]) -> Iterator[str]:
-    """Of each run of ours and the disk's best rate before it: the decode pass beside the least that it can take, forecasts, overhead."""
+def at_the_limit(ours: list[Report]) -> Iterator[str]:
+    """Of each run: the decode pass beside the least that it can take, forecasts, overhead."""
     yield ""
-    words = ["least GB", "disk s", "computes s", "decode s", "of limit", "prefill", "decode", "overhead"]
+    words = ["least GB", "disk s", "computes s", "decode s", "of limit", "prefill +-", "decode +-", "overhead"]
     yield f"{'ours beside the machine':<26}" + "".join(f"{word:>11}" for word in words) + "  disk"
-    for number, (our, disk) in enumerate(runs, 1):
+    for number, our in enumerate(ours, 1):
         cells = ["-"] * 5
         if least := our["limit"]:
             read_s, compute_s, pass_s = (
-                least["read_bytes"] / disk["bytes_per_s"],
+                least["read_bytes"] / our["disk"]["bytes_per_s"],
                 least["compute_s"],
                 our["decode_pass_s"],
             )
@@ -167,7 +167,7 @@ def at_the_limit(runs: list[tuple[Report, Report]]) -> Iterator[str]:
             us = our["pass_us"].get(phase, {"measured": 0})
             cells.append(f"{us['predicted'] / us['measured'] - 1:+.1%}" if us["measured"] else "-")
         cells.append(f"{overhead(our):.1%}")
-        yield f"{f'run {number}':<26}" + "".join(f"{text:>11}" for text in cells) + f"  {disk['shown']}"
+        yield f"{f'run {number}':<26}" + "".join(f"{text:>11}" for text in cells) + f"  {our['disk']['shown']}"
 
 
 def overhead(report: Report) -> float:

@@ -7,9 +7,9 @@ mapped; optional: ``pip install gguf llama-cpp-python``).
 The cap is what a process may take beyond an idle one that has imported its libraries and does nothing: the cgroup of a run gets the
 cap and what such a process was seen to take, page cache counted for both. So no one pays for Python, and everyone for cached pages.
 Every run is a process of its own and starts with the model's files out of the page cache. A peer that cannot run in the cap gets the
-least cap, in doubling steps, that it can run in. What a peer writes once beside the model (an offload folder, a GGUF file) is made
-before and not timed; nor are Klotski's profile, measured anew in every repeat, and its compilation. Routing is profiled on other prompts
-than those of the runs.
+least cap, in doubling steps, that it can run in; one that is killed in a cap in which it ran in the sweep may try once more. What a
+peer writes once beside the model (an offload folder, a GGUF file) is made before and not timed; nor are Klotski's profile, measured
+anew in every repeat, and its compilation. Routing is profiled on other prompts than those of the runs.
 
 Speeds end to end count from the first weight byte to the last token, imports apart. ``device_map`` rewrites fused experts whenever it
 loads; so the ratio without loading is printed beside it. A peer takes a file batch by batch, each as long as the one before; with
@@ -52,9 +52,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "runtime")]
 from benchmarks import cage  # noqa: E402
 from benchmarks.demo import command, weight_bytes  # noqa: E402
 from benchmarks.limit import fastest, limit, readings  # noqa: E402
-from benchmarks.peer_sweep import BETTER, FREE, PEERS, first, humblest, moves, prolonged  # noqa: E402
+from benchmarks.peer_sweep import BETTER, CORES, FREE, PEERS, first, humblest, moves, prolonged  # noqa: E402
 from benchmarks.peer_tables import (  # noqa: E402
-    DISK,
     LEGEND,
     OURS,
     Best,
@@ -81,7 +80,6 @@ from klotski_compiler.routing import read_routing  # noqa: E402
 CAP_SHARE = 4
 ROUTING_PROMPTS = 64
 SMALL = ("--layers", 16, "--hidden", 1024)  # of the model that is made where none is named: 0.68 GB
-CORES = os.cpu_count() or 1
 PACKAGES = {"disk_offload": "accelerate", "device_map": "accelerate", "llama_cpp": "gguf llama-cpp-python"}
 
 
@@ -215,9 +213,9 @@ class Bench:
         return Best(best, factor, list(tried.values()))
 
     def repeat(self, number: int, found: dict[str, Best]) -> Iterator[tuple[str, Report]]:
-        """The disk, ours, then each peer followed by ours at its batch size; (name, report), in this order in time."""
-        yield DISK, self.record.once(f"repeat {number}: {DISK}", self._reader)
-        yield OURS, self.ours(number, None, self.asked.prompts)
+        """Ours after the disk, then each peer followed by ours at its batch size; (name, report), in this order in time."""
+        disk = self.record.once(f"repeat {number}: independent reader", self._reader)
+        yield OURS, self.ours(number, None, self.asked.prompts) | {"disk": disk}
         held: set[int] = set()
         for peer, best in found.items():
             if best.why_not:
@@ -225,8 +223,8 @@ class Bench:
             batch = best.setting["batch"]
             count = self._whole_batches(self.asked.peer_prompts or self.asked.prompts, batch)
             report = self.run(peer, best.setting, best.factor, count, number)
-            if report.get("killed"):  # at the edge of the cap the same run may live or not, and in the sweep it did
-                report = self.run(peer, best.setting, best.factor, count, number, again=True)
+            if report.get("killed"):
+                report = self.run(peer, best.setting, best.factor, count, number, again=True) | {"again": True}
             yield peer, report
             if batch not in held:
                 held.add(batch)
@@ -248,29 +246,35 @@ class Bench:
         limit = None if peer == FREE else self.cap * factor
         what = f"{peer}, {described(setting, factor)}, {count} prompts"
         name = "sweep" if repeat is None else f"repeat {repeat}" + (", again" if again else "")
-        report = self.record.once(f"{name}: {what}", lambda: self._measured(words, peer, limit))
-        longer = prolonged(report, gen_len, self.asked.gen_len)
-        say(f"  {report.get('failed') or speeds(longer)}")
-        return longer
+
+        def work() -> Report:
+            report = self._measured(words, peer, limit)
+            say_speed(prolonged(report, gen_len, self.asked.gen_len))
+            return report
+
+        return prolonged(self.record.once(f"{name}: {what}", work), gen_len, self.asked.gen_len)
 
     def ours(self, repeat: int, batch: int | None, count: int) -> Report:
         """Compile and run Klotski, in the least cap in which it can; the machine is profiled once in a repeat."""
         factor = 1
         while True:
             what = f"repeat {repeat}: {held_to(batch)}, {count} prompts" + (f", cap x {factor}" if factor > 1 else "")
-            work = partial(self._ours, repeat, batch, count, factor)
-            report = self.record.once(what, work)
-            say(f"  {report.get('failed') or speeds(report)}")
+            report = self.record.once(what, partial(self._ours, repeat, batch, count, factor))
             if not report.get("killed") or factor * self.cap > CAP_SHARE * self.weights:
                 return report
             factor *= 2
 
     def _ours(self, repeat: int, batch: int | None, count: int, factor: int) -> Report:
-        asked, plan, out = self.asked, self.work / "plan.json", self.work / "out.jsonl"
+        report = self._compiled_and_run(repeat, batch, count, factor)
+        say_speed(report)
+        return report
+
+    def _compiled_and_run(self, repeat: int, batch: int | None, count: int, factor: int) -> Report:
+        asked, path, out = self.asked, self.work / "plan.json", self.work / "out.jsonl"
         sizes = ("--prompt-len", asked.prompt_len, "--gen-len", asked.gen_len, "--num-sequences", count)
         known = ("--routing", self._routing, "--memory", f"host={self.cap * factor}")
         held = ("--batch-size", batch, "--num-batches", 1) if batch else ()
-        words = (*command("klotski_compiler.cli.compile"), self.model, self._profiled(repeat), "-o", plan)
+        words = (*command("klotski_compiler.cli.compile"), self.model, self._profiled(repeat), "-o", path)
         compiled = cage.run([*words, *sizes, *known, *held])
         if compiled.code:
             why = compiled.stderr.strip().replace("\n", "; ")
@@ -278,15 +282,12 @@ class Bench:
         out.unlink(missing_ok=True)
         prompts = self._prompts(f"prompts-{count}", count, 0)
         files = ("--model", self.model, "--scratch", self._scratch, "--input", prompts, "--output", out)
-        report = self._measured([*command("klotski_runtime.cli.run"), plan, *files, "--json"], OURS, self.cap * factor)
+        report = self._measured([*command("klotski_runtime.cli.run"), path, *files, "--json"], OURS, self.cap * factor)
         if "failed" in report:
             return report
-        compiled_plan = load(plan)
-        decision = compiled_plan.decision
-        spec = read_model(str(self.model))
-        cost = Cost(
-            spec, read_hardware(str(self._profiled(repeat))), read_routing(self._routing, spec), compiled_plan.dtype
-        )
+        plan, spec = load(path), read_model(str(self.model))
+        hardware, routing = read_hardware(str(self._profiled(repeat))), read_routing(self._routing, spec)
+        least, decision = limit(plan, Cost(spec, hardware, routing, plan.dtype)), plan.decision
         order = ", rolling" if decision.rolling else ""
         rows = [json.loads(line)["response"]["body"] for line in out.read_text().splitlines()]
         return report | {
@@ -295,7 +296,7 @@ class Bench:
             "of_prompts": asked.prompts,
             "decode_pass_s": report["pass_us"].get("decode", {}).get("measured", 0) / 1e6,
             "shown": f"{decision.num_batches} x {decision.batch_size}{order}",
-            "limit": None if decision.rolling else limit(compiled_plan, cost)._asdict(),
+            "limit": least and least._asdict(),
             "factor": factor,
         }
 
@@ -461,9 +462,12 @@ class Record:
         return self.done[name]
 
 
-def speeds(report: Report) -> str:
-    """A run in a line of progress."""
-    return f"{end_to_end(report):.2f} tokens/s, {after_loading(report):.2f} after loading"
+def say_speed(report: Report) -> None:
+    """Progress: how a run went."""
+    speeds = (
+        "" if "failed" in report else f"{end_to_end(report):.2f} tokens/s, {after_loading(report):.2f} after loading"
+    )
+    say(f"  {report.get('failed', speeds)}")
 
 
 def bare(model: Path, folder: Path) -> Path:

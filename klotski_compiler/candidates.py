@@ -159,7 +159,7 @@ class Candidates:
         return min(LOAD_BYTES * (2 if self.is_large else 1), LOAD_SHARE * self.request.budgets[self.tier])
 
     def leads(self, experts: str, unit: int = 0) -> list[tuple[int, int]]:
-        """(expert slots, experts per load); 0: as many as a load aims at."""
+        """(expert slots, experts per load). unit: the latter, 0 for as many as a load aims at."""
         layer = next(layer for layer in self.request.spec.layers if layer.expert)
         assert layer.expert is not None
         unit = unit or max(1, min(layer.num_experts, round(self.load_bytes / layer.expert.nbytes)))

@@ -215,9 +215,9 @@ class Search(Fills):
         for name in names:
             if name in refusals and not refusals[name].shortfalls:  # for another reason than memory
                 continue
-            if not (bases := list(self.bases_of(name, [self.request.batch_size or 1]))):
+            if not (base := next(self.bases_of(name, [self.request.batch_size or 1]), None)):
                 continue
-            decision = self._stream_all(name, self.smallest_pieces(name, min(bases, key=lambda base: base.lead)))
+            decision = self._stream_all(name, self.smallest_pieces(name, base))
             lowered = lower(self.cost, name, decision, self.request.workload)
             if over := self.over(lowered):
                 refusals[name] = self._shortfall(over)

@@ -143,7 +143,7 @@ def router_bytes(cost: Cost, rows: int) -> int:
 
 def prefill_attention_bytes(cost: Cost, sequences: int, prompt_len: int) -> int:
     """Peak of one prefill attention call over ``sequences`` whole prompts: projections, mask and (where attention is not fused:
-    latent attention, attention sinks) scores."""
+    latent attention, attention sinks on a GPU) scores."""
     tokens, width = sequences * prompt_len, cost.compute_bytes
 
     def layer_bytes(layer: Layer) -> int:

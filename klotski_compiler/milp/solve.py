@@ -247,7 +247,7 @@ def _parameters(relax: bool) -> mathopt.SolveParameters:
         random_seed=SEED,
         relative_gap_tolerance=RELATIVE_GAP,
         node_limit=NODE_LIMIT,
-        heuristics=mathopt.Emphasis.LOW,
+        heuristics=mathopt.Emphasis.LOW,  # the models are small: more of them take longer than what they find is worth
     )
 
 
