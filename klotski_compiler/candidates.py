@@ -24,7 +24,9 @@ from klotski_compiler.workspace import decode_attention_bytes, prefill_attention
 FINER = 2 ** (1 / 3)  # sizes of a group that are tried, one over the next
 SMALL_SHARE = 0.03  # head and embedding stay resident where they take less than this of the budget
 ATTENTION_SHARE = 0.08  # of the budget for what one attention call allocates
-LOAD_SHARE = 0.03  # of the budget for what one load brings, at most
+# What one may allocate on a CPU: caches hold less, and for tensors over 32 MiB the C library takes each page anew.
+CACHED_BYTES = 96 << 20
+LOAD_SHARE = 0.05  # of the budget for what one load brings, at most
 LEAST_PAGE_BYTES = 1 << 20  # of the head
 ROWS_SHARE = 0.05  # of the budget for what a router allocates, above which fewer tokens per matmul are looked at
 EXPERT_ROWS = {"host": 512, "gpu": 8192}  # tokens per matmul: where its rate has long stopped growing
@@ -205,7 +207,8 @@ class Candidates:
             else self.head_pages(min(2 * LOAD_BYTES, LOAD_SHARE * budget)),
             prefill_groups=parts,
             attention_batch=largest(
-                batch_size, lambda a: prefill_attention_bytes(self.cost, a, workload.prompt_len) <= room
+                min(batch_size, self.most_attention),
+                lambda a: prefill_attention_bytes(self.cost, a, workload.prompt_len) <= room,
             ),
             decode_batch=largest(batch_size, lambda a: decode_attention_bytes(self.cost, a, context) <= room),
             expert_rows=min(rows, num_batches * batch_size * workload.prompt_len),
@@ -222,6 +225,15 @@ class Candidates:
         """The same with the smallest pieces to stream in, whatever the budget."""
         lead, unit = min(self.leads(policy(name).EXPERTS, unit=1))
         return base.model_copy(update={"lead": lead, "unit": unit, "head_pages": self.head_pages(), "embedding": False})
+
+    @cached_property
+    def most_attention(self) -> int:
+        """Prompts that an attention call should take at most."""
+        most, prompt_len = self.request.workload.num_sequences, self.request.workload.prompt_len
+        if self.tier == "gpu":
+            return most
+        power = 1 << (most - 1).bit_length()
+        return largest(power, lambda a: prefill_attention_bytes(self.cost, a, prompt_len) <= CACHED_BYTES)
 
     @cached_property
     def least_rows(self) -> int:

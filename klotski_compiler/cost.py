@@ -18,9 +18,10 @@ from klotski_compiler.routing import Routing
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 ROW_READERS = 16  # threads that gather embedding rows: single pages, each of which waits behind large reads
-# Of 16-bit matmuls through fp32: rows at a time, and of the weights values and columns of the product.
-WIDENED_ROWS, WIDENED_BLOCK, WIDENED_COLUMNS = 512, 1 << 19, 512
-WORKERS = 2  # threads of a CPU, with kernels of their own, that experts and blocks of widened matmuls are shared among
+# Of 16-bit matmuls through fp32: rows, columns of the product and terms of a sum at a time; between rows so many floats more.
+WIDENED_ROWS, WIDENED_COLUMNS, WIDENED_DEPTH, WIDENED_PADDING = 128, 256, 512, 16
+WIDENED_TILE = 4  # columns whose weights are widened at a time
+WORKERS = 2  # threads of a CPU, with kernels of their own, that experts and large matmuls are shared among
 # With 16-bit kernels of a CPU an expert computes more rows than the first number in multiples of the second.
 FEW_ROWS, ROW_STEP = 16, 32
 GATHERED_ROWS = 256  # embedding rows that are read from disk at a time
@@ -30,6 +31,15 @@ BIND_OPS = 20  # small ops that binding picks is worth: to sort a layer's tokens
 SPILL_OPS = 50  # small ops that moving one batch's KV to or from disk is worth
 PICKED_DIGITS = 9
 ALWAYS = 0.98  # an expert touched with a higher probability is loaded without waiting for the router (design 5.3)
+
+
+def widened_bytes(widest: int) -> int:
+    """What one thread needs to multiply through fp32 by weights of up to ``widest`` columns: widened rows and weights, sums, and a block
+    of a weight whose columns, not rows, lie in one piece."""
+    row = WIDENED_DEPTH + WIDENED_PADDING
+    blocks = -(-widest // WIDENED_DEPTH)
+    floats = (WIDENED_ROWS * blocks + WIDENED_TILE) * row + WIDENED_ROWS * WIDENED_COLUMNS
+    return 4 * floats + 2 * WIDENED_COLUMNS * WIDENED_DEPTH
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,7 @@ class Processor(_Fact):
     hidden_bytes_per_s: rate at which hidden states pass the elementwise work of such a block (norm, residual, copies),
     each element counted once. shared_speed: what is left of the speed while a link into the processor's tier is busy.
     widen_rows: from how many rows on a 16-bit matmul is faster through fp32 (0: never); ``matmul`` has the faster one's rates.
+    threads: of a CPU's kernels.
     """
 
     tier: str
@@ -74,6 +75,7 @@ class Processor(_Fact):
     expert_op_us: Microseconds
     shared_speed: Share = 1.0
     widen_rows: Annotated[int, Field(strict=True, ge=0)] = 0
+    threads: Annotated[int, Field(strict=True, ge=1)] = 1
 
 
 class Hardware(_Fact):

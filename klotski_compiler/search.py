@@ -287,7 +287,7 @@ class Search(Fills):
         while climbing:
             climbing = False
             for other in resized(best[1], size, self.least_rows, self.most_pages):
-                if (sizes := fitted_sizes(other)) in known:
+                if (sizes := fitted_sizes(other)) in known or other.attention_batch > self.most_attention:
                     continue
                 known.add(sizes)
                 with suppress(Infeasible):

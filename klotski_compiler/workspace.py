@@ -9,11 +9,9 @@ from klotski_compiler.cost import (
     FEW_ROWS,
     GATHERED_ROWS,
     ROW_STEP,
-    WIDENED_BLOCK,
-    WIDENED_COLUMNS,
-    WIDENED_ROWS,
     WORKERS,
     Cost,
+    widened_bytes,
 )
 from klotski_compiler.model import Layer, ModelSpec, Module
 from klotski_compiler.plan import Decision, Workload
@@ -69,8 +67,7 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
     if width == 2 and cost.hardware.compute_tier == "host" and cost.processor.widen_rows:
         narrow = min(rows, cost.processor.widen_rows)
         widest = max(hidden, inner, shared, dense, *(layer.attention_flops // 4 for layer in cost.layers))
-        block = min(WIDENED_ROWS, decision.expert_rows) * (widest + WIDENED_COLUMNS) + max(WIDENED_BLOCK, widest)
-        kept["widened matmuls"] = 4 * WORKERS * block
+        kept["widened matmuls"] = max(WORKERS, cost.processor.threads) * widened_bytes(widest)
     if converted:
         kept["converted weights"] = width * _bound_params(spec, decision)
     experts = sum(count * layer.num_experts for layer, count in cost.layers.items())

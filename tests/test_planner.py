@@ -376,7 +376,7 @@ def test_what_passes_through_a_small_memory_is_small(monkeypatch: pytest.MonkeyP
         return base.unit, base.head_pages, search.least_rows
 
     assert sizes(RICH) == (SPEC.layers[1].num_experts, 1, 512)
-    assert sizes(64 << 20) == (3, 1, 256)
+    assert sizes(64 << 20) == (4, 1, 256)
     assert sizes(16 << 20) == (1, 1, 128)
 
 

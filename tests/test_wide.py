@@ -3,37 +3,110 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from klotski_compiler.cost import WIDENED_BLOCK, WIDENED_COLUMNS, WIDENED_ROWS
-from klotski_runtime.skeleton import Skeleton, import_model
+from klotski_compiler.cost import WIDENED_COLUMNS, WIDENED_DEPTH, WIDENED_ROWS
+from klotski_compiler.errors import ConfigError
+from klotski_runtime import wide
+from klotski_runtime.checkpoint import ModuleKey
+from klotski_runtime.native import SOURCE, compile_library
+from klotski_runtime.skeleton import Routed, Skeleton, import_model
 from klotski_runtime.wide import Widener
-from tiny import make_checkpoint
+from klotski_runtime.workers import WORTH_SHARING, Workers
+from tiny import FAMILIES, make_checkpoint
 
 NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
+def operands(rows: int, width: int, columns: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Rows, a weight and a bias."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(s, generator=generator).to(dtype) for s in ((rows, width), (columns, width), (columns,))]
+
+
+def product(widener: Widener, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    out = torch.full((len(x), len(weight)), torch.nan, dtype=x.dtype)
+    widener.mm(x, (weight, out), bias=bias)
+    return out
+
+
+def sideways(weight: torch.Tensor) -> torch.Tensor:
+    """The same, stored as some families do."""
+    return weight.t().contiguous().t()
+
+
 @NARROW
+@pytest.mark.parametrize("lanes", [4, 8, 16])
 @pytest.mark.parametrize(
     ("rows", "width", "columns"),
-    [(1, 8, 3), (5, 96, WIDENED_COLUMNS + 7), (WIDENED_ROWS + 3, 64, 40), (2, WIDENED_BLOCK + 8, 3)],
+    [(1, 8, 3), (2, 5, 1), (5, 96, WIDENED_COLUMNS + 7), (WIDENED_ROWS + 3, 67, 40), (10, 2 * WIDENED_DEPTH + 8, 18)],
 )
-def test_a_product_is_fp32s_rounded_once(rows: int, width: int, columns: int, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(1)
-    x, weight, bias = (
-        torch.randn(shape, generator=generator).to(dtype) for shape in ((rows, width), (columns, width), (columns,))
-    )
-    widener, out = Widener(1, width), torch.full((rows, columns), torch.nan, dtype=dtype)
-    widener.mm(x, (weight, out), bias=bias)
-    exact = x.double() @ weight.double().t() + bias.double()
-    error = (out.double() - exact).abs() / exact.abs().clamp(min=width**0.5 / 8)
-    assert error.max() <= torch.finfo(dtype).eps  # half of one by rounding
-    transposed = weight.t().contiguous().t()  # as some families store theirs
-    again = torch.empty_like(out)
-    widener.mm(x, (transposed, again), bias=bias)
-    assert torch.equal(again, out)
+def test_a_product_is_fp32s_rounded_once(
+    rows: int, width: int, columns: int, lanes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With vectors of any processor: compilers make them of what this one has."""
+    library = compile_library(SOURCE, f"-DLANES={lanes}", "-DIN_REGISTER(v)=")
+    monkeypatch.setattr(wide, "matmul_library", lambda: library)
+    x, weight, bias = operands(rows, width, columns, dtype)
+    widener, exact = Widener(1, width), x.double() @ weight.double().t()
+    for biased in (None, bias):
+        want = exact if biased is None else exact + bias.double()
+        error = (product(widener, x, weight, biased).double() - want).abs() / want.abs().clamp(min=width**0.5 / 8)
+        assert error.max() <= torch.finfo(dtype).eps  # half of one by rounding
+        assert torch.equal(product(widener, x, sideways(weight), biased), product(widener, x, weight, biased))
+
+
+@NARROW
+def test_a_rows_product_depends_on_nothing_else(dtype: torch.dtype) -> None:
+    """Not on rows beside it, nor on whose task it is, nor on how many threads share columns: to the bit."""
+    x, weight, bias = operands(WIDENED_ROWS + 5, 2 * WIDENED_DEPTH + 24, 777, dtype)
+    assert 2 * x.numel() * len(weight) > WORTH_SHARING
+    want = product(Widener(1, x.shape[1]), x, weight, bias)
+    for threads in (2, 5):
+        workers = Workers(threads)
+        widener = Widener(1, x.shape[1], workers)
+        own = torch.empty_like(want)
+        workers.run([lambda worker: widener.mm(x, (weight, own), bias=bias, worker=worker)] * 2)  # noqa: B023
+        assert torch.equal(own, want)
+        assert torch.equal(product(widener, x, weight, bias), want)
+        for rows in (slice(0, 1), slice(3, 7), slice(1, WIDENED_ROWS + 2)):
+            assert torch.equal(product(widener, x[rows], weight, bias), want[rows])
+        workers.close()
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    x, weight = torch.eye(4, 8).bfloat16(), torch.zeros(4, 8).bfloat16()
+    weight[:, 1], weight[:, 2], weight[:, 3] = torch.nan, torch.inf, 3e38
+    x[3, 3] = 4
+    found = product(Widener(1, 8), x, torch.where(torch.eye(4, 8).bool(), weight, 0))
+    assert found[0, 0] == 0 and found[1, 1].isnan() and found[2, 2].isinf() and found[3, 3].isinf()
+
+
+def test_other_shapes_and_types_are_refused() -> None:
+    x, weight, _ = operands(4, 8, 4, torch.bfloat16)
+    widener = Widener(1, 8)
+    with pytest.raises(ValueError, match="float16"):
+        product(widener, x, weight.half())
+    with pytest.raises(ValueError, match="in one piece"):
+        product(widener, sideways(x), weight)
+
+
+def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(ConfigError, match=r"no-such-compiler.*install gcc"):
+        compile_library(SOURCE)
+    assert list((tmp_path / "klotski").iterdir()) == []
+    monkeypatch.delenv("CC")
+    compile_library(SOURCE)
+    [kept] = (tmp_path / "klotski").iterdir()
+    written = kept.stat().st_mtime_ns
+    compile_library(SOURCE)
+    assert kept.stat().st_mtime_ns == written, "it is compiled once"
 
 
 def test_it_takes_what_is_worth_it() -> None:
@@ -57,3 +130,37 @@ def test_linear_modules_go_through_it(dtype: torch.dtype, tmp_path: Path) -> Non
     assert wide.dtype == dtype and wide.shape == want.shape
     torch.testing.assert_close(wide.float(), want, rtol=2e-2, atol=2e-2)
     assert torch.equal(narrow, torch.nn.functional.linear(x[:1], module.weight, module.bias))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_goes_through_it_as_it_is(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norm, router and shared experts of each family's last layer in bf16, beside the same in fp32."""
+    folder = make_checkpoint(family, tmp_path)
+    state = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
+    seen: list[int] = []
+    own = Widener.mm
+
+    def mm(self: Widener, rows: torch.Tensor, *products: tuple[torch.Tensor, torch.Tensor], **how: Any) -> None:
+        seen.append(len(rows))
+        own(self, rows, *products, **how)
+
+    monkeypatch.setattr(Widener, "mm", mm)
+
+    def block(dtype: torch.dtype, widen_rows: int) -> Routed:
+        skeleton = Skeleton(import_model(folder), dtype, widen_rows=widen_rows)
+        last = skeleton.layers - 1
+        prefix = f"model.layers.{last}."
+        part = {name: tensor for name, tensor in state.items() if name.startswith(prefix) and ".experts." not in name}
+        skeleton.bind(ModuleKey("router", last), part)
+        with torch.inference_mode():
+            return skeleton.moe_block(last, x.to(dtype))
+
+    narrow, exact = block(torch.bfloat16, 1), block(torch.float32, 0)
+    routers_in_fp32 = {"deepseek_v2", "deepseek_v3", "glm4_moe"}
+    shared = 3 * (family in routers_in_fp32) + 4 * (family == "qwen2_moe")  # gate, up, down and its own gate
+    assert len(seen) == (family not in routers_in_fp32) + shared
+    torch.testing.assert_close(narrow.base.float(), exact.base, rtol=0.05, atol=0.05)
+    same = narrow.indices.sort(dim=1).values == exact.indices.sort(dim=1).values
+    assert same.float().mean() > 0.9
+    torch.testing.assert_close(narrow.weights.float().sum(1), exact.weights.sum(1), rtol=0.05, atol=0.05)

@@ -8,9 +8,8 @@ import time
 import pytest
 import torch
 
-from klotski_compiler.cost import WIDENED_ROWS, WORKERS
-from klotski_runtime.wide import Widener
-from klotski_runtime.workers import WORTH_SHARING, Workers
+from klotski_compiler.cost import WORKERS
+from klotski_runtime.workers import Workers
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -44,18 +43,4 @@ def test_a_failure_ends_the_tasks_and_is_raised() -> None:
         workers.run([fail, *[done.append] * 50])
     workers.run([done.append, done.append])
     assert len(done) >= 2
-    workers.close()
-
-
-def test_a_product_does_not_depend_on_who_computes_it() -> None:
-    workers = Workers(2)
-    x, weight = torch.randn(WIDENED_ROWS + 3, 400).bfloat16(), torch.randn(777, 400).bfloat16()
-    assert 2 * WIDENED_ROWS * weight.numel() > WORTH_SHARING
-    shared, own, alone = (torch.zeros(len(x), len(weight), dtype=torch.bfloat16) for _ in range(3))
-    widener = Widener(1, 400, workers)
-    widener.mm(x, (weight, shared))
-    workers.run([lambda worker: widener.mm(x, (weight, own), worker=worker)] * 2)
-    Widener(1, 400).mm(x, (weight, alone))
-    torch.testing.assert_close(shared, alone)
-    torch.testing.assert_close(own, alone)
     workers.close()

@@ -1,10 +1,14 @@
-"""Which tokens go to which expert."""
+"""Which tokens go to which expert, and which worker takes them there."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+FIXED_ROWS = 10
+"""An expert's weights take as long to read as so many rows to multiply."""
 
 
 @dataclass(slots=True)
@@ -49,3 +53,28 @@ class Assignment:
     def counts(self) -> list[int]:
         """Tokens of each expert."""
         return [end - begin for begin, end in zip(self.starts, self.starts[1:], strict=False)]
+
+
+def shares(runs: Sequence[slice], count: int) -> list[list[tuple[int, slice]]]:
+    """The rows of experts, ``runs``, in ``count`` shares that take equally long: (number of the run, rows of it). A run that lies across
+    the border of two is cut, unless that costs more than it gains."""
+    found: list[list[tuple[int, slice]]] = [[]]
+    limit, filled = sum(FIXED_ROWS + run.stop - run.start for run in runs if run.stop > run.start) / count, 0
+    for number, run in enumerate(runs):
+        while run.stop > run.start:
+            cost, room = FIXED_ROWS + run.stop - run.start, limit * len(found) - filled
+            fitting = int(room) - FIXED_ROWS
+            cut = cost - room > FIXED_ROWS and fitting > FIXED_ROWS
+            if len(found) == count or cost <= room or (not cut and 2 * room >= cost):
+                part = run
+            elif cut:
+                part = slice(run.start, run.start + fitting)
+            else:
+                found.append([])
+                continue
+            found[-1].append((number, part))
+            filled += FIXED_ROWS + part.stop - part.start
+            run = slice(part.stop, run.stop)
+            if part.stop < run.stop:
+                found.append([])
+    return found

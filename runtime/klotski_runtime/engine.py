@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from klotski_compiler.cost import GATHERED_ROWS, ROW_READERS, WIDENED_ROWS
+from klotski_compiler.cost import GATHERED_ROWS, ROW_READERS
 from klotski_compiler.errors import ConfigError, ExecError, KlotskiError, PlanError, window
 from klotski_compiler.execute import execute
 from klotski_compiler.model import gate_bytes, spec_from_config
@@ -81,8 +81,7 @@ class Engine:
         self.threads = threads or cpu_threads(device)
         kernel_threads(1)
         self.workers = Workers(self.threads)
-        rows = min(WIDENED_ROWS, plan.decision.expert_rows)
-        self.skeleton = Skeleton(config, DTYPES[plan.dtype], device, plan.widen_rows, self.workers, rows)
+        self.skeleton = Skeleton(config, DTYPES[plan.dtype], device, plan.widen_rows, self.workers)
         self.checkpoint = Checkpoint.open(folder, self.skeleton.model)
         self._check_model()
         self.reader = DiskReader()

@@ -19,7 +19,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from klotski_compiler.errors import ExecError
-from klotski_runtime.assignment import Assignment, Routing
+from klotski_runtime.assignment import Assignment, Routing, shares
 from klotski_runtime.batch import Batch, Frame
 from klotski_runtime.checkpoint import EMBEDDING
 from klotski_runtime.experts import ExpertKernel, Parts, Runs, is_common, runs
@@ -347,20 +347,17 @@ class Group:
             with self._adding:
                 into.index_add_(0, rows, out)
 
-        pieces = [
-            (stored, piece)
-            for expert, stored in experts
-            for piece in _split(slice(assignment.starts[expert], assignment.starts[expert + 1]), most)
-        ]
-        alone, count = pieces, sum(piece.stop - piece.start for _, piece in pieces)
+        def add_share(share: Sequence[tuple[int, slice]], worker: int | None) -> None:
+            for number, rows in share:
+                for piece in _split(rows, most):
+                    add(experts[number][1], piece, worker)
+
+        runs = [slice(assignment.starts[expert], assignment.starts[expert + 1]) for expert, _ in experts]
+        count = sum(run.stop - run.start for run in runs)
         if len(kernels) > 1 and count * kernels[0].flops_per_row >= WORTH_SHARING:
-            # The largest first, so that all workers end together; what is left over they share.
-            pieces.sort(key=lambda one: one[1].start - one[1].stop)
-            side_by_side = len(pieces) - len(pieces) % len(kernels)
-            self._skeleton.workers.run([partial(add, *one) for one in pieces[:side_by_side]])
-            alone = pieces[side_by_side:]
-        for stored, piece in alone:
-            add(stored, piece, None)
+            self._skeleton.workers.run([partial(add_share, share) for share in shares(runs, len(kernels))])
+        else:
+            add_share(list(enumerate(runs)), None)
 
     def _add_together(
         self,

@@ -31,6 +31,7 @@ from klotski_compiler.hardware import Hardware, Link, Processor, Tier
 from klotski_runtime.attention import grouped_attention
 from klotski_runtime.checkpoint import PAGE
 from klotski_runtime.device import context_bytes, cpu_threads, gpu_of, use
+from klotski_runtime.native import can_compile
 from klotski_runtime.profile_block import SMALL, Block
 from klotski_runtime.profile_disk import MIB, Found, Turns, fill, rounded, scratch_file
 from klotski_runtime.wide import Widener
@@ -69,7 +70,6 @@ class Sizes:
     short_prompts: int
 
 
-LEAST_WIDENED = 16  # tokens: for fewer, to widen the weights takes longer than to use them
 WORTH_WIDENING = 0.9  # of the time of a 16-bit matmul that one through fp32 may take
 CACHE_BYTES = 64 * MIB  # more than caches hold
 SHORT_PROMPT = 32  # tokens: of prompts whose attention is mostly elementwise work
@@ -343,10 +343,12 @@ def _processor_round(device: torch.device, sizes: Sizes, step: Callable[[str], N
         points, read, widen_rows = _matmul(device, dtype, sizes)
         fastest_read = max(fastest_read, read)
         if device.type == "cpu" and dtype == "bf16":
+            why = "nowhere" if can_compile() else "without a C compiler, which it takes"
             found["widen_rows"] = (
                 widen_rows,
-                "from where on those matmuls, faster through fp32, are in the table so; 0: nowhere",
+                f"from where on those matmuls, faster through fp32, are in the table so; 0: {why}",
             )
+            found["threads"] = torch.get_num_threads(), "PyTorch's"
         how = f"experts side by side (each three F.linear, hidden {sizes.hidden}, intermediate {sizes.inter}), weights not in cache"
         found[f"matmul.{dtype}"] = points, how
     found["memory_bytes_per_s"] = rounded(fastest_read), "fastest read of an expert's weights in those matmuls"
@@ -394,14 +396,14 @@ def _matmul(device: torch.device, dtype: str, sizes: Sizes) -> tuple[tuple[tuple
         return _seconds(lambda: workers.run([task] * workers.count), device, sizes) / workers.count
 
     fixed = each(lambda worker: _expert(*small)) if on_cpu else 0.0
-    may_widen = on_cpu and torch_dtype.itemsize == 2
+    may_widen = on_cpu and torch_dtype.itemsize == 2 and can_compile()
     widener = Widener(int(may_widen), max(sizes.hidden, sizes.inter), workers)
     widths = sizes.inter, sizes.inter, sizes.hidden
     points, fastest, widen_rows = [], 0.0, 0
     for tokens in sizes.tokens:
         rows = torch.randn(tokens, sizes.hidden, device=device, dtype=torch_dtype)
         seconds = each(lambda worker, rows=rows: _expert(rows, *next(turn)))  # type: ignore[misc]
-        if may_widen and tokens >= LEAST_WIDENED:
+        if may_widen:
             outs = [[torch.empty(tokens, n, dtype=torch_dtype) for n in widths] for _ in range(workers.count)]
             wide = each(lambda worker, rows=rows, outs=outs: _widened(widener, worker, rows, outs[worker], *next(turn)))  # type: ignore[misc]
             widen_rows = (widen_rows or tokens) if wide < WORTH_WIDENING * seconds else 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -17,12 +17,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from klotski_compiler.cost import WIDENED_ROWS
 from klotski_compiler.errors import ConfigError
 from klotski_runtime.attention import GROUPED, SINKS
 from klotski_runtime.checkpoint import EMBEDDING, ModuleKey, read_config
@@ -95,6 +95,19 @@ class _KvProbe(Cache):
         return key_states, value_states
 
 
+class _LinearCalls(TorchFunctionMode):
+    """Where it is entered, ``instead`` is called for ``functional.linear``."""
+
+    def __init__(self, instead: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self._instead = instead
+
+    def __torch_function__(
+        self, function: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return (self._instead if function is functional.linear else function)(*args, **(kwargs or {}))
+
+
 class Skeleton:
     """The model that ``config`` describes, for kernels on ``device`` in ``compute_dtype``; holds no weights but those that are bound.
 
@@ -108,12 +121,10 @@ class Skeleton:
         device: torch.device = HOST,
         widen_rows: int = 0,
         workers: Workers | None = None,
-        rows_at_once: int = WIDENED_ROWS,
     ) -> None:
-        """widen_rows: of 16-bit matmuls on the CPU, see ``plan.Plan``; rows_at_once: so many of them at a time. workers: of the CPU
-        (None: only who calls).
+        """widen_rows: of 16-bit matmuls on the CPU, see ``plan.Plan``. workers: of the CPU (None: only who calls).
 
-        Raises ConfigError where the model or the type is unknown."""
+        Raises ConfigError where the model or the type is unknown, or where ``widen_rows`` asks for a C compiler that is not there."""
         if compute_dtype not in WIDE:
             raise ConfigError(
                 "", "dtype", f"{compute_dtype} is not a compute dtype; use one of {', '.join(map(str, WIDE))}"
@@ -144,14 +155,17 @@ class Skeleton:
         self._addresses: dict[ModuleKey, tuple[int, ...]] = {}
         self.layers = len(self._layers)
         self.hidden = int(config.hidden_size)
-        self._widen_rows, self._rows_at_once, self.workers = widen_rows, rows_at_once, workers or Workers(1)
-        linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
+        self._widen_rows, self.workers = widen_rows, workers or Workers(1)
+        linear = [module for module in self.model.modules() if type(module).forward is nn.Linear.forward]
         self._widest = max(
             self.hidden, *(module.in_features for module in linear), *map(self.inner, range(self.layers))
         )
         self.widener = self.make_widener()
-        for module in linear if widen_rows and device == HOST else ():
-            module.__dict__["forward"] = partial(self._linear, module)
+        if widen_rows and device == HOST:
+            for module in linear:
+                module.__dict__["forward"] = partial(self._linear_module, module)
+            for layer in range(self.layers):
+                self._wrap_router(layer)
 
     # ------------------------------------------------------------------------------------------ weights
 
@@ -193,15 +207,33 @@ class Skeleton:
 
     def make_widener(self) -> Widener:
         """What multiplies by this model's weights through fp32, where it may."""
-        return Widener(self._widen_rows, self._widest, self.workers, self._rows_at_once)
+        return Widener(self._widen_rows, self._widest, self.workers)
 
-    def _linear(self, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    def _linear_module(self, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        return self._linear(x, module.weight, module.bias)
+
+    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``functional.linear``, through fp32 where that is faster."""
         rows = x.reshape(-1, x.shape[-1])
         if not self.widener.takes(rows):
-            return functional.linear(x, module.weight, module.bias)
-        out = x.new_empty(*x.shape[:-1], module.out_features)
-        self.widener.mm(rows, (module.weight, out.view(len(rows), -1)), bias=module.bias)
+            return functional.linear(x, weight, bias)
+        out = x.new_empty(*x.shape[:-1], len(weight))
+        self.widener.mm(rows, (weight, out.view(len(rows), -1)), bias=bias)
         return out
+
+    def _wrap_router(self, layer: int) -> None:
+        """Let a layer's router, a module of each family's own, call ``_linear``."""
+        mlp = self._layers[layer].mlp
+        router: Any = getattr(mlp, "gate", None) or getattr(mlp, "router", None)
+        if self.experts(layer) is None or type(router).forward is nn.Linear.forward:
+            return
+        forward, calls = router.forward, _LinearCalls(self._linear)
+
+        def within(*args: Any, **kwargs: Any) -> Any:
+            with calls:
+                return forward(*args, **kwargs)
+
+        router.__dict__["forward"] = within
 
     # ------------------------------------------------------------------------------------------ structure
 

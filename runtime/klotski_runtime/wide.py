@@ -1,44 +1,48 @@
-"""16-bit matmuls on a processor without instructions for them: through fp32, block by block, where that is faster.
+"""16-bit matmuls on a processor without instructions for them: through fp32, by the package's own kernel (``matmul.c``), where that is
+faster than PyTorch's.
 
-A product is rounded once, as by a 16-bit kernel that adds in fp32.
+A product is rounded once, as by a 16-bit kernel that adds in fp32. What a row's product is depends on that row alone, not on how many
+others there are, nor on who computes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
-from klotski_compiler.cost import WIDENED_BLOCK, WIDENED_COLUMNS, WIDENED_ROWS
+from klotski_compiler.cost import widened_bytes
+from klotski_runtime.native import matmul_library
 from klotski_runtime.workers import WORTH_SHARING, Workers
 
 NARROW = (torch.bfloat16, torch.float16)
-
 
 Products = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """Pairs of a weight [n, k] and where its product with rows goes [m, n]."""
 
 
-class _Buffers:
-    """What one worker needs: widened rows, a block of widened weights, their product."""
+class _Team:
+    """Threads that one worker shares a product's columns among, and what each of them needs."""
 
-    def __init__(self, widest: int, rows: int) -> None:
-        self.rows = torch.empty(rows * widest)
-        self.weight = torch.empty(max(WIDENED_BLOCK, widest))
-        self.out = torch.empty(rows * WIDENED_COLUMNS)
+    def __init__(self, workers: Workers, widest: int) -> None:
+        self.workers = workers
+        self.scratch = [torch.empty(widened_bytes(widest) // 4) for _ in range(workers.count)]
 
 
 class Widener:
-    """Multiplies by weights: where that is faster by 16-bit ones in buffers that are reused. A block of weights is widened, used while
-    caches hold it, and overwritten. ``workers`` share a matmul's columns, or multiply each on its own."""
+    """Multiplies by weights: where that is faster, by 16-bit ones through fp32. ``workers`` share a matmul's columns, or multiply each on
+    its own."""
 
-    def __init__(
-        self, least_rows: int, widest: int, workers: Workers | None = None, rows_at_once: int = WIDENED_ROWS
-    ) -> None:
-        """least_rows: from how many rows on it is faster than 16-bit kernels (0: never). widest: most columns of a weight."""
-        self._least_rows, self._workers, self._at_once = least_rows, workers or Workers(1), rows_at_once
-        self._buffers = [_Buffers(widest, rows_at_once) for _ in range(self._workers.count if least_rows else 0)]
+    def __init__(self, least_rows: int, widest: int, workers: Workers | None = None) -> None:
+        """least_rows: from how many rows on it is faster than PyTorch's kernels (0: never). widest: most columns of a weight.
+
+        Raises ConfigError where it is to multiply so and the kernel cannot be compiled."""
+        self._least_rows, self._workers = least_rows, workers or Workers(1)
+        if least_rows:
+            library = matmul_library()
+            self._matmul = {torch.bfloat16: library.matmul_bf16, torch.float16: library.matmul_fp16}
+            self._teams = [_Team(team, widest) for team in self._workers.teams()]
 
     def takes(self, x: torch.Tensor) -> bool:
         """Whether rows ``x`` [m, k] had better be multiplied through fp32."""
@@ -51,48 +55,59 @@ class Widener:
         bias: torch.Tensor | None = None,
         worker: int | None = None,
     ) -> None:
-        """``out`` [m, n] <- ``x`` [m, k] times the transpose of ``weight`` [n, k], plus ``bias`` [n], for every (weight, out): through
-        fp32, for which the rows are widened once, or as they are. worker: whose task this is part of (None: of none)."""
-        if self.takes(x):
-            self._widened(x, products, bias, worker)
+        """``out`` [m, n] <- ``x`` [m, k] times the transpose of ``weight`` [n, k], plus ``bias`` [n], for every (weight, out). All of one
+        type, with rows of x and out in one piece. worker: whose task this is part of (None: of none)."""
+        if not self.takes(x):
+            for weight, out in products:
+                torch.mm(x, weight.t(), out=out)
+                if bias is not None:
+                    out += bias
             return
-        for weight, out in products:
-            torch.mm(x, weight.t(), out=out)
-            if bias is not None:
-                out += bias
+        part = partial(self._part, x, products, bias)
+        large = 2 * x.numel() * sum(len(weight) for weight, _ in products) >= WORTH_SHARING
+        if large and worker is None:
+            _shared(self._workers, partial(self._by_team, part))
+        elif large:
+            self._by_team(part, 0, 1, worker or 0)
+        else:
+            part(0, 1, self._teams[worker or 0].scratch[0])
 
-    def _widened(self, x: torch.Tensor, products: Products, bias: torch.Tensor | None, worker: int | None) -> None:
-        own = self._buffers[worker or 0]
-        for first in range(0, len(x), self._at_once):
-            rows = slice(first, min(first + self._at_once, len(x)))
-            wide = own.rows[: x[rows].numel()].view(x[rows].shape).copy_(x[rows])
-            flops = 2 * wide.numel() * sum(len(weight) for weight, _ in products)
-            if worker is None and flops >= WORTH_SHARING:
-                parts = self._workers.count
-                self._workers.run([partial(self._part, wide, rows, products, bias, n, parts) for n in range(parts)])
-            else:
-                self._part(wide, rows, products, bias, 0, 1, worker or 0)
+    def _by_team(self, part: Callable[[int, int, torch.Tensor], None], number: int, parts: int, worker: int) -> None:
+        """One of so many parts, in which every thread of a worker's team has its own."""
+        team = self._teams[worker]
+        count = team.workers.count
+        _shared(team.workers, lambda n, _, thread: part(number * count + n, parts * count, team.scratch[thread]))
 
     def _part(
         self,
-        wide: torch.Tensor,
-        rows: slice,
+        x: torch.Tensor,
         products: Products,
         bias: torch.Tensor | None,
         number: int,
         parts: int,
-        worker: int,
+        scratch: torch.Tensor,
     ) -> None:
         """One of so many parts of the columns of every product."""
-        own, step = self._buffers[worker], max(1, min(WIDENED_BLOCK // wide.shape[1], WIDENED_COLUMNS))
         for weight, out in products:
-            end = len(weight) * (number + 1) // parts
-            for begin in range(len(weight) * number // parts, end, step):
-                columns = slice(begin, min(begin + step, end))
-                narrow = weight[columns]
-                block = own.weight[: narrow.numel()].view(narrow.shape).copy_(narrow)
-                product = own.out[: len(wide) * len(block)].view(len(wide), -1)
-                torch.mm(wide, block.t(), out=product)
-                if bias is not None:
-                    product += bias[columns]
-                out[rows, columns].copy_(product)
+            columns = slice(len(weight) * number // parts, len(weight) * (number + 1) // parts)
+            own, to = weight[columns], out[:, columns]
+            if {own.dtype, to.dtype} != {x.dtype} or x.stride(1) != 1 or to.stride(1) != 1:
+                raise ValueError(f"rows in one piece and one type, not {x.dtype}, {own.dtype}, {to.dtype}")
+            self._matmul[x.dtype](
+                x.data_ptr(),
+                x.stride(0),
+                own.data_ptr(),
+                *own.stride(),
+                None if bias is None else bias[columns].data_ptr(),
+                to.data_ptr(),
+                to.stride(0),
+                len(x),
+                *own.shape,
+                scratch.data_ptr(),
+            )
+
+
+def _shared(workers: Workers, part: Callable[[int, int, int], object]) -> None:
+    """Call ``part`` with a number, how many there are, and who calls it: one part for each of them."""
+    count = workers.count
+    workers.run([partial(part, number, count) for number in range(count)])

@@ -35,10 +35,12 @@ class Workers:
     """The thread that calls ``run``, always the same one, and others beside it. A kernel has ``threads`` threads, or its share of them
     in a task."""
 
-    def __init__(self, threads: int) -> None:
-        self.count, self._threads = min(WORKERS, threads), threads
+    def __init__(self, threads: int, count: int = WORKERS) -> None:
+        """count: so many workers, if there are as many threads."""
+        self.count, self._threads = min(count, threads), threads
         self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._others: list[threading.Thread] = []
+        self._teams: list[Workers] = []
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Do all of them, in this order where there is one worker. Raises what the first failure raised."""
@@ -78,8 +80,16 @@ class Workers:
         if failures:
             raise failures[0]
 
+    def teams(self) -> list[Workers]:
+        """For each of these, whom it shares work with that is worth it: as many as it has threads, whose kernels have one each."""
+        threads = self._threads // self.count
+        self._teams = self._teams or [Workers(threads, threads) for _ in range(self.count)]
+        return self._teams
+
     def close(self) -> None:
         """Let the threads end."""
+        for team in self._teams:
+            team.close()
         for _ in self._others:
             self._tasks.put(None)
         self._others.clear()

@@ -177,6 +177,7 @@ _UNITS = {
     "_us": (1, "us"),
     "shared_speed": (0.01, "%"),
     "_rows": (1, "rows"),
+    "threads": (1, ""),
 }
 
 

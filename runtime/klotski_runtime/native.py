@@ -1,0 +1,96 @@
+"""The package's C code, compiled for the processor that is there when it is first needed, and kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from klotski_compiler.cost import WIDENED_COLUMNS, WIDENED_DEPTH, WIDENED_PADDING, WIDENED_ROWS
+from klotski_compiler.errors import ConfigError
+
+SOURCE = Path(__file__).with_name("matmul.c")
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
+POINTER, LONG = ctypes.c_void_p, ctypes.c_long
+MATMUL = (POINTER, LONG, POINTER, LONG, LONG, POINTER, POINTER, LONG, LONG, LONG, LONG, POINTER)
+
+
+@cache
+def matmul_library() -> ctypes.CDLL:
+    """``matmul.c``, whose functions let go of Python's lock while they run.
+
+    Raises ConfigError where it cannot be compiled.
+    """
+    return compile_library(SOURCE)
+
+
+def can_compile() -> bool:
+    """Whether the package's C code is there for this processor."""
+    try:
+        return bool(matmul_library())
+    except ConfigError:
+        return False
+
+
+def compile_library(source: Path, *flags: str) -> ctypes.CDLL:
+    """The compiled ``source``, from the cache if it is there. flags: beside those that it always gets.
+
+    Raises ConfigError where no C compiler is found, or it fails.
+    """
+    compiler = os.environ.get("CC") or "cc"
+    sizes = {
+        "BLOCK_ROWS": WIDENED_ROWS,
+        "BLOCK_COLUMNS": WIDENED_COLUMNS,
+        "BLOCK_DEPTH": WIDENED_DEPTH,
+        "PADDING": WIDENED_PADDING,
+    }
+    command = [compiler, *FLAGS, *(f"-D{name}={value}" for name, value in sizes.items()), *flags]
+    built = _folder() / f"{source.stem}-{_digest(source, command)}.so"
+    if not built.exists():
+        _compile([*command, str(source)], built)
+    library = ctypes.CDLL(str(built))
+    for name in ("matmul_bf16", "matmul_fp16"):
+        function = getattr(library, name)
+        function.argtypes, function.restype = MATMUL, None
+    return library
+
+
+def _digest(source: Path, command: list[str]) -> str:
+    """Of all that decides what is compiled: a home folder may be shared by machines whose processors differ."""
+    told = Path("/proc/cpuinfo").read_text().splitlines()
+    features = sorted({line for line in told if line.startswith(("flags", "Features", "model name"))})
+    parts = [source.read_text(), *command, platform.machine(), *features]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _folder() -> Path:
+    """Where compiled code is kept; a temporary folder where the user's cannot be written."""
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "klotski"
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+        if os.access(kept, os.W_OK):
+            return kept
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="klotski-"))
+
+
+def _compile(command: list[str], built: Path) -> None:
+    # Processes that start together compile each for itself, and the last one's file stays.
+    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+        fresh = Path(folder) / built.name
+        try:
+            subprocess.run([*command, "-o", str(fresh)], check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = getattr(error, "stderr", None) or str(error)
+            raise ConfigError(
+                "machine",
+                "C compiler",
+                f"{command[0]} does not compile {built.stem.split('-')[0]}.c; install gcc: {said}",
+            ) from error
+        fresh.replace(built)
