@@ -139,16 +139,16 @@ def router_bytes(cost: Cost, rows: int) -> int:
 
 
 def prefill_attention_bytes(cost: Cost, sequences: int, prompt_len: int) -> int:
-    """Peak of one prefill attention call over ``sequences`` whole prompts: projections, mask and (where attention is not fused:
-    latent attention, attention sinks on a GPU) scores."""
+    """Peak of one prefill attention call over ``sequences`` whole prompts: projections, mask and (in latent attention, which is not
+    fused) scores."""
     tokens, width = sequences * prompt_len, cost.compute_bytes
 
     def layer_bytes(layer: Layer) -> int:
         widest = max(cost.spec.hidden_size, layer.attention_flops // 4)
         if layer.expand_elements:
             return 12 * layer.heads * tokens * prompt_len + 13 * tokens * widest * width
-        scores = 16 * layer.heads if _eager(cost) else 7 * width // 2
-        return scores * tokens * prompt_len + 10 * tokens * widest * width
+        copies = 14 if _pads(cost) else 10  # of query, key, value
+        return 7 * width // 2 * tokens * prompt_len + copies * tokens * widest * width
 
     return max(layer_bytes(layer) for layer in cost.layers)
 
@@ -159,15 +159,15 @@ def decode_attention_bytes(cost: Cost, sequences: int, context: int) -> int:
     def layer_bytes(layer: Layer) -> int:
         if layer.expand_elements:
             return 2 * sequences * context * layer.expand_elements * cost.compute_bytes
-        if _eager(cost):
-            return sequences * context * layer.attention_flops // 2 * cost.compute_bytes
+        if _pads(cost):
+            return 9 * sequences * context * layer.kv_elements // 8 * cost.compute_bytes + (1 << 20)
         return 8 * sequences * cost.spec.hidden_size * cost.compute_bytes + (1 << 20)
 
     return max(layer_bytes(layer) for layer in cost.layers)
 
 
-def _eager(cost: Cost) -> bool:
-    """Whether attention keeps all scores, and copies keys and values for each head: with sinks, on a GPU."""
+def _pads(cost: Cost) -> bool:
+    """Whether attention makes room for a sink in copies of keys and values: on a GPU."""
     return cost.spec.model_type == "gpt_oss" and cost.hardware.compute_tier == "gpu"
 
 

@@ -7,7 +7,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klotski_runtime.assignment import FIXED_ROWS, shares
+from klotski_runtime.assignment import rows_worth, shares
+from klotski_runtime.workers import FIXED_ROWS
 
 
 @given(st.lists(st.integers(0, 500), max_size=12), st.integers(1, 5))
@@ -23,8 +24,7 @@ def test_workers_share_experts_rows_evenly(sizes: list[int], count: int) -> None
     for (before, _), (after, rows) in pairwise(taken):
         assert before < after or rows.stop - rows.start > FIXED_ROWS, "what is cut is worth it"
     costs = [sum(FIXED_ROWS + rows.stop - rows.start for _, rows in share) for share in found]
-    even = sum(FIXED_ROWS + size for size in sizes) / count
-    assert max(costs, default=0) <= even + (count + 2) * FIXED_ROWS
+    assert max(costs, default=0) <= rows_worth(runs) / count + (count + 2) * FIXED_ROWS
 
 
 def test_one_large_expert_does_not_keep_the_others_waiting() -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-from klotski_runtime.attention import attention_with_sinks, grouped_attention
+from klotski_runtime.attention import attention_with_sinks, grouped_attention, sink_as_key
 
 sinks_eager: Any = modeling_gpt_oss.eager_attention_forward
 plain_eager: Any = modeling_qwen3_moe.eager_attention_forward
@@ -54,6 +54,26 @@ def test_sinks_take_their_share(groups: int, queries: int, dtype: torch.dtype) -
     visible = slice(4, None) if queries > 1 else slice(None)
     error = (found.float() - wanted)[:, visible].abs().max()
     assert error < (1e-5 if dtype == torch.float32 else 0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [1, 5, CONTEXT])
+@pytest.mark.parametrize("context", [CONTEXT, 16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_sink_is_one_more_key(queries: int, context: int, masked: bool, dtype: torch.dtype) -> None:
+    """What a GPU computes."""
+    query, key, value = drawn(1, min(queries, context), dtype)
+    key, value, mask = (
+        key[:, :, -context:],
+        value[:, :, -context:],
+        causal(min(queries, context), dtype)[..., -context:],
+    )
+    own, seen = module(1), mask if masked else torch.zeros_like(mask)
+    found = sink_as_key(query, key, value, mask if masked else None, own.sinks.view(1, -1, 1, 1), WIDTH**-0.5)
+    wanted, _ = sinks_eager(own, *(p.float() for p in (query, key, value)), seen.float(), WIDTH**-0.5)
+    assert found.shape == query.shape
+    error = (found.transpose(1, 2).float() - wanted)[:, 4 if queries > 1 else 0 :].abs().max()
+    assert error < (1e-5 if dtype == torch.float32 else 0.03)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

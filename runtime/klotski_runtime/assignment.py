@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-FIXED_ROWS = 10
-"""An expert's weights take as long to read as so many rows to multiply."""
+from klotski_runtime.workers import FIXED_ROWS
 
 
 @dataclass(slots=True)
@@ -55,11 +54,16 @@ class Assignment:
         return [end - begin for begin, end in zip(self.starts, self.starts[1:], strict=False)]
 
 
+def rows_worth(runs: Sequence[slice]) -> int:
+    """As many rows of one expert as take as long as the rows of several, ``runs``."""
+    return sum(FIXED_ROWS + run.stop - run.start for run in runs if run.stop > run.start)
+
+
 def shares(runs: Sequence[slice], count: int) -> list[list[tuple[int, slice]]]:
     """The rows of experts, ``runs``, in ``count`` shares that take equally long: (number of the run, rows of it). A run that lies across
     the border of two is cut, unless that costs more than it gains."""
     found: list[list[tuple[int, slice]]] = [[]]
-    limit, filled = sum(FIXED_ROWS + run.stop - run.start for run in runs if run.stop > run.start) / count, 0
+    limit, filled = rows_worth(runs) / count, 0
     for number, run in enumerate(runs):
         while run.stop > run.start:
             cost, room = FIXED_ROWS + run.stop - run.start, limit * len(found) - filled

@@ -4,8 +4,9 @@
 with any mask. The queries of one group are rows to the same keys and values, so a kernel takes them as such, and nothing is copied.
 
 *Sinks* (gpt-oss): a score per head that takes a share of the softmax and has no value. transformers has that only with all scores in
-memory. If L is the logarithm of the sum of a row's exponentials, which torch's kernel knows, the row's share without the sink s is
-exp(L) / (exp(L) + exp(s)).
+memory. On a CPU: if L is the logarithm of the sum of a row's exponentials, which torch's kernel knows, the row's share without the
+sink s is exp(L) / (exp(L) + exp(s)). On a GPU, whose kernels do not say L where there is a mask: one more key, without a value,
+which has 1 where all other keys have 0, and queries s / scaling.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask,
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 GROUPED, SINKS = "klotski_grouped", "klotski_sinks"
+ALIGNED = 8
 ROWS_BF16 = 2
 """Fewest query rows for torch's bf16 kernel on a CPU: a single one takes it longer than two."""
 
@@ -62,26 +64,47 @@ def attention_with_sinks(
     scaling: float | None = None,
     **settings: Any,
 ) -> tuple[torch.Tensor, Any]:
-    """The same with ``module.sinks`` [heads]; on a GPU the model's own function."""
-    if query.device.type != "cpu":
-        own: tuple[torch.Tensor, Any] = eager(module)(
-            module, query, key, value, attention_mask, scaling=scaling, **settings
-        )
-        return own
-    heads, queries = query.shape[1:3]
-    sinks = module.sinks.float()
+    """The same with ``module.sinks`` [heads]."""
+    assert scaling is not None
+    groups, queries = query.shape[1] // key.shape[1], query.shape[2]
+    sinks = module.sinks.view(1, -1, 1, 1)
     if queries > 1:
-        groups = heads // key.shape[1]
         rows, key, value = query, repeat_kv(key, groups), repeat_kv(value, groups)
-        sinks = sinks[:, None]
     else:
-        rows = _rows(query, key)
-        sinks = _rows(sinks.view(1, heads, 1, 1), key)[..., 0]
-    out, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        rows, key, value, attn_mask=attention_mask, scale=scaling
-    )
-    out.mul_(torch.sigmoid(log_sums - sinks)[..., None])
-    return (out.transpose(1, 2).contiguous() if queries > 1 else _heads(out, heads)), None
+        rows, sinks = _rows(query, key), _rows(sinks, key)
+    if query.device.type == "cpu":
+        out, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            rows, key, value, attn_mask=attention_mask, scale=scaling
+        )
+        out.mul_(torch.sigmoid(log_sums[..., None] - sinks.float()))
+    else:
+        out = sink_as_key(rows, key, value, attention_mask, sinks, scaling)
+    return (out.transpose(1, 2).contiguous() if queries > 1 else _heads(out, query.shape[1])), None
+
+
+def sink_as_key(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """Mixed values [B, heads, q, width] of query [B, heads, q, width], key and value [B, heads, context, width], with a score that has no
+    value for each head, or row, of ``sinks`` [1, heads, 1 or q, 1]. mask: what is added to scores [B, 1, q, context]."""
+    context = key.shape[2]
+    more = ALIGNED - context % ALIGNED  # kernels that save memory take masks whose rows begin at multiples of this
+    if mask is None:
+        mask = query.new_zeros(1, 1, 1, context)
+    mask = functional.pad(mask, (0, 1))  # all see the sink
+    mask = functional.pad(mask, (0, more - 1), value=torch.finfo(mask.dtype).min)
+    query = functional.pad(query, (0, ALIGNED))
+    query[..., -1] = (sinks / scaling)[..., 0]
+    key = functional.pad(key, (0, ALIGNED, 0, more))
+    key[:, :, context, -1] = 1
+    value = functional.pad(value, (0, 0, 0, more))
+    mask = mask.expand(len(query), -1, query.shape[2], -1)
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
 
 
 def eager(module: Any) -> Any:

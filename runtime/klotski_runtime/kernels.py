@@ -19,7 +19,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from klotski_compiler.errors import ExecError
-from klotski_runtime.assignment import Assignment, Routing, shares
+from klotski_runtime.assignment import Assignment, Routing, rows_worth, shares
 from klotski_runtime.batch import Batch, Frame
 from klotski_runtime.checkpoint import EMBEDDING
 from klotski_runtime.experts import ExpertKernel, Parts, Runs, is_common, runs
@@ -352,12 +352,11 @@ class Group:
                 for piece in _split(rows, most):
                     add(experts[number][1], piece, worker)
 
-        runs = [slice(assignment.starts[expert], assignment.starts[expert + 1]) for expert, _ in experts]
-        count = sum(run.stop - run.start for run in runs)
-        if len(kernels) > 1 and count * kernels[0].flops_per_row >= WORTH_SHARING:
-            self._skeleton.workers.run([partial(add_share, share) for share in shares(runs, len(kernels))])
+        chosen = [slice(assignment.starts[expert], assignment.starts[expert + 1]) for expert, _ in experts]
+        if len(kernels) > 1 and rows_worth(chosen) * kernels[0].flops_per_row >= WORTH_SHARING:
+            self._skeleton.workers.run([partial(add_share, share) for share in shares(chosen, len(kernels))])
         else:
-            add_share(list(enumerate(runs)), None)
+            add_share(list(enumerate(chosen)), None)
 
     def _add_together(
         self,

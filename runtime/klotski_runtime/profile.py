@@ -13,10 +13,11 @@ import shutil
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from itertools import count, cycle
 from pathlib import Path
 from types import SimpleNamespace
@@ -328,10 +329,15 @@ def _typical(rounds: list[Found]) -> Found:
 
 
 def _shared_work(sizes: Sizes) -> Callable[[], object]:
-    """The matmuls of experts over a few tokens each, side by side on the CPU, weights not in cache."""
-    turn, workers = _experts(torch.device("cpu"), torch.bfloat16, sizes), Workers(torch.get_num_threads())
+    """The matmuls of experts over a few tokens each, side by side on the CPU, weights not in cache, in whichever way is faster."""
+    host = torch.device("cpu")
+    turn, workers = _experts(host, torch.bfloat16, sizes), Workers(torch.get_num_threads())
     rows = torch.randn(SHARED_ROWS, sizes.hidden, dtype=torch.bfloat16)
-    return lambda: workers.run([lambda worker: _expert(rows, *next(turn))] * workers.count)
+    ways: list[Task] = [lambda worker: _expert(rows, *next(turn))]
+    if can_compile():
+        ways.append(_widened(Widener(1, max(sizes.hidden, sizes.inter), workers), workers, rows, turn, sizes))
+    calls = [partial(workers.run, [way] * workers.count) for way in ways]
+    return min(calls, key=lambda call: _seconds(call, host, sizes))
 
 
 def _processor_round(device: torch.device, sizes: Sizes, step: Callable[[str], None]) -> Found:
@@ -398,14 +404,12 @@ def _matmul(device: torch.device, dtype: str, sizes: Sizes) -> tuple[tuple[tuple
     fixed = each(lambda worker: _expert(*small)) if on_cpu else 0.0
     may_widen = on_cpu and torch_dtype.itemsize == 2 and can_compile()
     widener = Widener(int(may_widen), max(sizes.hidden, sizes.inter), workers)
-    widths = sizes.inter, sizes.inter, sizes.hidden
     points, fastest, widen_rows = [], 0.0, 0
     for tokens in sizes.tokens:
         rows = torch.randn(tokens, sizes.hidden, device=device, dtype=torch_dtype)
         seconds = each(lambda worker, rows=rows: _expert(rows, *next(turn)))  # type: ignore[misc]
         if may_widen:
-            outs = [[torch.empty(tokens, n, dtype=torch_dtype) for n in widths] for _ in range(workers.count)]
-            wide = each(lambda worker, rows=rows, outs=outs: _widened(widener, worker, rows, outs[worker], *next(turn)))  # type: ignore[misc]
+            wide = each(_widened(widener, workers, rows, turn, sizes))
             widen_rows = (widen_rows or tokens) if wide < WORTH_WIDENING * seconds else 0
             seconds = wide if widen_rows else seconds
         seconds = max(seconds - fixed, seconds / 2)
@@ -416,11 +420,19 @@ def _matmul(device: torch.device, dtype: str, sizes: Sizes) -> tuple[tuple[tuple
 
 
 def _widened(
-    widener: Widener, worker: int, rows: Tensor, outs: Sequence[Tensor], gate: Tensor, up: Tensor, down: Tensor
-) -> None:
-    inner, other, out = outs
-    widener.mm(rows, (gate, inner), (up, other), worker=worker)
-    widener.mm(F.silu(inner, inplace=True).mul_(other), (down, out), worker=worker)
+    widener: Widener, workers: Workers, rows: Tensor, turn: Iterator[tuple[Tensor, ...]], sizes: Sizes
+) -> Task:
+    """An expert through fp32, the next one in every call."""
+    outs = [
+        [rows.new_empty(len(rows), n) for n in (sizes.inter, sizes.inter, sizes.hidden)] for _ in range(workers.count)
+    ]
+
+    def task(worker: int) -> None:
+        (gate, up, down), (inner, other, out) = next(turn), outs[worker]
+        widener.mm(rows, (gate, inner), (up, other), worker=worker)
+        widener.mm(F.silu(inner, inplace=True).mul_(other), (down, out), worker=worker)
+
+    return task
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from klotski_compiler.cost import widened_bytes
 from klotski_runtime.native import matmul_library
-from klotski_runtime.workers import WORTH_SHARING, Workers
+from klotski_runtime.workers import FIXED_ROWS, WORTH_SHARING, Workers
 
 NARROW = (torch.bfloat16, torch.float16)
 
@@ -64,7 +64,7 @@ class Widener:
                     out += bias
             return
         part = partial(self._part, x, products, bias)
-        large = 2 * x.numel() * sum(len(weight) for weight, _ in products) >= WORTH_SHARING
+        large = 2 * (len(x) + FIXED_ROWS) * sum(weight.numel() for weight, _ in products) >= WORTH_SHARING
         if large and worker is None:
             _shared(self._workers, partial(self._by_team, part))
         elif large:
