@@ -93,6 +93,12 @@ def test_other_shapes_and_types_are_refused() -> None:
         product(widener, x, weight.half())
     with pytest.raises(ValueError, match="in one piece"):
         product(widener, sideways(x), weight)
+    with pytest.raises(ValueError, match="other shapes"):
+        product(widener, x[:, :7].contiguous(), weight)
+    with pytest.raises(ValueError, match="other shapes"):
+        product(Widener(1, 7), x, weight)
+    with pytest.raises(ValueError, match="a bias of"):
+        product(widener, x, weight, torch.zeros(3).bfloat16())
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

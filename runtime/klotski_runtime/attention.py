@@ -22,6 +22,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 GROUPED, SINKS = "klotski_grouped", "klotski_sinks"
 ALIGNED = 8
+"""Kernels that save memory take masks whose rows, and heads whose widths, are multiples of so many values."""
+
 ROWS_BF16 = 2
 """Fewest query rows for torch's bf16 kernel on a CPU: a single one takes it longer than two."""
 
@@ -93,7 +95,7 @@ def sink_as_key(
     """Mixed values [B, heads, q, width] of query [B, heads, q, width], key and value [B, heads, context, width], with a score that has no
     value for each head, or row, of ``sinks`` [1, heads, 1 or q, 1]. mask: what is added to scores [B, 1, q, context]."""
     context = key.shape[2]
-    more = ALIGNED - context % ALIGNED  # kernels that save memory take masks whose rows begin at multiples of this
+    more = ALIGNED - context % ALIGNED
     if mask is None:
         mask = query.new_zeros(1, 1, 1, context)
     mask = functional.pad(mask, (0, 1))  # all see the sink

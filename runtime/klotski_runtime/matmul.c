@@ -8,7 +8,8 @@
  * A sum's terms are added in an order that depends on nothing but k, so a row's product is the same, to the bit, whatever rows are
  * multiplied beside it and however columns are shared among threads.
  *
- * Compiled where it runs, for the processor that is there. BLOCK_ROWS, BLOCK_DEPTH, BLOCK_COLUMNS and PADDING come with the command. */
+ * Compiled where it runs, for the processor that is there. BLOCK_ROWS, BLOCK_DEPTH, BLOCK_COLUMNS, PADDING and
+ * COLUMNS come with the command, from where the memory that they take is counted. */
 
 #include <stdint.h>
 #include <string.h>
@@ -31,7 +32,7 @@
 #else
 #define TILE_ROWS 3
 #endif
-#define COLUMNS 4
+_Static_assert(COLUMNS == 4 && BLOCK_COLUMNS % COLUMNS == 0, "four sums at a time are added up and kept");
 
 #define STRIDE (BLOCK_DEPTH + PADDING) /* rows that lie a power of two apart would displace each other in the cache */
 

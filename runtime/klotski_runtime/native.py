@@ -11,7 +11,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from klotski_compiler.cost import WIDENED_COLUMNS, WIDENED_DEPTH, WIDENED_PADDING, WIDENED_ROWS
+from klotski_compiler.cost import WIDENED_COLUMNS, WIDENED_DEPTH, WIDENED_PADDING, WIDENED_ROWS, WIDENED_TILE
 from klotski_compiler.errors import ConfigError
 
 SOURCE = Path(__file__).with_name("matmul.c")
@@ -48,6 +48,7 @@ def compile_library(source: Path, *flags: str) -> ctypes.CDLL:
         "BLOCK_COLUMNS": WIDENED_COLUMNS,
         "BLOCK_DEPTH": WIDENED_DEPTH,
         "PADDING": WIDENED_PADDING,
+        "COLUMNS": WIDENED_TILE,
     }
     command = [compiler, *FLAGS, *(f"-D{name}={value}" for name, value in sizes.items()), *flags]
     built = _folder() / f"{source.stem}-{_digest(source, command)}.so"

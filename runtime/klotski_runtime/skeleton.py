@@ -218,7 +218,7 @@ class Skeleton:
         if not self.widener.takes(rows):
             return functional.linear(x, weight, bias)
         out = x.new_empty(*x.shape[:-1], len(weight))
-        self.widener.mm(rows, (weight, out.view(len(rows), -1)), bias=bias)
+        self.widener.mm(rows.contiguous(), (weight, out.view(len(rows), -1)), bias=bias)
         return out
 
     def _wrap_router(self, layer: int) -> None:

@@ -38,7 +38,7 @@ class Widener:
         """least_rows: from how many rows on it is faster than PyTorch's kernels (0: never). widest: most columns of a weight.
 
         Raises ConfigError where it is to multiply so and the kernel cannot be compiled."""
-        self._least_rows, self._workers = least_rows, workers or Workers(1)
+        self._least_rows, self._widest, self._workers = least_rows, widest, workers or Workers(1)
         if least_rows:
             library = matmul_library()
             self._matmul = {torch.bfloat16: library.matmul_bf16, torch.float16: library.matmul_fp16}
@@ -63,6 +63,7 @@ class Widener:
                 if bias is not None:
                     out += bias
             return
+        self._check(x, products, bias)
         part = partial(self._part, x, products, bias)
         large = 2 * (len(x) + FIXED_ROWS) * sum(weight.numel() for weight, _ in products) >= WORTH_SHARING
         if large and worker is None:
@@ -71,6 +72,19 @@ class Widener:
             self._by_team(part, 0, 1, worker or 0)
         else:
             part(0, 1, self._teams[worker or 0].scratch[0])
+
+    def _check(self, x: torch.Tensor, products: Products, bias: torch.Tensor | None) -> None:
+        """Raise ValueError where the kernel, which knows addresses and no tensors, would read or write beside them."""
+        for weight, out in products:
+            (rows, width), columns = x.shape, len(weight)
+            if weight.shape[1] != width or out.shape != (rows, columns) or width > self._widest:
+                raise ValueError(
+                    f"{tuple(weight.shape)} into {tuple(out.shape)}: other shapes than {tuple(x.shape)} takes"
+                )
+            if {weight.dtype, out.dtype} != {x.dtype} or x.stride(1) != 1 or out.stride(1) != 1:
+                raise ValueError(f"rows in one piece and one type, not {x.dtype}, {weight.dtype}, {out.dtype}")
+            if bias is not None and (bias.shape != (columns,) or bias.dtype != x.dtype or bias.stride(0) != 1):
+                raise ValueError(f"a bias of {tuple(bias.shape)}, {bias.dtype} beside {x.dtype}")
 
     def _by_team(self, part: Callable[[int, int, torch.Tensor], None], number: int, parts: int, worker: int) -> None:
         """One of so many parts, in which every thread of a worker's team has its own."""
@@ -91,8 +105,6 @@ class Widener:
         for weight, out in products:
             columns = slice(len(weight) * number // parts, len(weight) * (number + 1) // parts)
             own, to = weight[columns], out[:, columns]
-            if {own.dtype, to.dtype} != {x.dtype} or x.stride(1) != 1 or to.stride(1) != 1:
-                raise ValueError(f"rows in one piece and one type, not {x.dtype}, {own.dtype}, {to.dtype}")
             self._matmul[x.dtype](
                 x.data_ptr(),
                 x.stride(0),
