@@ -56,7 +56,7 @@ MODELS = (
     Model("qwen3-30b-a3b", replace(SHAPES["qwen3-30b-a3b"], layers=10), 1024, 128, 16, ("joint", *RIVALS), 1.0),
 )
 FAMILY_POLICIES = ("joint", "klotski")
-PEER_BATCHES = (16, 256)
+PEER_BATCHES = (16, 64, 128)
 PEER_GEN_LEN = 3
 CALIBRATION_TOKENS = 6
 
