@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,11 @@ from klotski_compiler.cli.inspect import main
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.execute import execute
 from klotski_compiler.hardware import to_json
-from klotski_compiler.plan import Plan, op_text
+from klotski_compiler.plan import Compute, Plan, op_text
 from klotski_compiler.simulate import Simulation
 from klotski_compiler.trace import Row, chrome_trace, predicted
 from klotski_runtime.cli.profile import main as profile
-from plans import tiny_hardware, tiny_plan
+from plans import WORKLOAD, make_plan, tiny_hardware, tiny_plan, tiny_spec
 
 PASSES = 3
 
@@ -47,6 +48,15 @@ def write_trace(plan: Plan, path: Path, slower: dict[str, float]) -> Path:
     ]
     path.write_text(json.dumps(chrome_trace(rows) | {"plan": plan.digest}))
     return path
+
+
+def _planned_us(plan: Plan) -> Counter[str]:
+    """Of each kind of compute op in decode."""
+    total: Counter[str] = Counter()
+    for step in plan.steps["decode"]:
+        if isinstance(step.op, Compute):
+            total[step.op.fn] += step.end_us - step.start_us
+    return total
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -102,7 +112,7 @@ def test_a_profile_is_corrected_by_what_was_slower(tmp_path: Path, capsys: pytes
     before, after = hardware.links["host>gpu"], found.links["host>gpu"]
     assert after.bandwidth_bytes_per_s == pytest.approx(before.bandwidth_bytes_per_s / 2, rel=0.1)
     gpu, corrected = hardware.processors["gpu"], found.processors["gpu"]
-    assert corrected.kv_bytes_per_s == pytest.approx(gpu.kv_bytes_per_s / 1.25)
+    assert corrected.attention_op_us > gpu.attention_op_us and corrected.kv_bytes_per_s == gpu.kv_bytes_per_s
     for (_, rate), (_, now) in zip(gpu.matmul["bf16"], corrected.matmul["bf16"], strict=True):
         assert now == pytest.approx(rate / 1.25)
     disk, same = hardware.links["disk>host"], found.links["disk>host"]
@@ -115,6 +125,17 @@ def test_a_profile_is_corrected_by_what_was_slower(tmp_path: Path, capsys: pytes
     assert profile(["--from-trace", *files, "-o", str(tmp_path / "hw2.json")]) == 0
     assert "written to" in capsys.readouterr().out
     assert json.loads((tmp_path / "hw2.json").read_text())["links"]["host>gpu"] == after.model_dump(exclude_unset=True)
+
+
+def test_a_plan_with_corrected_costs_takes_as_long_as_the_run(tmp_path: Path) -> None:
+    """A GPU's ops of decode that took longer than planned: the same plan made with the corrected profile says so."""
+    plan, hardware = tiny_plan(gpu=True), tiny_hardware(True)
+    trace = write_trace(plan, tmp_path / "trace.json", {"gpu": 3.0})
+    found = calibrated(hardware, plan, {"decode": actual.read(plan, trace)["decode"]}, trace)
+    again = make_plan(tiny_spec(), found, plan.policy, plan.decision, WORKLOAD)
+    before, after = (_planned_us(each) for each in (plan, again))
+    for fn in ("attention", "router", "experts"):
+        assert after[fn] == pytest.approx(3 * before[fn], rel=0.02), fn
 
 
 def test_a_profile_of_another_machine_is_refused(tmp_path: Path) -> None:

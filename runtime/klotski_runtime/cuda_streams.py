@@ -6,6 +6,7 @@ both: the issuing threads by a flag, for a CUDA event that is not recorded yet h
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import deque
@@ -16,6 +17,10 @@ import torch
 
 from klotski_compiler.plan import Load, Step, Store
 from klotski_runtime.streams import Perform, Ran, ThreadBackend, ThreadStream
+
+SWITCH_S = 1e-4
+"""For how long one thread keeps the interpreter from another. Each call that issues a kernel lets go of it, and with Python's own 5 ms the
+thread that computes on the GPU would wait for it as long as a layer takes."""
 
 
 class CudaEvent(threading.Event):
@@ -155,6 +160,15 @@ class CudaBackend(ThreadBackend):
         super().__init__(compute, perform, prepare, note)
         self._lanes, self._gpu = lanes, gpu
         self.clock = Clock(lanes[compute])
+
+    def __enter__(self) -> ThreadBackend:
+        self._switch_s = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_S)
+        return super().__enter__()
+
+    def __exit__(self, kind: object, value: object, trace: object) -> None:
+        super().__exit__(kind, value, trace)
+        sys.setswitchinterval(self._switch_s)
 
     def _make(self, name: str) -> ThreadStream:
         return CudaStream(name, self, self._lanes[name]) if name in self._gpu else super()._make(name)
