@@ -18,9 +18,9 @@ import torch
 from klotski_compiler.plan import Load, Step, Store
 from klotski_runtime.streams import Perform, Ran, ThreadBackend, ThreadStream
 
-SWITCH_S = 1e-4
-"""For how long one thread keeps the interpreter from another. Each call that issues a kernel lets go of it, and with Python's own 5 ms the
-thread that computes on the GPU would wait for it as long as a layer takes."""
+SWITCH_S = 1e-3
+"""For how long a thread that only computes in Python keeps the interpreter from the others. With Python's own 5 ms, one such thread
+made the thread that computes on a GPU wait 11 ms for each kernel that it issued."""
 
 
 class CudaEvent(threading.Event):
