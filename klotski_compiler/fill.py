@@ -19,7 +19,7 @@ from klotski_compiler.plan import ALL, NOWHERE, PAGE_BYTES, Bind, Decision, Laye
 from klotski_compiler.policies import OURS, policy
 from klotski_compiler.program import staging_slots
 from klotski_compiler.tensors import MODULES, kv_bytes, query_bytes, state_bytes
-from klotski_compiler.workspace import spill_bytes, workspace
+from klotski_compiler.workspace import workspace
 
 SPILLED_BATCHES = 3  # of one layer's KV in flight where KV does not live in the compute tier
 SAMPLED = 2  # layers of the short model on which candidates are timed; a second one has twice as many
@@ -148,7 +148,7 @@ class Fills(Candidates):
         """KV of one layer's batches in flight and what packs it, or all of it where that is less."""
         cache = self._kv_bytes(base)
         in_flight = SPILLED_BATCHES * max(cache) * base.batch_size // base.sequences
-        return min(sum(cache), in_flight + spill_bytes(self.cost, base, self.request.workload))
+        return min(sum(cache), in_flight)
 
     def _staging_bytes(self, base: Decision) -> int:
         """Host memory through which weights pass on their way from disk to a GPU: transfer units of experts, or pages of them, in a pass;

@@ -74,8 +74,6 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
     kept["plan"] = STEP_BYTES * 4 * (experts // decision.unit + len(spec.layers) * (2 * decision.num_batches + 4))
     largest = max(transient, key=lambda op: transient[op])
     parts = {purpose: _reserved(nbytes) for purpose, nbytes in kept.items() if nbytes}
-    if any(layer.kv == "disk" for layer in decision.layers):
-        parts["spilled KV"] = spill_bytes(cost, decision, workload)
     parts[f"op ({largest})"] = _reserved(transient[largest])
     parts["model"] = LAYER_BYTES * len(spec.layers) + TENSOR_BYTES * _tensors(cost)
     parts["matmul code"] = SHAPE_BYTES * min(SHAPES, _shapes(narrow)) if width == 2 else 0
@@ -114,19 +112,6 @@ def _tensors(cost: Cost) -> int:
 def _shapes(rows: int) -> int:
     """Shapes of matmuls: every number of tokens that an expert may get at once (few one by one, more in steps) has two."""
     return 2 * (min(rows, FEW_ROWS) + -(-rows // ROW_STEP)) + OTHER_SHAPES
-
-
-def spill_bytes(cost: Cost, decision: Decision, workload: Workload) -> int:
-    """What spilling KV takes beyond its slots: buffers that pack it on its way to and from disk, one batch each way. None on a
-    machine with a GPU, which spills to host memory."""
-    if cost.hardware.compute_tier != "host":
-        return 0
-    position = (
-        max(decision.batch_size, decision.last_batch)
-        * max(layer.kv_elements for layer in cost.layers)
-        * cost.compute_bytes
-    )
-    return _reserved(2 * (workload.prompt_len + workload.gen_len) * position)
 
 
 def _reserved(nbytes: int) -> int:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import MixtralConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from klotski_compiler.errors import ExecError
+from klotski_compiler.plan import align_up
+from klotski_runtime.arena import Arena
 from klotski_runtime.kv import KvBlock, KvShape
+from klotski_runtime.reader import DiskReader
 from klotski_runtime.skeleton import CACHE
+from klotski_runtime.spill import SpillFile
 
 SHAPE = KvShape(key_heads=2, key_width=4, value_heads=3, value_width=5)
 
@@ -74,24 +81,50 @@ def test_masks_with_left_padding(past: int, window: int | None) -> None:
     assert torch.equal(mask, seen[None, None] & present[:, None, None])
 
 
-def test_pack_is_position_major_and_unpack_its_inverse() -> None:
-    kv, other = block(), block()
-    kv.cache(slice(0, 3), 0).update(*states(3, 6), layer_idx=0)
-    packed = torch.empty(2 * 3 * SHAPE.elements)
-    kv.pack(2, 4, packed)
-    row = packed.view(2, -1)[1]
-    assert torch.equal(row[:24].view(3, 2, 4), kv.keys[:, :, 3]) and torch.equal(
-        row[24:].view(3, 3, 5), kv.values[:, :, 3]
+def test_what_the_disk_fills_is_position_by_position() -> None:
+    storage = torch.full((3 * 8 * SHAPE.elements,), torch.nan)
+    kv, other = KvBlock(storage, SHAPE, 3, 8, by_position=True), block()
+    first, more = states(3, 6), states(3, 1)
+    for each in (kv, other):
+        each.cache(slice(0, 3), 0).update(*first, layer_idx=0)
+        seen = each.cache(slice(0, 3), 6).update(*more, layer_idx=0)
+        assert torch.equal(seen[0], torch.cat([first[0], more[0]], 2))
+    assert torch.equal(kv.keys[:, :, :7], other.keys[:, :, :7]) and torch.equal(
+        kv.values[:, :, :7], other.values[:, :, :7]
     )
-    other.unpack(2, 4, packed)
-    assert torch.equal(other.keys[:, :, 2:4], kv.keys[:, :, 2:4]) and torch.equal(
-        other.values[:, :, 2:4], kv.values[:, :, 2:4]
+    row = storage.view(8, -1)[3]
+    assert kv.position_bytes == row.nbytes and storage.view(8, -1)[7].isnan().all()
+    assert torch.equal(row[:24].view(3, 2, 4), first[0][:, :, 3]) and torch.equal(
+        row[24:].view(3, 3, 5), first[1][:, :, 3]
     )
-    assert other.keys[:, :, :2].isnan().all() and other.keys[:, :, 4:].isnan().all()
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_slot_comes_back_from_disk(direct: bool, tmp_path: Path) -> None:
+    """In whole pages, with rows of any size, past the page cache or through it."""
+    generator = random.Random(0)
+    for row in (4096, 6144, 520):
+        size, reader = align_up(9 * row), DiskReader()
+        spill = SpillFile(tmp_path, 4, size, reader)
+        if not direct:
+            spill._close_direct()
+        here, there = Arena(size), Arena(size)
+        slots = [generator.randbytes(9 * row) for _ in range(4)]
+        for end in range(5, 10):  # a prompt of five positions, then one by one, as passes write them
+            for region, want in enumerate(slots):
+                here.view(0, 9 * row)[:] = bytes(9 * row)
+                if end > 5:
+                    spill.load(region, here.view(0, size), (end - 1) * row)
+                begin = (end - 1) * row if end > 5 else 0
+                here.view(begin, end * row - begin)[:] = want[begin : end * row]
+                spill.store(region, here.view(0, size), begin, end * row)
+        for region, want in enumerate(slots):
+            spill.load(region, there.view(0, size), 9 * row)
+            assert bytes(there.view(0, 9 * row)) == want
+        reader.close()
+        spill.close()
 
 
 def test_sizes_must_agree() -> None:
     with pytest.raises(ValueError, match="cannot hold"):
         KvBlock(torch.empty(7), SHAPE, 1, 1)
-    with pytest.raises(ValueError, match="packed position"):
-        block().pack(0, 2, torch.empty(2 * 3 * SHAPE.elements + 2))

@@ -21,7 +21,7 @@ from klotski_compiler.cost import GATHERED_ROWS, ROW_READERS
 from klotski_compiler.errors import ConfigError, ExecError, KlotskiError, PlanError, window
 from klotski_compiler.execute import execute
 from klotski_compiler.model import gate_bytes, spec_from_config
-from klotski_compiler.plan import ALL, CPU, NOWHERE, Bind, Compute, Load, Phase, Plan, Step, Store, Tensor
+from klotski_compiler.plan import ALL, CPU, NOWHERE, Bind, Compute, Load, Phase, Plan, Step, Store, Tensor, align_up
 from klotski_compiler.tensors import page_rows
 from klotski_compiler.verify import verify
 from klotski_runtime import binding
@@ -149,7 +149,6 @@ class Engine:
         """Bytes moved so far over each link, alignment included."""
         moved = {"disk>host": self.reader.bytes_read + self._row_reader.bytes_read} | self.places.moved_bytes
         if self._spill:
-            moved["disk>host"] += self._spill.bytes_read
             moved["host>disk"] = self._spill.bytes_written
         return moved
 
@@ -229,7 +228,7 @@ class Engine:
             * max(decision.batch_size, decision.last_batch)
             * self.skeleton.compute_dtype.itemsize
         )
-        return SpillFile(scratch, regions, self.places.capacity, row)
+        return SpillFile(scratch, regions, align_up(self.places.capacity * row), self.reader)
 
     def _check_model(self) -> None:
         """The plan must be for this checkpoint: for its architecture by config.json, for its modules and bytes by its files."""
@@ -402,9 +401,14 @@ class PhaseRunner:
                 there.take(here, first, last)
                 self.engine.places.moved_bytes[link] += (last - first) * here.position_bytes
             case [KvBlock() as here, None]:
-                self.engine.spill().store(region, here, first, last)
+                row = here.position_bytes
+                self.engine.spill().store(region, self._memory(source), first * row, last * row)
             case [None, KvBlock() as there] if last:
-                self.engine.spill().load(region, there, last)
+                self.engine.spill().load(region, self._memory(target), last * there.position_bytes)
+
+    def _memory(self, slot: int | None) -> memoryview:
+        assert slot is not None
+        return self.engine.places.memory(slot)
 
     def _block(self, tensor: Tensor, seat: Seat, slot: int, moving: bool = False) -> KvBlock:
         """The KV of a batch in a slot, which where it is a permanent one is that of the batch's place."""

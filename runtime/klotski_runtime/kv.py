@@ -33,16 +33,30 @@ class KvShape:
 
 
 class KvBlock:
-    """Keys [B, heads, capacity, width], then values likewise, in ``storage`` [B x capacity x shape.elements]."""
+    """Keys [B, heads, capacity, width], then values likewise, in ``storage`` [B x capacity x shape.elements]; or, ``by_position``, of one
+    position after the other keys [B, heads, width], then values."""
 
-    def __init__(self, storage: torch.Tensor, shape: KvShape, batch_size: int, capacity: int) -> None:
+    def __init__(
+        self, storage: torch.Tensor, shape: KvShape, batch_size: int, capacity: int, by_position: bool = False
+    ) -> None:
         if storage.numel() != batch_size * capacity * shape.elements:
             raise ValueError(f"{storage.numel()} elements cannot hold {batch_size} x {capacity} positions of {shape}")
-        keys = batch_size * capacity * shape.key_heads * shape.key_width
         self.capacity = capacity
         self.position_bytes = batch_size * shape.elements * storage.itemsize
-        self.keys = storage[:keys].view(batch_size, shape.key_heads, capacity, shape.key_width)
-        self.values = storage[keys:].view(batch_size, shape.value_heads, capacity, shape.value_width)
+        heads = (shape.key_heads, shape.key_width), (shape.value_heads, shape.value_width)
+        sizes = [batch_size * count * width for count, width in heads]
+        if by_position:
+            parts = storage.view(capacity, -1).split(sizes, dim=1)
+            views = [
+                part.unflatten(1, (batch_size, *each)).permute(1, 2, 0, 3)
+                for part, each in zip(parts, heads, strict=True)
+            ]
+        else:
+            parts = storage.split([capacity * size for size in sizes])
+            views = [
+                part.view(batch_size, count, capacity, width) for part, (count, width) in zip(parts, heads, strict=True)
+            ]
+        self.keys, self.values = views
 
     def cache(self, rows: slice, past: int) -> KvCache:
         """The cache that transformers' attention sees for sequences ``rows`` with ``past`` filled positions."""
@@ -52,33 +66,6 @@ class KvBlock:
         """Copy positions ``first:last`` of another block of the same batch; on a GPU it is issued to the current stream."""
         for to, source in ((self.keys, other.keys), (self.values, other.values)):
             _widest(to)[:, :, first:last].copy_(_widest(source)[:, :, first:last], non_blocking=True)
-
-    def pack(self, first: int, last: int, out: torch.Tensor) -> None:
-        """Copy positions ``first:last`` to ``out``, 1-D: per position the keys [B, heads, width], then the values."""
-        for packed, block in self._rows(first, last, out):
-            packed.copy_(block)
-
-    def unpack(self, first: int, last: int, source: torch.Tensor) -> None:
-        """The inverse of ``pack``."""
-        for packed, block in self._rows(first, last, source):
-            block.copy_(packed)
-
-    def _rows(self, first: int, last: int, packed: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Pairs of views, both [positions, B, heads, width], of packed bytes and of this block: keys, then values."""
-        rows, pairs, column = packed.view(last - first, -1), [], 0
-        for block in (self.keys, self.values):
-            batch, heads, _, width = block.shape
-            size = batch * heads * width
-            pairs.append(
-                (
-                    rows[:, column : column + size].view(last - first, batch, heads, width),
-                    block[:, :, first:last].permute(2, 0, 1, 3),
-                )
-            )
-            column += size
-        if column != rows.shape[1]:
-            raise ValueError(f"a packed position has {rows.shape[1]} elements, not {column}")
-        return pairs
 
 
 def _widest(block: torch.Tensor) -> torch.Tensor:

@@ -99,6 +99,11 @@ class Places:
         """The byte range of a slot."""
         return self._plan.slots[number]
 
+    def memory(self, number: int) -> memoryview:
+        """The bytes of a slot in host memory."""
+        at = self.slot(number)
+        return self._host[at.tier].view(at.offset, at.nbytes)
+
     def home(self, layer: int, expert: int) -> int:
         """The slot where an expert lives that is kept in memory."""
         return self._homes[layer, expert]
@@ -117,7 +122,7 @@ class Places:
                 why = f"{tensor.name} needs {need:,} bytes, its slot has {at.nbytes:,}; compile again"
                 raise PlanError("model", why)
             self._vacate(number)
-            parts.append((plan.between(begin, end, origin), self._host[at.tier].view(at.offset, at.nbytes)))
+            parts.append((plan.between(begin, end, origin), self.memory(number)))
         self._reader.read_all(parts)
         for tensor, number, expert in modules:
             self._arrived(tensor, number, expert, pages)
@@ -223,7 +228,8 @@ class Places:
     # --------------------------------------------------------------------------------------------------- activations
 
     def kv(self, layer: int, batch: int, size: int, number: int | None = None, moving: bool = False) -> KvBlock:
-        """The KV block of a layer and batch of ``size`` sequences: in its permanent slot, or in the one given.
+        """The KV block of a layer and batch of ``size`` sequences: in its permanent slot, or in the one given, which the disk fills and
+        empties where there is no GPU.
 
         moving: for a copy between tiers. Its rows are strided, so that on a GPU a kernel copies them, host memory included.
         """
@@ -232,7 +238,8 @@ class Places:
         shape, dtype = self.kv_shapes[layer], self._skeleton.compute_dtype
         count = size * self.capacity * shape.elements
         storage = arena.tensor(at.offset, count * dtype.itemsize, dtype, (count,))
-        return KvBlock(storage, shape, size, self.capacity)
+        by_position = number is not None and self._plan.compute_tier == "host"
+        return KvBlock(storage, shape, size, self.capacity, by_position)
 
     def state(self, phase: Phase, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The hidden states of a phase: wide [tokens, hidden], then x."""

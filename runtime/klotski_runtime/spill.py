@@ -1,73 +1,79 @@
 """KV cache that lives on disk between passes: one preallocated, unlinked file under the scratch directory.
 
-A region per (layer, batch), position by position, so that a pass writes one contiguous piece and reads another. The page cache is
-dropped after each transfer: the memory budget counts it.
+A region per (layer, batch) holds what its slot does, position by position: what a pass adds is one piece, and so is all that came
+before. Slot and region are made of whole pages, so that the disk reads and writes the slot itself: no copy, no page cache.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
 
-import torch
-
 from klotski_compiler.errors import ExecError
-from klotski_runtime.kv import KvBlock
+from klotski_compiler.plan import align_up
+from klotski_runtime.checkpoint import PAGE, Extent
+from klotski_runtime.reader import DiskReader
 
 
 class SpillFile:
-    """``regions`` regions of ``capacity`` positions of at most ``row_bytes`` bytes."""
+    """``regions`` regions of ``region_bytes``, a multiple of a page. ``reader``: reads them."""
 
-    def __init__(self, scratch: Path, regions: int, capacity: int, row_bytes: int) -> None:
-        self._region_bytes = capacity * row_bytes
+    def __init__(self, scratch: Path, regions: int, region_bytes: int, reader: DiskReader) -> None:
+        """Raises ExecError where there is no room."""
+        self._region_bytes, self._reader = region_bytes, reader
         try:
             self._file = tempfile.TemporaryFile(dir=scratch, prefix="klotski-kv-", buffering=0)  # noqa: SIM115 - closed by close
-            os.posix_fallocate(self._file.fileno(), 0, max(1, regions * self._region_bytes))
+            os.posix_fallocate(self._file.fileno(), 0, max(1, regions * region_bytes))
         except OSError as error:
-            need = regions * self._region_bytes
+            need = regions * region_bytes
             raise ExecError(
                 f"{scratch}: no room for {need:,} bytes of spilled KV ({error.strerror}); choose --scratch"
             ) from error
-        # One for each direction: a load and a store may run at the same time.
-        self._stored, self._loaded = (torch.empty(self._region_bytes, dtype=torch.uint8) for _ in range(2))
-        self.bytes_read = self.bytes_written = 0
+        self._path = Path(f"/proc/self/fd/{self._file.fileno()}")  # it has no other
+        self._direct = self._open_direct()
+        self.bytes_written = 0
 
-    def store(self, region: int, block: KvBlock, first: int, last: int) -> None:
-        """Write positions ``first:last`` of a block."""
-        packed = _packed(self._stored, block, last - first)
-        block.pack(first, last, packed)
-        row = packed.nbytes // (last - first)
-        data = _bytes(packed)
-        done, offset = 0, region * self._region_bytes + first * row
-        while done < len(data):
-            done += os.pwrite(self._file.fileno(), data[done:], offset + done)
-        os.fdatasync(self._file.fileno())  # dirty pages cannot be dropped
-        os.posix_fadvise(self._file.fileno(), offset, len(data), os.POSIX_FADV_DONTNEED)
-        self.bytes_written += len(data)
+    def _open_direct(self) -> int | None:
+        """Past the page cache, if the file system can."""
+        try:
+            return os.open(self._path, os.O_WRONLY | os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return None
 
-    def load(self, region: int, block: KvBlock, last: int) -> None:
-        """Read the first ``last`` positions of a block."""
-        packed = _packed(self._loaded, block, last)
-        data = _bytes(packed)
-        done, offset = 0, region * self._region_bytes
-        while done < len(data):
-            done += os.preadv(self._file.fileno(), [data[done:]], offset + done)
-        os.posix_fadvise(self._file.fileno(), offset, len(data), os.POSIX_FADV_DONTNEED)
-        block.unpack(0, last, packed)
-        self.bytes_read += len(data)
+    def store(self, region: int, slot: memoryview, begin: int, end: int) -> None:
+        """Write bytes ``begin`` to ``end`` of a slot, and whatever else is in their pages."""
+        self.bytes_written += end - begin
+        begin, end = begin // PAGE * PAGE, align_up(end)
+        offset, done = region * self._region_bytes, begin
+        while done < end:
+            try:
+                done += os.pwrite(self._writing(), slot[done:end], offset + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL or self._direct is None:
+                    raise
+                self._close_direct()  # some file systems take O_DIRECT when a file is opened and refuse it when it is written
+        if self._direct is None:
+            os.fdatasync(self._file.fileno())  # dirty pages cannot be dropped, and the memory budget counts them
+            os.posix_fadvise(self._file.fileno(), offset + begin, end - begin, os.POSIX_FADV_DONTNEED)
+
+    def load(self, region: int, slot: memoryview, end: int) -> None:
+        """Read bytes 0 to ``end`` of a slot."""
+        extent = Extent(self._path, region * self._region_bytes, align_up(end), slot_offset=0, needed=end)
+        self._reader.read([extent], slot)
 
     def close(self) -> None:
-        """Give the disk space back."""
+        """Give the disk space back; the reader is closed by then."""
+        self._close_direct()
         self._file.close()
 
+    def _writing(self) -> int:
+        return self._file.fileno() if self._direct is None else self._direct
 
-def _packed(buffer: torch.Tensor, block: KvBlock, positions: int) -> torch.Tensor:
-    """As much of a buffer as so many positions of a block take."""
-    row = sum(part[:, :, 0].numel() for part in (block.keys, block.values))
-    return buffer[: positions * row * block.keys.dtype.itemsize].view(block.keys.dtype)
-
-
-def _bytes(packed: torch.Tensor) -> memoryview:
-    """The tensor's own bytes."""
-    return memoryview(packed.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stub knows no buffer before 3.12
+    def _close_direct(self) -> None:
+        if self._direct is not None:
+            os.close(self._direct)
+            self._direct = None
