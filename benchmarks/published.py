@@ -201,8 +201,12 @@ OPT_VOCABULARY, OPT_POSITIONS = 50272, 2048
 
 @cache
 def model(name: str) -> ModelSpec:
-    """A published model: a shipped profile, or an OPT. Raises ConfigError."""
-    return _opt(name) if name in OPT else read_model(name.lower())
+    """A published model: a shipped profile, or an OPT, whose last layer computes what the others do, as it does in the published systems.
+    Raises ConfigError."""
+    if name in OPT:
+        return _opt(name)
+    spec = read_model(name.lower())
+    return replace(spec, layers=tuple(replace(layer, last=False) for layer in spec.layers))
 
 
 def _opt(name: str) -> ModelSpec:

@@ -22,13 +22,14 @@ ROW_READERS = 16  # threads that gather embedding rows: single pages, each of wh
 WIDENED_ROWS, WIDENED_COLUMNS, WIDENED_DEPTH, WIDENED_PADDING = 128, 256, 512, 16
 WIDENED_TILE = 4  # columns whose weights are widened at a time
 WORKERS = 2  # threads of a CPU, with kernels of their own, that experts and large matmuls are shared among
+FIXED_ROWS = 10  # rows that take one of them as long to multiply as the weights take to read
 # With 16-bit kernels of a CPU an expert computes more rows than the first number in multiples of the second.
 FEW_ROWS, ROW_STEP = 16, 32
 GATHERED_ROWS = 256  # embedding rows that are read from disk at a time
 ROW_OPS = 6  # small ops that a row takes: to ask a reader for it, and to copy it from the page that holds it
 LOAD_OPS = 10  # small ops that a load from disk is worth: to hand pieces to readers, to bind what has arrived
 BIND_OPS = 20  # small ops that binding picks is worth: to sort a layer's tokens by expert
-SPILL_OPS = 50  # small ops that moving one batch's KV to or from disk is worth
+SPILL_OPS = 50  # small ops that handing one batch's KV to the disk, and waiting for it, is worth
 PICKED_DIGITS = 9
 ALWAYS = 0.98  # an expert touched with a higher probability is loaded without waiting for the router (design 5.3)
 
@@ -147,6 +148,12 @@ class Shape:
             first, max(first, self.fresh)
         )
 
+    def fed_tokens(self, batch: int, layer: Layer) -> int:
+        """Of these, what goes on after the layer's attention."""
+        if not layer.last:
+            return self.scope_tokens(batch)
+        return replace(self, tokens=1).scope_tokens(batch)
+
 
 @dataclass(frozen=True, eq=False)
 class Cost:
@@ -262,9 +269,9 @@ class Cost:
         return BIND_OPS * self.processor.op_us
 
     def kv_us(self, link: str, nbytes: float) -> float:
-        """KV of one layer and batch; on its way to and from disk it is packed, and each transfer waits for the disk."""
-        packing = SPILL_OPS * self.processor.op_us if "disk" in link and nbytes > 0 else 0.0
-        return self.transfer_us(link, nbytes) + packing
+        """KV of one layer and batch; each transfer waits for the disk."""
+        waits = SPILL_OPS * self.processor.op_us if "disk" in link and nbytes > 0 else 0.0
+        return self.transfer_us(link, nbytes) + waits
 
     def module_us(self, module: Module, tokens: float, processor: Processor | None = None) -> float:
         """The matmuls of a module over ``tokens`` tokens; weights are read once from the processor's tier."""
@@ -353,6 +360,14 @@ class Cost:
         busy = processor.expert_op_us + self.module_us(layer.expert, rows, processor)
         return touched * busy + 1e6 * moved / processor.memory_bytes_per_s
 
+    def experts_op_us(self, layer: Layer, processor: str = "") -> float:
+        """What an op of experts takes whatever they are: workers of a CPU share their rows evenly, so that the weights of one that is cut
+        are read twice."""
+        own = self.hardware.processors[processor] if processor else self.processor
+        if own.tier != "host" or own.threads == 1 or layer.expert is None:
+            return own.op_us
+        return own.op_us + self.module_us(layer.expert, FIXED_ROWS, own)
+
     def _rounds_up(self, processor: Processor, rows: float) -> bool:
         """Whether an expert computes more rows than it has tokens: with the CPU's 16-bit kernels."""
         widened = 0 < processor.widen_rows <= rows
@@ -404,7 +419,8 @@ class Cost:
                 )
             elif tensor.kind == "pick":
                 expert = late[tensor.layer][tensor.index]
-                total += tensor.nbytes * self.experts(tensor.layer, shape.scope_tokens(ALL))[expert][1]
+                fed = shape.fed_tokens(ALL, self.spec.layers[tensor.layer])
+                total += tensor.nbytes * self.experts(tensor.layer, fed)[expert][1]
             else:
                 total += tensor.moved_bytes(op.pages if isinstance(op, Load) else None)
         return total
@@ -412,7 +428,9 @@ class Cost:
     def _compute_us(
         self, op: Compute, tensors: list[Tensor], shape: Shape, context: float, late: dict[int, list[int]]
     ) -> float:
-        processor, tokens = self.hardware.processors[op.stream], shape.scope_tokens(op.batch)
+        processor = self.hardware.processors[op.stream]
+        after = op.fn in ("router", "dense", "experts")
+        tokens = shape.fed_tokens(op.batch, self.spec.layers[op.layer]) if after else shape.scope_tokens(op.batch)
         fixed = processor.op_us
         match op.fn:
             case "attention":
@@ -436,7 +454,8 @@ class Cost:
                     for t in (tensors[i] for i in op.tensors)
                     if t.kind in ("expert", "pick")
                 ]
-                return fixed + sum(self.expert_us(op.layer, e, tokens, op.stream) for e in chosen)
+                own = sum(self.expert_us(op.layer, e, tokens, op.stream) for e in chosen)
+                return own + self.experts_op_us(self.spec.layers[op.layer], op.stream)
             case "head":
                 pages = sum(t.kind == "head" for t in tensors)
                 return fixed + self.module_us(self.spec.head, shape.sequences) / pages
@@ -446,7 +465,7 @@ class Cost:
 
     def routers_us(self, layer: Layer, shape: Shape) -> float:
         """All batches through router and shared expert, or through the dense MLP."""
-        return sum(count * self.mlp_us(layer, shape.scope_tokens(batch)) for count, batch in shape.alike)
+        return sum(count * self.mlp_us(layer, shape.fed_tokens(batch, layer)) for count, batch in shape.alike)
 
     def mlp_us(self, layer: Layer, tokens: float) -> float:
         """What comes before the experts of a layer, or in their place: router and shared expert, or the dense MLP."""

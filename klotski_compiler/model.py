@@ -45,6 +45,8 @@ class Layer:
     makes (latent attention; else 0).
     router: gate, its buffers and the norm before the MoE block. dense: dense MLP with the norm before it.
     expert: ONE routed expert.
+    last: it is the model's last. Of what comes after its attention, only each sequence's last token has a use: no other is asked for
+    its next one, and no layer reads its keys and values.
     """
 
     attention: Module
@@ -60,6 +62,7 @@ class Layer:
     top_k: int = 0
     expand_flops: int = 0
     expand_elements: int = 0
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,7 +433,8 @@ def _layers(cfg: _Config, family: _Family, precision: _Precision) -> tuple[Layer
     blocks = {with_experts: _mlp_block(cfg, family, precision, with_experts) for with_experts in set(routed)}
     attention = _attention(cfg, family, precision)
     windows = _windows(cfg, family, count)
-    return tuple(replace(attention, sliding_window=windows[i], **blocks[routed[i]]) for i in range(count))
+    layers = (replace(attention, sliding_window=windows[i], **blocks[routed[i]]) for i in range(count))
+    return tuple(replace(layer, last=i == count - 1) for i, layer in enumerate(layers))
 
 
 def _routed_layers(cfg: _Config, count: int) -> list[bool]:

@@ -135,7 +135,7 @@ class Program:
 
     def expected_arrivals(self, layer: int, batches: int) -> int:
         """How many late experts the first ``batches`` batches touch, nearly surely (paper: each request is sent at once)."""
-        tokens = sum(self.shape.scope_tokens(batch) for batch in range(batches))
+        tokens = sum(self.shape.fed_tokens(batch, self.spec.layers[layer]) for batch in range(batches))
         touched = self.cost.experts(layer, tokens)
         return sum(touched[e][1] > ALWAYS for e in self.late[layer])
 
@@ -162,9 +162,9 @@ class Program:
             busy.append((here, max(cpu, link)))
 
         def end_us(first: int) -> float:
-            each = {b: cost.mlp_us(spec, shape.scope_tokens(b)) for b in there if b < first}
+            each = {b: cost.mlp_us(spec, shape.fed_tokens(b, spec)) for b in there if b < first}
             early = sum(us for batch, us in each.items() if batch not in late)
-            rest = cost.mlp_us(spec, shape.scope_tokens(ALL - first)) if first <= there[-1] else 0.0
+            rest = cost.mlp_us(spec, shape.fed_tokens(ALL - first, spec)) if first <= there[-1] else 0.0
             after = sum(each.values()) - early + rest
             return sum(max(here + early, other) + after for here, other in busy)
 
@@ -176,7 +176,7 @@ class Program:
         context = self.shape.middle_context
         spec = self.spec.layers[layer]
         attention = self.cost.attentions_us(spec, self.shape, context) * batches / len(self.batches)
-        return attention + self.cost.mlp_us(spec, self.shape.scope_tokens(ALL)) + self.cost.bind_us
+        return attention + self.cost.mlp_us(spec, self.shape.fed_tokens(ALL, spec)) + self.cost.bind_us
 
     def _present(self, *keys: tuple[str, int, int]) -> list[int]:
         return [i for key in keys if (i := self.table.id(*key)) is not None]

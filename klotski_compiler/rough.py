@@ -68,7 +68,7 @@ def layer_work(cost: Cost, decision: Decision, number: int, chosen: LayerDecisio
     hardware, layer = cost.hardware, cost.spec.layers[number]
     on_gpu, (link, back) = hardware.compute_tier == "gpu", cost.links
     helped = cost.cpu_helps and shape.decoding
-    tokens, tier = shape.scope_tokens(ALL), hardware.compute_tier
+    tokens, tier = shape.fed_tokens(ALL, layer), hardware.compute_tier
     position = layer.kv_elements * cost.compute_bytes  # of one sequence
     context = shape.middle_context
     work = defaultdict[str, float](float)

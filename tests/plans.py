@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from klotski_compiler.cost import Cost
@@ -72,7 +72,7 @@ def tiny_spec(layers: int = 4, experts: int = 6) -> ModelSpec:
         hidden_size=hidden,
         vocab_size=vocab,
         max_positions=1024,
-        layers=(dense, *[moe] * (layers - 1)),
+        layers=(dense, *[moe] * (layers - 2), replace(moe, last=True)),
         embedding=module(vocab * hidden, flops=False),
         norm=module(hidden, flops=False),
         head=module(vocab * hidden),

@@ -7,8 +7,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
+from klotski_compiler.cost import FIXED_ROWS
 from klotski_runtime.assignment import rows_worth, shares
-from klotski_runtime.workers import FIXED_ROWS
 
 
 @given(st.lists(st.integers(0, 500), max_size=12), st.integers(1, 5))

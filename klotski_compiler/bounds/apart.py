@@ -340,16 +340,16 @@ class Relaxation(Runs):
     def weights(self, first: int, low: int, high: int, parts: int = 1, batches: int = 0) -> list[Weight]:
         """Every weight, by kind: modules and head cross in every pass, of which prefill has ``parts`` or more; an expert if it is
         touched: in all parts together, with more of them, more often."""
-        modules, prompt = float(self.module_bytes), low * self.workload.prompt_len / parts
+        modules = float(self.module_bytes)
         passes = first * parts, first * self.passes
         out = [Weight(modules, (passes[0] * modules, passes[1] * modules), (0.0, 0.0))]
         for layer, q, count in self.experts:
             assert layer.expert is not None
-            nbytes = float(count * layer.expert.nbytes)
+            nbytes, prompt = float(count * layer.expert.nbytes), low * self._fed(layer) / parts
             moved = passes[0] * (1 - (1 - q) ** prompt) * nbytes, passes[1] * (1 - (1 - q) ** low) * nbytes
             per_pass = partial(self._expert_us, layer, q, count, "")
             compute = (
-                self._least(per_pass, self.workload.prompt_len, first, low, high),
+                self._least(per_pass, self._fed(layer), first, low, high),
                 self.passes * self._least(per_pass, 1, first, low, high),
             )
             far = passes[0] * nbytes, passes[1] * nbytes

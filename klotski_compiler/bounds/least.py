@@ -84,10 +84,18 @@ class Least:
         """Of what every group does on all its sequences, ``tokens`` of each."""
         return max(first * per_pass(low * tokens), self.workload.num_sequences * per_pass(high * tokens) / high)
 
+    def _fed(self, layer: Layer) -> int:
+        """Tokens of each prompt that go on after a layer's attention."""
+        return 1 if layer.last else self.workload.prompt_len
+
     def compute_us(self, first: int, low: int, high: int) -> tuple[float, float]:
         """Least work of the processor beside experts and cached keys and values, in all prefills and in all decodes."""
         head = self._least(partial(self.cost.module_us, self.cost.spec.head), 1, first, low, high)
-        prefill = self._least(self._pass_us, self.workload.prompt_len, first, low, high) + head + self.pairs_us()
+        prefill = self._least(self._whole_us, self.workload.prompt_len, first, low, high) + head + self.pairs_us()
+        prefill += sum(
+            count * self._least(partial(self.cost.mlp_us, layer), self._fed(layer), first, low, high)
+            for layer, count in self.layers
+        )
         return prefill, self.passes * (self._least(self._pass_us, 1, first, low, high) + head)
 
     def cores_us(self, high: int, span: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float]:
@@ -108,6 +116,10 @@ class Least:
     def _pass_us(self, tokens: int) -> float:
         """A pass over so many tokens, without experts, head and what attention does with keys and values."""
         return self._once_us(tokens) + self._layers_us(tokens)
+
+    def _whole_us(self, tokens: int) -> float:
+        """Of that, what is for every token of a prompt in all layers."""
+        return self._once_us(tokens) + self._projections_us(tokens)
 
     def _once_us(self, tokens: int) -> float:
         """Of that, what need not be done for each batch: the fixed cost of an op of experts, or of adding what the CPU computed, too."""

@@ -150,7 +150,7 @@ class Mixed(Relaxation):
 
     def weights(self, first: int, low: int, high: int, parts: int = 1, batches: int = 0) -> list[Weight]:
         """Every weight, by kind: modules and head cross in every pass; an expert if it is touched."""
-        total, prompt, (least, most) = self.workload.num_sequences, self.workload.prompt_len, self.ages
+        total, (least, most) = self.workload.num_sequences, self.ages
         cohort, joins, after = max(1, low // most), max(least, total * least / high), least - 1
         between = total * self.between / high
         modules = float(self.module_bytes)
@@ -161,9 +161,13 @@ class Mixed(Relaxation):
             nbytes = float(count * layer.expert.nbytes)
             missed = (1 - q) ** cohort  # by one cohort's tokens; summed over 1, 2, ... cohorts that are left
             left = after - (missed * (1 - missed**after) / (1 - missed) if missed < 1 else after)
-            touched = joins * (1 - (1 - q) ** (cohort * prompt)), between * (1 - (1 - q) ** high), 0.0, left
+            touched = joins * (1 - (1 - q) ** (cohort * self._fed(layer))), between * (1 - (1 - q) ** high), 0.0, left
             per_pass = partial(self._expert_us, layer, q, count, "")
-            each = (*self._each_us(per_pass, high), 0.0, sum(per_pass(cohort * full) for full in range(1, after)))
+            each = (
+                *self._each_us(per_pass, high, self._fed(layer)),
+                0.0,
+                sum(per_pass(cohort * full) for full in range(1, after)),
+            )
             moved, far = (tuple(n * nbytes for n in times) for times in (touched, (joins, between, 0.0, after)))
             if not self.cost.cpu_helps:
                 out.append(Weight(nbytes, moved, each, far_bytes=far))
@@ -173,9 +177,10 @@ class Mixed(Relaxation):
             out.append(Weight(nbytes, moved, each, (inf, *helped, inf), far, *(self.between * us for us in beside)))
         return out
 
-    def _each_us(self, per_pass: Callable[[int], float], high: int) -> tuple[float, float, float]:
-        """Least time of what joins, of what decodes between, and of what decodes beside what joins: of ops on all that is there."""
-        total, prompt = self.workload.num_sequences, self.workload.prompt_len
+    def _each_us(self, per_pass: Callable[[int], float], high: int, prompt: int) -> tuple[float, float, float]:
+        """Least time of what joins with so many tokens of each prompt, of what decodes between, and of what decodes beside what joins: of
+        ops on all that is there."""
+        total = self.workload.num_sequences
         most = self._cohort(high) * prompt + high
         joining, alone = total * per_pass(most) / most, total * per_pass(high) / high
         return prompt * joining, self.between * alone, (self.passes - self.between) * joining
@@ -190,13 +195,18 @@ class Mixed(Relaxation):
         alone = total * self._projections_us(cohort) / cohort
         joining = total * self._projections_us(cohort * prompt) / cohort
         attention = joining, self.between * alone, (self.passes - self.between) * alone
-        join, between, beside = map(sum, zip(attention, self._each_us(self._mlps_us, high), strict=True))
+        fed = (
+            tuple(count * us for us in self._each_us(partial(self.cost.mlp_us, layer), high, self._fed(layer)))
+            for layer, count in self.layers
+        )
+        join, between, beside = map(sum, zip(attention, *fed, strict=True))
         return join, between, beside
 
     def _passes_us(self, high: int) -> tuple[float, float, float]:
         """Least work of the processor beside experts and cached keys and values."""
         head = self.workload.num_sequences * self.cost.module_us(self.cost.spec.head, high) / high
-        ends, layers = self._each_us(self._once_us, high), self._layered_us(high)
+        ends = self._each_us(self._once_us, high, self.workload.prompt_len)
+        layers = self._layered_us(high)
         times = head + self.pairs_us(), self.between * head, (self.passes - self.between) * head
         join, between, beside = (sum(parts) for parts in zip(ends, layers, times, strict=True))
         return join, between, beside

@@ -15,7 +15,7 @@ from klotski_compiler.pipeline import shapes
 from klotski_compiler.plan import ALL, CPU, PAGE_BYTES, Decision, Workload, align_up
 from klotski_compiler.program import staging_slots
 from klotski_compiler.tensors import MODULES, kv_bytes, query_bytes, rows_bytes, sums_bytes
-from klotski_compiler.workspace import spill_bytes, workspace
+from klotski_compiler.workspace import workspace
 
 WORTH_WAITING = 0.995  # an expert that is touched with a higher probability is never bound late
 EXACT_EXPERTS = 16  # up to so many experts, a class holds equally popular ones only
@@ -243,7 +243,7 @@ def build(
         head_slots=_head_slots(cost, decision, workload, pages),
         embedding=item(cost.spec.embedding),
         norm_bytes=item(cost.spec.norm).slot_bytes,
-        spill_bytes=SPILL_SLOTS * max(kv) + spill_bytes(cost, decision, workload),
+        spill_bytes=SPILL_SLOTS * max(kv),
         last_spill_bytes=LAST_SLOTS * max(last_kv),
         may_spill=may_spill and back in cost.hardware.links,
         compute_tier=cost.hardware.compute_tier,
@@ -315,10 +315,11 @@ def _spans(shape: Shape) -> list[Shape]:
 
 
 def _identical(cost: Cost) -> list[tuple[int, ...]]:
-    """Layer numbers by what the problem can tell apart, in order of first appearance."""
+    """Layer numbers by what the problem tells apart, in order of first appearance. A last layer that is like others is taken for one of
+    them: that less of a prompt passes through its experts is left to the simulator."""
     found: dict[tuple[Layer, tuple[float, ...]], list[int]] = {}
     for number, (layer, shares) in enumerate(zip(cost.spec.layers, cost.picked, strict=True)):
-        found.setdefault((layer, tuple(sorted(shares))), []).append(number)
+        found.setdefault((replace(layer, last=False), tuple(sorted(shares))), []).append(number)
     return [tuple(members) for members in found.values()]
 
 
@@ -349,13 +350,14 @@ def class_members(cost: Cost, layer: int, sizes: tuple[int, ...]) -> list[list[i
 def _work(
     cost: Cost, number: int, classes: list[list[int]], shape: Shape, decision: Decision, links: tuple[str, str]
 ) -> LayerWork:
-    layer, processor, unit = cost.spec.layers[number], cost.processor, decision.unit
+    layer, unit = cost.spec.layers[number], decision.unit
     helped = cost.cpu_helps and shape.decoding
-    tokens = shape.scope_tokens(ALL)
+    tokens = shape.fed_tokens(ALL, layer)
     router = cost.mlp_us(layer, tokens)
     work = []
     for members in classes:
-        compute = sum(cost.expert_us(number, e, tokens) for e in members) / len(members) + processor.op_us / unit
+        compute = sum(cost.expert_us(number, e, tokens) for e in members) / len(members)
+        compute += cost.experts_op_us(layer) / unit
         touched = sum(cost.experts(number, tokens)[e][1] for e in members) / len(members)
         link = cost.hardware.links[links[0]]
         assert layer.expert is not None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from klotski_runtime.workers import FIXED_ROWS
+from klotski_compiler.cost import FIXED_ROWS
 
 
 @dataclass(slots=True)

@@ -68,6 +68,14 @@ class Batch:
         """[B, past + q]: whether a position of each of ``sequences`` holds a token rather than padding."""
         return torch.arange(self.past + self.queries, device=device) >= self.pads[device][sequences, None]
 
+    def new(self, device: torch.device) -> torch.Tensor:
+        """[B, q]: whether a position of this pass holds a token."""
+        return self.present(slice(None), device)[:, self.past :]
+
+    def last(self, device: torch.device) -> torch.Tensor:
+        """[B, q]: whether it is the last one."""
+        return (torch.arange(self.queries, device=device) == self.queries - 1).expand(self.size, -1)
+
     def padded(self, sequences: slice) -> bool:
         """Whether any of ``sequences`` has padding."""
         return bool(self.pads[HOST][sequences].any())

@@ -87,9 +87,11 @@ class Group:
         prompts: Sequence[Sequence[Sequence[int]]],
         chunks: Chunks,
         embedding: RowGather | None = None,
+        every_token: bool = False,
     ) -> None:
-        """prompts: [batch][sequence][token id]. embedding: reads rows from disk where the embedding is not bound."""
-        self._skeleton, self._chunks, self._embedding = skeleton, chunks, embedding
+        """prompts: [batch][sequence][token id]. embedding: reads rows from disk where the embedding is not bound. every_token: of a prompt
+        goes through all of the last layer, where only what the last one becomes has a use."""
+        self._skeleton, self._chunks, self._embedding, self._every_token = skeleton, chunks, embedding, every_token
         self._device = skeleton.device
         self.batches = {number: Batch(sequences, self._device) for number, sequences in enumerate(prompts)}
         self._kernels = self._make_kernels(self._device, skeleton.widener)
@@ -231,8 +233,8 @@ class Group:
     @torch.inference_mode()
     def router(self, layer: int, batch: int) -> None:
         """wide <- h + base and x <- the experts' input, where h is x; notes the experts and weights of each token of one batch, or
-        (-1 - n) of all from number n on."""
-        for rows in _split(self._rows(batch), self._chunks.token_rows):
+        (-1 - n) of all from number n on; in the last layer of each prompt's last token."""
+        for rows in self._fed(layer, batch):
             routing = self._routing.indices, self._routing.weights
             piece = self._piece(batch, ("router", "shared"), layer, rows, routing)
             piece(partial(self._route, layer, rows))
@@ -243,7 +245,7 @@ class Group:
     @torch.inference_mode()
     def dense(self, layer: int, batch: int) -> None:
         """wide <- h + mlp(norm(h)) where h is x, of the batches that ``router`` would take."""
-        for rows in _split(self._rows(batch), self._chunks.token_rows):
+        for rows in self._fed(layer, batch):
             self._piece(batch, ("dense",), layer, rows, ())(partial(self._feed, layer, rows))
 
     def _piece(
@@ -272,12 +274,19 @@ class Group:
         hidden = self._x[rows]
         self._wide[rows].copy_(hidden).add_(self._skeleton.dense_block(layer, hidden))
 
-    def _rows(self, batch: int) -> slice:
-        """The rows of one batch, or of all from one on that are there."""
-        if batch >= 0:
-            return self.batches[batch].rows
-        first = min((own.first for number, own in self.batches.items() if number >= -1 - batch), default=len(self._x))
-        return slice(first, len(self._x))
+    def _fed(self, layer: int, batch: int) -> Iterator[slice]:
+        """The rows of one batch, or of all from one on that are there, that go on after a layer's attention, some at a time."""
+        own = [self.batches[batch]] if batch >= 0 else [b for n, b in self.batches.items() if n >= -1 - batch]
+        if self._only_last(layer):
+            for rows in (slice(b.first + b.queries - 1, b.rows.stop, b.queries) for b in own):
+                yield from _split(rows, self._chunks.token_rows)
+        elif own:
+            yield from _split(slice(own[0].first, own[-1].rows.stop), self._chunks.token_rows)
+
+    def _only_last(self, layer: int) -> bool:
+        """Whether of each prompt only the last token goes on after a layer's attention."""
+        last = layer == self._skeleton.layers - 1 and not self._every_token
+        return last and any(batch.queries > 1 for batch in self.batches.values())
 
     @torch.inference_mode()
     def counts(self, layer: int, batch: int | None) -> list[int]:
@@ -467,9 +476,10 @@ class Group:
         scope = list(self.batches.values()) if batch is None else [self.batches[batch]]
         rows = slice(scope[0].first, scope[-1].rows.stop)
         # Padding is at the beginning: what is new in decode is a token.
-        whole = all(b.past or not b.padded(slice(None)) for b in scope)
-        presence = (b.present(slice(None), self._device)[:, b.past :].flatten() for b in scope)
-        present = None if whole else torch.cat([*presence])
+        only_last = self._only_last(layer)
+        whole = not only_last and all(b.past or not b.padded(slice(None)) for b in scope)
+        presence = (b.last(self._device) if only_last else b.new(self._device) for b in scope)
+        present = None if whole else torch.cat([part.flatten() for part in presence])
         return Assignment.of(
             self._routing.indices[rows],
             self._routing.weights[rows].contiguous(),
@@ -489,7 +499,9 @@ def _first(region: torch.Tensor, elements: int) -> torch.Tensor:
 
 def _split(rows: slice, limit: int) -> Iterator[slice]:
     """``rows`` in pieces of at most ``limit``."""
-    return (slice(begin, min(begin + limit, rows.stop)) for begin in range(rows.start, rows.stop, limit))
+    step = rows.step or 1
+    starts = range(rows.start, rows.stop, limit * step)
+    return (slice(begin, min(begin + limit * step, rows.stop), rows.step) for begin in starts)
 
 
 def _region(packed: torch.Tensor, own: Batch, sequences: slice) -> slice:

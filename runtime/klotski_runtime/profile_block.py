@@ -59,7 +59,8 @@ class Block:
                 weights = {n: torch.randn(shape) / 32 for n, shape in shapes.items() if "experts" not in n}
                 skeleton.bind(ModuleKey(kind, 0), weights)
             tokens, past = batch * queries, CACHED if queries == 1 else 0
-            self._group = Group(skeleton, [[[1] * max(queries, past)] * batch], Chunks(batch, batch, tokens, tokens))
+            prompts, chunks = [[[1] * max(queries, past)] * batch], Chunks(batch, batch, tokens, tokens)
+            self._group = Group(skeleton, prompts, chunks, every_token=True)
             if past:
                 self._group.batches[0].advance(torch.ones(batch, dtype=torch.long))
             self._group.begin(torch.randn(tokens, hidden), torch.randn(tokens, hidden, dtype=torch.bfloat16))

@@ -99,7 +99,7 @@ class Prefill:
         self._slots = {kind: Arena(size) for kind, size in self._sizes().items()}
         rows = RowGather(self._reader, self._modules[EMBEDDING][0], GATHERED_ROWS)
         chunks = Chunks(1, 1, CHUNK_TOKENS, CHUNK_TOKENS)
-        self._group = Group(skeleton, [[prompt] for prompt in prompts], chunks, rows)
+        self._group = Group(skeleton, [[prompt] for prompt in prompts], chunks, rows, every_token=True)
         tokens, hidden = self._group.tokens, skeleton.hidden
         self._group.begin(
             torch.empty(tokens, hidden, dtype=skeleton.wide_dtype),

@@ -12,9 +12,9 @@ from functools import partial
 
 import torch
 
-from klotski_compiler.cost import widened_bytes
+from klotski_compiler.cost import FIXED_ROWS, widened_bytes
 from klotski_runtime.native import matmul_library
-from klotski_runtime.workers import FIXED_ROWS, WORTH_SHARING, Workers
+from klotski_runtime.workers import WORTH_SHARING, Workers
 
 NARROW = (torch.bfloat16, torch.float16)
 

@@ -17,9 +17,6 @@ from klotski_compiler.cost import WORKERS
 WORTH_SHARING = 40_000_000
 """Flops from which on work is shared: to call another thread, and to wait for it, takes as long as a fifth of them."""
 
-FIXED_ROWS = 10
-"""Weights take as long to read as so many rows to multiply by them."""
-
 Task = Callable[[int], object]
 """Work for one thread, given the number of the worker that does it."""
 
