@@ -144,7 +144,7 @@ def tables(found: dict[str, Best], runs: dict[str, list[Report]]) -> Iterator[st
             if "failed" in report:
                 yield f"{name}: a run failed: {report['failed']}"
             elif report.get("again"):
-                yield f"{name}: was killed, and ran when tried once more"
+                yield f"{name}: was killed, and ran when tried again ({report['again'] + 1} tries)"
     yield from at_the_limit([report for report in ours if "failed" not in report])
 
 

@@ -7,9 +7,9 @@ mapped; optional: ``pip install gguf llama-cpp-python``).
 The cap is what a process may take beyond an idle one that has imported its libraries and does nothing: the cgroup of a run gets the
 cap and what such a process was seen to take, page cache counted for both. So no one pays for Python, and everyone for cached pages.
 Every run is a process of its own and starts with the model's files out of the page cache. A peer that cannot run in the cap gets the
-least cap, in doubling steps, that it can run in; one that is killed in a cap in which it ran in the sweep may try once more. What a
-peer writes once beside the model (an offload folder, a GGUF file) is made before and not timed; nor are Klotski's profile, measured
-anew in every repeat, and its compilation. Routing is profiled on other prompts than those of the runs.
+least cap, in doubling steps, that it can run in; one that is killed in a cap in which it ran in the sweep may try again, a few
+times. What a peer writes once beside the model (an offload folder, a GGUF file) is made before and not timed; nor are Klotski's
+profile, measured anew in every repeat, and its compilation. Routing is profiled on other prompts than those of the runs.
 
 Speeds end to end count from the first weight byte to the last token, imports apart. ``device_map`` rewrites fused experts whenever it
 loads; so the ratio without loading is printed beside it. A peer takes a file batch by batch, each as long as the one before; with
@@ -79,6 +79,7 @@ from klotski_compiler.routing import read_routing  # noqa: E402
 
 CAP_SHARE = 4
 ROUTING_PROMPTS = 64
+TRIES = 4  # of a run that is killed, at the edge of its cap
 SMALL = ("--layers", 16, "--hidden", 1024)  # of the model that is made where none is named: 0.68 GB
 PACKAGES = {"disk_offload": "accelerate", "device_map": "accelerate", "llama_cpp": "gguf llama-cpp-python"}
 
@@ -222,10 +223,11 @@ class Bench:
                 continue
             batch = best.setting["batch"]
             count = self._whole_batches(self.asked.peer_prompts or self.asked.prompts, batch)
-            report = self.run(peer, best.setting, best.factor, count, number)
-            if report.get("killed"):
-                report = self.run(peer, best.setting, best.factor, count, number, again=True) | {"again": True}
-            yield peer, report
+            for again in range(TRIES):
+                report = self.run(peer, best.setting, best.factor, count, number, again)
+                if not report.get("killed"):
+                    break
+            yield peer, report | ({"again": again} if again else {})
             if batch not in held:
                 held.add(batch)
                 yield held_to(batch), self.ours(number, batch, count)
@@ -236,16 +238,16 @@ class Bench:
         return min(-(-prompts // batch) * batch, most)
 
     def run(
-        self, peer: str, setting: Setting, factor: int, count: int, repeat: int | None = None, again: bool = False
+        self, peer: str, setting: Setting, factor: int, count: int, repeat: int | None = None, again: int = 0
     ) -> Report:
-        """One run of a peer, of a sweep where it belongs to no repeat; a failure is a report, too."""
+        """One run of a peer, of a sweep where it belongs to no repeat, after so many that were killed; a failure is a report, too."""
         gen_len = self.asked.sweep_gen_len if repeat is None else self.asked.gen_len
         sizes = ["--prompts", count, "--gen-len", gen_len]
         options = [*sizes, "--setting", json.dumps(self._full(setting, factor))]
         words = [sys.executable, ROOT / "benchmarks" / "peer.py", peer, self.model, self.prompts, *options]
         limit = None if peer == FREE else self.cap * factor
         what = f"{peer}, {described(setting, factor)}, {count} prompts"
-        name = "sweep" if repeat is None else f"repeat {repeat}" + (", again" if again else "")
+        name = "sweep" if repeat is None else f"repeat {repeat}" + ", again" * again
 
         def work() -> Report:
             report = self._measured(words, peer, limit)

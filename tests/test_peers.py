@@ -191,7 +191,7 @@ def test_the_table_shows_speeds_ratios_and_what_did_not_run() -> None:
     }
     runs = {
         "klotski": [made_up(8.0, **OWN), made_up(6.0, **OWN)],
-        "disk_offload": [made_up(2.0), made_up(1.0, again=True)],
+        "disk_offload": [made_up(2.0), made_up(1.0, again=1)],
         "klotski, batch 4": [made_up(4.0, shown="1 x 4"), made_up(2.0, shown="1 x 4")],
     }
     text = "\n".join([*tables(found, runs), *sweeps(found)])
@@ -200,7 +200,7 @@ def test_the_table_shows_speeds_ratios_and_what_did_not_run() -> None:
     assert "llama_cpp: not installed here" in text
     assert "2 times the cap is the least" in text
     assert "killed: it needs more memory" in text
-    assert "disk_offload: was killed, and ran when tried once more" in text
+    assert "disk_offload: was killed, and ran when tried again (2 tries)" in text
     assert "2.67*" in text  # after loading
     assert "80.0%" in text  # of the limit: 0.3 s of a decode pass of 12 / 8 / 4 s
     assert "-10.0%" in text  # forecast of prefill
@@ -245,7 +245,7 @@ class Pretend(peers.Bench):
         return ""
 
     def run(
-        self, peer: str, setting: Any, factor: int, count: int, repeat: int | None = None, again: bool = False
+        self, peer: str, setting: Any, factor: int, count: int, repeat: int | None = None, again: int = 0
     ) -> Report:
         self.ran.append((setting["batch"], count))
         speed = self.speed(setting, factor)
