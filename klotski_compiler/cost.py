@@ -238,8 +238,11 @@ class Cost:
 
     def _slowdown(self, stream: str, other: str) -> float:
         """By what share of its time an op of a stream takes longer while the other stream is busy: measured for the processor of
-        the compute tier and the links into it; else what both together ask of host memory beyond its rate."""
+        the compute tier and the links into it, and for a GPU beside the CPU; else what both together ask of host memory beyond its
+        rate."""
         processors, links = self.hardware.processors, self.hardware.links
+        if (stream, other) == (self.processor_name, CPU) and self.cpu_helps:
+            return 1 / self.processor.beside_cpu - 1
         for name, link in ((stream, other), (other, stream)):
             if name == self.processor_name and link in links and link.endswith(f">{self.hardware.compute_tier}"):
                 return 1 / (processors[name] if name == stream else links[link]).shared_speed - 1

@@ -57,7 +57,8 @@ class Processor(_Fact):
     hidden_bytes_per_s: rate at which hidden states pass the elementwise work of such a block (norm, residual, copies),
     each element counted once. shared_speed: what is left of the speed while a link into the processor's tier is busy.
     widen_rows: from how many rows on a 16-bit matmul is faster through fp32 (0: never); ``matmul`` has the faster one's rates.
-    threads: of a CPU's kernels.
+    threads: of a CPU's kernels. beside_cpu: what is left of the speed of a GPU's ops while the CPU computes, whose threads take cores and
+    the interpreter from those that issue them.
     """
 
     tier: str
@@ -76,6 +77,7 @@ class Processor(_Fact):
     shared_speed: Share = 1.0
     widen_rows: Annotated[int, Field(strict=True, ge=0)] = 0
     threads: Annotated[int, Field(strict=True, ge=1)] = 1
+    beside_cpu: Share = 1.0
 
 
 class Hardware(_Fact):

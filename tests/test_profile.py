@@ -56,6 +56,15 @@ def test_progress_runs_from_nothing_to_all(measured: tuple[Hardware, list[float]
     assert progress == sorted(progress)
 
 
+def test_small_ops_are_no_faster_beside_a_busy_cpu() -> None:
+    """The CPU stands in for the GPU."""
+    import torch
+
+    with torch.inference_mode():
+        left, how = profile.beside_cpu(torch.device("cpu"), profile.QUICK, profile.QUICK)
+    assert 0 < left <= 1 and "beside decode attention" in how
+
+
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "cpu and gpu", "meta"])
 def test_a_device_that_cannot_be_measured_is_refused(device: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--device"):

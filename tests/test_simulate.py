@@ -282,3 +282,13 @@ def test_a_decision_is_priced_by_what_its_steps_show() -> None:
             for wait in step.waits:
                 if wait.back == 0:
                     assert spans[number][0] >= spans[wait.op][1] - 1  # whole microseconds
+
+
+def test_a_gpu_is_slower_while_the_cpu_computes() -> None:
+    hardware = tiny_hardware(True)
+    gpu = hardware.processors["gpu"].model_copy(update={"beside_cpu": 0.5})
+    hardware = hardware.model_copy(update={"processors": hardware.processors | {"gpu": gpu}})
+    spec = tiny_spec()
+    cost = Cost(spec, hardware, uniform(spec), spec.compute_dtype)
+    assert cost.sharing({"gpu": 0.9, "cpu": 0.5, "host>gpu": 1.0})["gpu"] == pytest.approx(1.5)
+    assert "gpu" not in cost.sharing({"gpu": 0.9, "cpu": 0.0, "host>gpu": 1.0})

@@ -7,6 +7,7 @@ Layers with a sliding window keep all positions too: the mask does the window.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -64,8 +65,12 @@ class KvBlock:
 
     def take(self, other: KvBlock, first: int, last: int) -> None:
         """Copy positions ``first:last`` of another block of the same batch; on a GPU it is issued to the current stream."""
-        for to, source in ((self.keys, other.keys), (self.values, other.values)):
-            _widest(to)[:, :, first:last].copy_(_widest(source)[:, :, first:last], non_blocking=True)
+        for to, source in zip(self._words, other._words, strict=True):
+            to[:, :, first:last].copy_(source[:, :, first:last], non_blocking=True)
+
+    @cached_property
+    def _words(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return _widest(self.keys), _widest(self.values)
 
 
 def _widest(block: torch.Tensor) -> torch.Tensor:

@@ -61,6 +61,7 @@ class Places:
         self._forms: dict[tuple[object, ...], int] = {}
         self._made: dict[tuple[int, int, int], dict[str, torch.Tensor]] = {}
         self._ranges: dict[tuple[int, int, int], torch.Tensor] = {}
+        self._blocks: dict[tuple[int, int, int, bool], KvBlock] = {}
         self._occupant: dict[int, ModuleKey] = {}
         self._parts: dict[int, tuple[int, dict[str, torch.Tensor]]] = {}
         self._caches = {(t.layer, t.index): t.id for t in plan.tensors if t.kind == "kv"}
@@ -231,15 +232,22 @@ class Places:
         """The KV block of a layer and batch of ``size`` sequences: in its permanent slot, or in the one given, which the disk fills and
         empties where there is no GPU.
 
-        moving: for a copy between tiers. Its rows are strided, so that on a GPU a kernel copies them, host memory included.
+        moving: for a copy between tiers. Its rows are strided, so that on a GPU a kernel copies them, host memory included. Beside a GPU
+        blocks are made once: to make one takes as long as to issue what it is for.
         """
         at = self.slot(self.resident[self._caches[layer, batch]] if number is None else number)
+        name = layer, at.id, size, moving
+        if name in self._blocks:
+            return self._blocks[name]
         arena = self._seen.get(at.tier, self.arenas[at.tier]) if moving else self.arenas[at.tier]
         shape, dtype = self.kv_shapes[layer], self._skeleton.compute_dtype
         count = size * self.capacity * shape.elements
         storage = arena.tensor(at.offset, count * dtype.itemsize, dtype, (count,))
         by_position = number is not None and self._plan.compute_tier == "host"
-        return KvBlock(storage, shape, size, self.capacity, by_position)
+        block = KvBlock(storage, shape, size, self.capacity, by_position)
+        if self._plan.compute_tier == "gpu":
+            self._blocks[name] = block
+        return block
 
     def state(self, phase: Phase, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The hidden states of a phase: wide [tokens, hidden], then x."""

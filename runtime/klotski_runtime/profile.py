@@ -36,7 +36,7 @@ from klotski_runtime.native import can_compile
 from klotski_runtime.profile_block import SMALL, Block
 from klotski_runtime.profile_disk import MIB, Found, Turns, fill, rounded, scratch_file
 from klotski_runtime.wide import Widener
-from klotski_runtime.workers import Task, Workers
+from klotski_runtime.workers import Task, Workers, kernel_threads
 
 Report = Callable[[str, float], None]
 """Called with what is being measured and the share (0 to 1) of the work that is done."""
@@ -173,6 +173,8 @@ def measure(
         gpu, gpu_sizes = units["gpu"]
         step("copies to and from the GPU")
         links |= _copies(gpu, gpu_sizes)
+        with torch.inference_mode():
+            processors["gpu"]["beside_cpu"] = beside_cpu(gpu, gpu_sizes, sizes)
         torch.cuda.empty_cache()
         _, total = torch.cuda.mem_get_info(gpu)
         left = total - context_bytes(gpu)
@@ -506,6 +508,33 @@ def _fixed_costs(device: torch.device, sizes: Sizes) -> Found:
             f"expert (gather, three matmuls, activation, weighting, index_add), {block.experts} at once, of {what}",
         ),
     }
+
+
+def beside_cpu(device: torch.device, sizes: Sizes, on_cpu: Sizes) -> tuple[float, str]:
+    """What is left of the speed of a GPU's small ops while the CPU attends, as it does in a plan that lets it."""
+    block = Block(device, SMALL, (4, 2, 32), batch=1, queries=1)
+    alone, threads, stop = _seconds(block.expert, device, sizes), torch.get_num_threads(), threading.Event()
+    batch, context = on_cpu.decode[-1]
+
+    def attend() -> None:
+        kernel_threads(threads)
+        with torch.inference_mode():
+            query = torch.randn(batch, QUERY_HEADS, 1, HEAD_DIM, dtype=torch.bfloat16)
+            key, value = torch.randn(2, batch, KV_HEADS, context, HEAD_DIM, dtype=torch.bfloat16)
+            while not stop.is_set():
+                _attend(query, key, value)
+
+    other = threading.Thread(target=attend, name="attend")
+    other.start()
+    try:
+        beside = _seconds(block.expert, device, sizes)
+    finally:
+        stop.set()
+        other.join()
+    how = (
+        f"an op of {block.experts} small experts, alone over beside decode attention on the CPU with {threads} threads"
+    )
+    return rounded(min(1.0, alone / beside)), how
 
 
 def _hidden_rate(device: torch.device, sizes: Sizes) -> tuple[float, str]:

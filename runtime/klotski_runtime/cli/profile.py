@@ -176,6 +176,7 @@ _UNITS = {
     "flops_per_s": (1e9, "GFLOP/s"),
     "_us": (1, "us"),
     "shared_speed": (0.01, "%"),
+    "beside_cpu": (0.01, "%"),
     "_rows": (1, "rows"),
     "threads": (1, ""),
 }
