@@ -64,16 +64,21 @@ class Least:
     def _experts(self) -> tuple[list[tuple[Layer, float, int]], list[Counter[int]]]:
         """(layer, q, count): experts that a token picks with probability q, rounded down to a percent where many
         differ. Then of every layer that routes, how many of these entries each has."""
-        found: dict[tuple[Layer, float], int] = {}
+        found: dict[tuple[int, float], int] = {}
         routed = []
-        pairs = list(zip(self.cost.spec.layers, self.cost.picked, strict=True))
-        rounded = len({(layer, q) for layer, popular in pairs for q in popular}) > EXACT_SHARES
-        for layer, popular in pairs:
+        kinds = {
+            layer: kind for kind, (layer, _) in enumerate(self.layers)
+        }  # the hash of a layer is that of all its parts
+        pairs = [
+            (kinds[layer], popular) for layer, popular in zip(self.cost.spec.layers, self.cost.picked, strict=True)
+        ]
+        rounded = len({(kind, q) for kind, popular in pairs for q in popular}) > EXACT_SHARES
+        for kind, popular in pairs:
             shares = [ROUNDING ** floor(log(q, ROUNDING)) if rounded else q for q in popular if q > 0]
             if shares:
-                routed.append(Counter(found.setdefault((layer, q), len(found)) for q in shares))
+                routed.append(Counter(found.setdefault((kind, q), len(found)) for q in shares))
         counts = sum(routed, Counter[int]())
-        return [(layer, q, counts[number]) for (layer, q), number in found.items()], routed
+        return [(self.layers[kind][0], q, counts[number]) for (kind, q), number in found.items()], routed
 
     @property
     def positions(self) -> int:
