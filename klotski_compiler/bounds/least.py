@@ -66,12 +66,10 @@ class Least:
         differ. Then of every layer that routes, how many of these entries each has."""
         found: dict[tuple[int, float], int] = {}
         routed = []
-        kinds = {
-            layer: kind for kind, (layer, _) in enumerate(self.layers)
-        }  # the hash of a layer is that of all its parts
-        pairs = [
-            (kinds[layer], popular) for layer, popular in zip(self.cost.spec.layers, self.cost.picked, strict=True)
-        ]
+        # The hash of a layer is that of all its parts, so that it is taken once and not for each expert.
+        kinds = {layer: kind for kind, (layer, _) in enumerate(self.layers)}
+        numbers = (kinds[layer] for layer in self.cost.spec.layers)
+        pairs = list(zip(numbers, self.cost.picked, strict=True))
         rounded = len({(kind, q) for kind, popular in pairs for q in popular}) > EXACT_SHARES
         for kind, popular in pairs:
             shares = [ROUNDING ** floor(log(q, ROUNDING)) if rounded else q for q in popular if q > 0]
