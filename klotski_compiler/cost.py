@@ -22,7 +22,7 @@ ROW_READERS = 16  # threads that gather embedding rows: single pages, each of wh
 WIDENED_ROWS, WIDENED_COLUMNS, WIDENED_DEPTH, WIDENED_PADDING = 128, 256, 512, 16
 WIDENED_TILE = 4  # columns whose weights are widened at a time
 WORKERS = 2  # threads of a CPU, with kernels of their own, that experts and large matmuls are shared among
-FIXED_ROWS = 10  # rows that take one of them as long to multiply as the weights take to read
+FIXED_ROWS = 10  # rows that take as long to multiply by an expert's weights as these take to read
 # With 16-bit kernels of a CPU an expert computes more rows than the first number in multiples of the second.
 FEW_ROWS, ROW_STEP = 16, 32
 GATHERED_ROWS = 256  # embedding rows that are read from disk at a time

@@ -145,7 +145,7 @@ class Fills(Candidates):
         return free
 
     def least_kv_bytes(self, base: Decision) -> int:
-        """KV of one layer's batches in flight and what packs it, or all of it where that is less."""
+        """KV of one layer's batches in flight, or all of it where that is less."""
         cache = self._kv_bytes(base)
         in_flight = SPILLED_BATCHES * max(cache) * base.batch_size // base.sequences
         return min(sum(cache), in_flight)

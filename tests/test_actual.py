@@ -134,10 +134,8 @@ def test_a_plan_with_corrected_costs_takes_as_long_as_the_run(tmp_path: Path) ->
     found = calibrated(hardware, plan, {"decode": actual.read(plan, trace)["decode"]}, trace)
     again = make_plan(tiny_spec(), found, plan.policy, plan.decision, WORKLOAD)
     before, after = (_planned_us(each) for each in (plan, again))
-    for fn in ("attention", "router", "experts"):
-        assert after[fn] == pytest.approx(3 * before[fn], rel=0.06), (
-            fn
-        )  # an expert that no token may choose is priced as less than one
+    for fn in ("attention", "router", "experts"):  # experts that no token may choose are priced as fewer
+        assert after[fn] == pytest.approx(3 * before[fn], rel=0.06), fn
 
 
 def test_a_profile_of_another_machine_is_refused(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from klotski_compiler.plan import Load, Step, Store
 from klotski_runtime.streams import Perform, Ran, ThreadBackend, ThreadStream
 
 SWITCH_S = 1e-3
-"""For how long a thread that only computes in Python keeps the interpreter from the others. With Python's own 5 ms, one such thread
-made the thread that computes on a GPU wait 11 ms for each kernel that it issued."""
+"""For how long a thread that only computes in Python keeps the interpreter from the others. Every call that issues a kernel lets go of
+it: with Python's own 5 ms, the thread that computes on a GPU would wait for it as long as a layer takes."""
 
 
 class CudaEvent(threading.Event):
