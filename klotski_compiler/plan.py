@@ -335,7 +335,8 @@ class Decision(_Record):
     after another, at equal distances over the life of a sequence, each in a pass in which the others decode, rather than all before the
     first decode pass. attention_batch, decode_batch: sequences whose attention runs at once in prefill and in decode. expert_rows:
     tokens per matmul of an expert, router or dense MLP at most. cpu_batches: batches, the last ones, whose decode attention the CPU
-    computes where the KV lives. hot: experts per layer that are prefetched before the router speaks. embedding: whether its rows are
+    computes where the KV lives. by_batch: whether decode computes experts batch by batch, those of one while the CPU attends to the next.
+    hot: experts per layer that are prefetched before the router speaks. embedding: whether its rows are
     resident where the CPU computes; a GPU reads them from host memory.
     """
 
@@ -350,6 +351,7 @@ class Decision(_Record):
     decode_batch: int
     expert_rows: int
     cpu_batches: int = 0
+    by_batch: bool = False
     hot: int
     embedding: bool
     rolling: bool = False

@@ -50,7 +50,7 @@ class Alike(NamedTuple):
 def reordered(search: Search, best: Best) -> Best:
     """The schedule with its experts in a better order, where one is found, and with what any order could still save;
     itself where no order can save much."""
-    if best.policy != OURS:
+    if best.policy != OURS or best.decision.by_batch:  # which has no order of its own
         return best
     doubtful = sorted(_doubtful(search, best), key=lambda alike: -alike.saving_us(alike.window.work_us))[:MOST_WINDOWS]
     bounds: dict[tuple[str, int], int] = {}

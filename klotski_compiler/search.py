@@ -170,14 +170,19 @@ class Search(Fills):
         return found
 
     def borrowed(self, timed: list[Rated]) -> list[Rated]:
-        """Where other policies are ahead of ours, what they decided, in our order, and the best of what is near that."""
+        """Where other policies are ahead of ours, what they decided, in our order, and the best of what is near that; where the CPU attends
+        to all, also with experts computed batch by batch."""
         ours = max((r.tokens_per_s for r in timed if r.policy == OURS), default=0.0)
         ahead = sorted((r for r in timed if r.tokens_per_s > ours), key=lambda r: -r.tokens_per_s)
-        found = list[Rated]()
+        found, by_batch = list[Rated](), list[Rated]()
         for other in ahead[:BORROWED] if ours else ():
+            d = other.decision
             with suppress(Infeasible, PlanError):
-                found.append(Rated(self.estimate(OURS, other.decision), OURS, other.decision, "any"))
-        return [*found, *(self.improved(start) for start in best_of_orders(found))]
+                found.append(Rated(self.estimate(OURS, d), OURS, d, "any"))
+            if d.cpu_batches == d.num_batches:
+                d = d.model_copy(update={"by_batch": True})
+                by_batch.append(Rated(self.estimate(OURS, d), OURS, d, "any"))
+        return [*found, *by_batch, *(self.improved(start) for start in best_of_orders(found))]
 
     def whole_best(self, timed: list[Rated], refusals: dict[str, Infeasible]) -> list[Best]:
         """Candidates lowered whole, fastest first: all that may win given how far an estimate can be off. Raises Infeasible."""

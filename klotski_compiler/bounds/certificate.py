@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from heapq import heappop, heappush
-from math import isinf
+from itertools import count
+from math import floor, isinf, log
 
 from klotski_compiler.bounds.apart import Relaxation
 from klotski_compiler.bounds.mixed import Mixed
 from klotski_compiler.cost import Cost
 from klotski_compiler.plan import Workload
+
+ALIKE = 2e-3  # bounds that differ by less are about as good
+REFINED = 1 << 30  # more splits than any interval takes
 
 
 def relaxations(
@@ -34,19 +39,38 @@ def bound_tokens_per_s(cost: Cost, workload: Workload, budgets: dict[str, int], 
 
     All that matters is the number of groups k, since each has at least ceil(N / k) sequences; in rolling order the number of sequences
     that are there at once, and the stride. Intervals of these are bounded (``Relaxation.least_us``), best first, and the most promising
-    one is split until it is a single number. 0 if nothing fits.
+    one is split, where it is wider, until it is a single number of each; of those about as promising (``ALIKE``), the one that has been
+    split most. 0 if nothing fits.
     """
-    total, known = workload.num_sequences, relaxations(cost, workload, budgets, rolling)
-    queue = [(0.0, number, *one.sizes, False) for number, one in enumerate(known)]
-    while True:
-        time_us, number, first, last, refined = heappop(queue)
-        if isinf(time_us):
-            return 0.0
-        if refined:
-            return 1e6 * total * workload.gen_len / time_us
-        if first == last:
-            heappush(queue, (known[number].refined_us(first), number, first, last, True))
-            continue
-        middle = (first + last) // 2
-        for low, high in ((first, middle), (middle + 1, last)):
-            heappush(queue, (known[number].least_us(low, high), number, low, high, False))
+    queue: list[tuple[int, int, int, float, Relaxation, int, int]] = []
+    order, known = count(), dict[tuple[int, int], Mixed]()
+
+    def push(one: Relaxation, first: int, last: int, splits: int, time_us: float) -> None:
+        if not isinf(time_us):
+            alike = floor(log(max(time_us, 1.0)) / log(1 + ALIKE))
+            heappush(queue, (alike, -splits, next(order), time_us, one, first, last))
+
+    for one in relaxations(cost, workload, budgets, rolling):
+        push(one, *one.sizes, 0, 0.0)
+    while queue:
+        _, minus, _, time_us, one, first, last = heappop(queue)
+        strides = one.strides if isinstance(one, Mixed) else (1, 1)
+        if minus == -REFINED:
+            least_us = min([time_us, *(entry[3] for entry in queue)])
+            return 1e6 * workload.num_sequences * workload.gen_len / least_us
+        if strides[0] < strides[1] and strides[1] / strides[0] >= last / first:
+            for half in halves(*strides):
+                part = known[half] = known.get(half) or Mixed(cost, workload, budgets, half)
+                push(part, first, last, 1 - minus, part.least_us(first, last))
+        elif first < last:
+            for low, high in halves(first, last):
+                push(one, low, high, 1 - minus, one.least_us(low, high))
+        else:
+            push(one, first, last, REFINED, one.refined_us(first))
+    return 0.0
+
+
+def halves(first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Of an interval of more than one number."""
+    middle = (first + last) // 2
+    yield from ((first, middle), (middle + 1, last))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import floor, inf, log
 
-from klotski_compiler.cost import Cost
+from klotski_compiler.cost import FEW_ROWS, Cost
 from klotski_compiler.hardware import Processor, matmul_us
 from klotski_compiler.model import Layer
 from klotski_compiler.plan import CPU, Workload
@@ -177,4 +177,10 @@ class Least:
         return there_us + back_us + cost.sums_us(tokens) + cost.processor.op_us
 
     def _expert_us(self, layer: Layer, q: float, count: int, processor: str, tokens: float) -> float:
-        return count * self.cost._expert_us(layer, tokens * q, 1.0 - (1.0 - q) ** tokens, processor)
+        """Experts over their share of so many tokens. What a token takes must not grow with them: where kernels round rows up beyond a
+        few, as if they could take that few at a time."""
+        share, touched = tokens * q, 1.0 - (1.0 - q) ** tokens
+        us = self.cost._expert_us(layer, share, touched, processor)
+        if (pieces := share / touched / FEW_ROWS if touched > 0 else 0.0) > 1:
+            us = min(us, pieces * self.cost._expert_us(layer, share / pieces, touched, processor))
+        return count * us

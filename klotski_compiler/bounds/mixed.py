@@ -51,7 +51,7 @@ class Mixed(Relaxation):
         self.ages = -(-workload.gen_len // strides[1]), -(-workload.gen_len // strides[0])  # least and most
         # Decode passes of a sequence in which others join, by the stride.
         beside = [self.passes // s for s in range(strides[0], strides[1] + 1)]
-        self.between = self.passes - max(beside)  # decode passes in which none joins
+        self.between = self.passes - max(beside)  # decode passes of a sequence in which none joins
         positions = self.passes * sum(self.contexts) / 2
         joined = max(m * workload.prompt_len + s * m * (m + 1) / 2 for s, m in enumerate(beside, strides[0]))
         self.seen = positions - joined, joined  # positions that attention sees in both, summed over passes
@@ -151,24 +151,30 @@ class Mixed(Relaxation):
     def weights(self, first: int, low: int, high: int, parts: int = 1, batches: int = 0) -> list[Weight]:
         """Every weight, by kind: modules and head cross in every pass; an expert if it is touched."""
         total, (least, most) = self.workload.num_sequences, self.ages
-        cohort, joins, after = max(1, low // most), max(least, total * least / high), least - 1
-        between = total * self.between / high
+        cohort, joins, after, gaps = max(1, low // most), max(least, total * least / high), least - 1, self.strides[0] - 1
+        between = max(total * self.between, gaps * total * least) / high
         modules = float(self.module_bytes)
-        passes = joins, between + after * (self.strides[0] - 1), 0.0, after
+        passes = joins, between + gaps * after, 0.0, after
         out = [Weight(modules, tuple(n * modules for n in passes), (0.0,) * 5)]
         for layer, q, count in self.experts:
             assert layer.expert is not None
             nbytes = float(count * layer.expert.nbytes)
             missed = (1 - q) ** cohort  # by one cohort's tokens; summed over 1, 2, ... cohorts that are left
             left = after - (missed * (1 - missed**after) / (1 - missed) if missed < 1 else after)
-            touched = joins * (1 - (1 - q) ** (cohort * self._fed(layer))), between * (1 - (1 - q) ** high), 0.0, left
+            partly = gaps * sum((1 - missed**full) * (1 - missed ** (least - full)) for full in range(1, least))
+            touched = (
+                joins * (1 - (1 - q) ** (cohort * self._fed(layer))),
+                between * (1 - (1 - q) ** high) + partly,
+                0.0,
+                left,
+            )
             per_pass = partial(self._expert_us, layer, q, count, "")
             each = (
                 *self._each_us(per_pass, high, self._fed(layer)),
                 0.0,
                 sum(per_pass(cohort * full) for full in range(1, after)),
             )
-            moved, far = (tuple(n * nbytes for n in times) for times in (touched, (joins, between, 0.0, after)))
+            moved, far = (tuple(n * nbytes for n in times) for times in (touched, passes))
             if not self.cost.cpu_helps:
                 out.append(Weight(nbytes, moved, each, far_bytes=far))
                 continue

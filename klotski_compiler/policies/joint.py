@@ -8,7 +8,8 @@ computes once over the whole group: streamed ones by Johnson's rule (design 7.4)
     compute | attn l | router l | named, resident l ...... late l | attn l+1 | router l+1 | ...
 
 A load is written into the program when a slot becomes free: ``lead`` expert slots in all, two layers of attention and router. What
-the CPU computes beside a GPU, attention of some batches and some experts, comes back on a stream of its own.
+the CPU computes beside a GPU, attention of some batches and some experts, comes back on a stream of its own. Where the CPU attends to
+all batches and takes longest, experts may be computed batch by batch (``by_batch``), so that it need not wait for them: as CGOPipe does.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from klotski_compiler.plan import ALL, CPU, Bind, Load
+from klotski_compiler.policies import moe_lightning
 from klotski_compiler.program import HEAD_SLOTS, URGENT, Evict, Program, staging_slots
 
 ONE_BATCH = False
@@ -28,6 +30,9 @@ KV_AHEAD = 2  # batches whose KV is on its way or waits for attention
 
 def build(p: Program) -> None:
     """Compute in order; before each op, write every load that has a slot and whose expert is known."""
+    if p.decision.by_batch and p.shape.decoding:
+        moe_lightning.build(p)
+        return
     queue = Queue(p)
     p.returning = URGENT
     p.embed()
@@ -148,6 +153,17 @@ class Queue:
                 self.free -= unit.slots
             else:
                 self.queues[unit.kind].append(unit._replace(order=number))
+        self._turn_opening()
+
+    def _turn_opening(self) -> None:
+        """Transfer units take turns in their slots. Where not all of these have had the same number of turns by the end of a pass, the
+        next one begins in another slot than the first, with what its loads are to be written in the order in which slots become free:
+        else units would need one slot more."""
+        opening = deque(unit for unit in self.opening if unit.slots)
+        streamed = len(opening) + sum(unit.slots > 0 for queue in self.queues.values() for unit in queue)
+        if len(opening) * self.p.decision.unit == self.p.decision.lead:
+            opening.rotate(-(streamed % len(opening)))
+            self.opening = deque([unit for unit in self.opening if not unit.slots]) + opening
 
     def _units(self, layer: int) -> Iterator[Unit]:
         """What a layer loads: attention, KV, router and shared expert, experts by name, experts by rank."""
