@@ -160,8 +160,8 @@ class Fills(Candidates):
         small = sum(min(sum(each), LOAD_BYTES + max(each)) for each in sizes.values() if max(each) <= LOAD_BYTES)
         if base.pages > 1:
             return count * (small + align_up(-(-max(sizes["expert"]) // base.pages)))
-        large = max(map(max, sizes.values()))
-        return count * max(base.unit * max(sizes["expert"]), small + (large if large > LOAD_BYTES else 0))
+        unit, large = base.unit * max(sizes["expert"]), max(map(max, sizes.values()))
+        return count * max(unit, small + (min(large, max(unit, LOAD_BYTES)) if large > LOAD_BYTES else 0))
 
     def _kv_bytes(self, base: Decision) -> list[int]:
         """KV of the whole group in each layer."""

@@ -232,14 +232,15 @@ def _residents(table: TensorTable, fixed: dict[tuple[str, int], int], staging: i
 
 
 def _cut(table: TensorTable, tier: str, group: tuple[int, ...]) -> list[Pages | None]:
-    """The pages in which what is permanent is loaded where experts are cut into pages: on its way to a GPU none larger than theirs, so
-    that all pass through the same staging slots; in host memory what of an expert on disk lives there."""
+    """The pages in which what is permanent is loaded: on its way to a GPU none larger than others that pass, so that all take turns in the
+    same small staging slots; in host memory what of an expert on disk lives there."""
     first = table.all[group[0]]
     if tier == "host":
         return [table.near(first)]
-    if tier != "gpu" or not table.page_bytes or first.nbytes <= LOAD_BYTES:
+    if tier != "gpu" or first.nbytes <= LOAD_BYTES:
         return [None]
-    count = -(-first.slot_bytes // table.page_bytes)
+    most = table.passing_bytes if table.decision.far else max(LOAD_BYTES, table.passing_bytes)
+    count = -(-first.slot_bytes // most)
     return [Pages(i, i + 1, count) for i in range(count)] if count > 1 else [None]
 
 

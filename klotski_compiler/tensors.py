@@ -119,10 +119,11 @@ class TensorTable:
         return self.decision.near if far else None
 
     @cached_property
-    def page_bytes(self) -> int:
-        """Room of the largest page of an expert; 0 where experts are not cut."""
-        far = self.decision.far
-        return max((tensor.room(far) for tensor in self.all if tensor.kind == "expert"), default=0) if far else 0
+    def passing_bytes(self) -> int:
+        """Room of what passes at once through host memory on its way to a GPU: a page of an expert where those are cut, else a transfer
+        unit of them."""
+        far, unit = self.decision.far, 1 if self.decision.far else self.decision.unit
+        return unit * max(tensor.room(far) for tensor in self.all if tensor.kind == "expert")
 
     def state(self, phase: str, tokens: int) -> Tensor:
         """Adds the hidden states of a phase: ``tokens`` tokens at once."""

@@ -356,20 +356,24 @@ class Relaxation(Runs):
             if not self.cost.cpu_helps:
                 out.append(Weight(nbytes, moved, compute, far_bytes=far))
                 continue
+            at_once, evened = (
+                self._shared_us(layer, q, count, self.most(high), batches, even) for even in (False, True)
+            )
             cpu, *beside = (
-                self.passes * self._least(one, 1, first, low, high)
-                for one in self._shared_us(layer, q, count, self.most(high), batches)
+                self.passes * self._least(one, 1, first, low, high, per_token)
+                for one, per_token in zip(at_once, evened, strict=True)
             )
             out.append(Weight(nbytes, moved, compute, (inf, cpu), far, *beside))
         return out
 
     def _shared_us(
-        self, layer: Layer, q: float, count: int, most: float, batches: int = 0
+        self, layer: Layer, q: float, count: int, most: float, batches: int = 0, even: bool = True
     ) -> Iterator[Callable[[float], float]]:
         """Experts of a decode pass over so many tokens where a CPU may help: on the CPU; by parts, in an op that covers most, and on the
         CPU without waiting (with a number of batches, also without exchange, see ``attention``; parts are batches then, and an op covers
-        one or all)."""
-        here, there = (partial(self._expert_us, layer, q, count, name) for name in ("", CPU))
+        one or all). even: of the CPU, which computes over all tokens at once, see ``_expert_us``."""
+        here = partial(self._expert_us, layer, q, count, "")
+        there = partial(self._expert_us, layer, q, count, CPU, even=even)
         shares = [0.5 + (most - 0.5) * i / SPLITS for i in range(SPLITS + 1)]
 
         def split(tokens: float) -> float:
@@ -377,7 +381,7 @@ class Relaxation(Runs):
                 return batches * here(tokens / batches)
             return min(here(least * tokens) + here((1 - greatest) * tokens) for least, greatest in pairwise(shares))
 
-        yield partial(self._on_cpu_us, layer, q, count)
+        yield partial(self._on_cpu_us, layer, q, count, even=even)
         yield split
         yield here if batches else lambda tokens: here(most * tokens)
-        yield there if batches else partial(self._on_cpu_us, layer, q, count, waiting=False)
+        yield there if batches else partial(self._on_cpu_us, layer, q, count, waiting=False, even=even)

@@ -39,16 +39,16 @@ def bound_tokens_per_s(cost: Cost, workload: Workload, budgets: dict[str, int], 
 
     All that matters is the number of groups k, since each has at least ceil(N / k) sequences; in rolling order the number of sequences
     that are there at once, and the stride. Intervals of these are bounded (``Relaxation.least_us``), best first, and the most promising
-    one is split, where it is wider, until it is a single number of each; of those about as promising (``ALIKE``), the one that has been
-    split most. 0 if nothing fits.
+    one is split, where it is wider, until it is a single number of each; of those that differ by less than ``ALIKE``, which may be
+    what the answer is too high by, the one that has been split most. 0 if nothing fits.
     """
     queue: list[tuple[int, int, int, float, Relaxation, int, int]] = []
     order, known = count(), dict[tuple[int, int], Mixed]()
 
     def push(one: Relaxation, first: int, last: int, splits: int, time_us: float) -> None:
         if not isinf(time_us):
-            alike = floor(log(max(time_us, 1.0)) / log(1 + ALIKE))
-            heappush(queue, (alike, -splits, next(order), time_us, one, first, last))
+            about = floor(log(max(time_us, 1.0)) / log(1 + ALIKE))
+            heappush(queue, (about, -splits, next(order), time_us, one, first, last))
 
     for one in relaxations(cost, workload, budgets, rolling):
         push(one, *one.sizes, 0, 0.0)

@@ -83,9 +83,19 @@ class Least:
         """Positions that a sequence's KV is reserved for."""
         return self.workload.prompt_len + self.workload.gen_len
 
-    def _least(self, per_pass: Callable[[int], float], tokens: int, first: int, low: int, high: int) -> float:
-        """Of what every group does on all its sequences, ``tokens`` of each."""
-        return max(first * per_pass(low * tokens), self.workload.num_sequences * per_pass(high * tokens) / high)
+    def _least(
+        self,
+        per_pass: Callable[[int], float],
+        tokens: int,
+        first: int,
+        low: int,
+        high: int,
+        evened: Callable[[int], float] | None = None,
+    ) -> float:
+        """Of what every group does on all its sequences, ``tokens`` of each. evened: no more than that, and what a token takes does not
+        grow with their number."""
+        even = evened or per_pass
+        return max(first * per_pass(low * tokens), self.workload.num_sequences * even(high * tokens) / high)
 
     def _fed(self, layer: Layer) -> int:
         """Tokens of each prompt that go on after a layer's attention."""
@@ -162,12 +172,14 @@ class Least:
             time_us += read * matmul_us(processor, self.cost.dtype, rows, layer.expand_flops // 2, 0) / rows
         return time_us
 
-    def _on_cpu_us(self, layer: Layer, q: float, count: int, tokens: float, waiting: bool = True) -> float:
+    def _on_cpu_us(
+        self, layer: Layer, q: float, count: int, tokens: float, waiting: bool = True, even: bool = True
+    ) -> float:
         """Experts on the CPU, and their share of the time for which it has nothing to do in a layer where it computes any: until their
         input has come, and from their last sum until that is added; if ``waiting``, also what is around attention."""
         processor = self.cost.processor
         waits = self._exchange_us(tokens) + (processor.attention_op_us + processor.router_op_us if waiting else 0.0)
-        return self._expert_us(layer, q, count, CPU, tokens) + waits * count / layer.num_experts
+        return self._expert_us(layer, q, count, CPU, tokens, even) + waits * count / layer.num_experts
 
     def _exchange_us(self, tokens: float) -> float:
         """The CPU's experts' input on its way there, then the way back of their sums, and adding them."""
@@ -176,11 +188,11 @@ class Least:
         back_us = cost.transfer_us(into, sums_bytes(cost.spec, int(tokens), cost.dtype))
         return there_us + back_us + cost.sums_us(tokens) + cost.processor.op_us
 
-    def _expert_us(self, layer: Layer, q: float, count: int, processor: str, tokens: float) -> float:
-        """Experts over their share of so many tokens. What a token takes must not grow with them: where kernels round rows up beyond a
-        few, as if they could take that few at a time."""
+    def _expert_us(self, layer: Layer, q: float, count: int, processor: str, tokens: float, even: bool = True) -> float:
+        """Experts over their share of so many tokens. even: what a token takes does not grow with them; where kernels round rows up beyond
+        a few, as if they could take that few at a time."""
         share, touched = tokens * q, 1.0 - (1.0 - q) ** tokens
         us = self.cost._expert_us(layer, share, touched, processor)
-        if (pieces := share / touched / FEW_ROWS if touched > 0 else 0.0) > 1:
+        if even and (pieces := share / touched / FEW_ROWS if touched > 0 else 0.0) > 1:
             us = min(us, pieces * self.cost._expert_us(layer, share / pieces, touched, processor))
         return count * us

@@ -151,7 +151,8 @@ class Mixed(Relaxation):
     def weights(self, first: int, low: int, high: int, parts: int = 1, batches: int = 0) -> list[Weight]:
         """Every weight, by kind: modules and head cross in every pass; an expert if it is touched."""
         total, (least, most) = self.workload.num_sequences, self.ages
-        cohort, joins, after, gaps = max(1, low // most), max(least, total * least / high), least - 1, self.strides[0] - 1
+        cohort, joins, after = max(1, low // most), max(least, total * least / high), least - 1
+        gaps = self.strides[0] - 1  # passes between two in which others join
         between = max(total * self.between, gaps * total * least) / high
         modules = float(self.module_bytes)
         passes = joins, between + gaps * after, 0.0, after
