@@ -294,12 +294,25 @@ class Cost:
             tokens * (self.spec.hidden_size + heads_width)
         )
 
+    def keys_us(self, layer: Layer, tokens: float) -> float:
+        """Keys and values of ``tokens`` tokens, and nothing else of attention."""
+        params = self.spec.hidden_size * layer.kv_elements
+        heads_width = layer.attention_flops // 4
+        elementwise = self.elementwise_us(tokens * (self.spec.hidden_size + heads_width))
+        matmuls = self.module_us(layer.attention, tokens) * params / layer.attention.params
+        return self.processor.attention_op_us + elementwise + matmuls
+
     def attention_us(self, layer: Layer, shape: Shape, context: float, batch: int = 0) -> float:
         """One batch through attention: projections, then keys and values of ``context`` positions (decode) or all pairs."""
         tokens_each, context = shape.tokens_of(batch), shape.context_of(batch, context)
         sequences = shape.size_of(batch)
         calls = -(-sequences // (shape.attention_batch if batch < shape.fresh else shape.decode_batch))
         tokens = sequences / calls * tokens_each
+        if layer.last and tokens_each > 1:  # of these the last one attends, once keys and values of all are there
+            decoded = self.projections_us(layer, sequences / calls) + self.attend_us(
+                layer, sequences / calls, context, self.processor
+            )
+            return calls * (self.keys_us(layer, tokens) + self.processor.attention_op_us + decoded)
         fixed = self.processor.attention_op_us + self.projections_us(layer, tokens)
         if tokens_each == 1:
             return calls * (fixed + self.attend_us(layer, sequences / calls, context, self.processor))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,23 @@ def ragged(vocabulary: int, *lengths: tuple[int, ...]) -> list[list[list[int]]]:
 def test_same_tokens(family: str, tmp_path: Path) -> None:
     folder = make_checkpoint(family, tmp_path)
     check_same(folder, ragged(128, (12, 9, 1), (20, 20)), 17, Chunks(2, 2, 10, 4), whole_group=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_layer_computes_of_a_prompt_what_its_last_token_needs(family: str, tmp_path: Path) -> None:
+    run = Sequential(make_checkpoint(family, tmp_path), ragged(128, (12, 9)), 1, Chunks(2, 2, 30, 4), whole_group=True)
+    rows: dict[str, set[int]] = {}
+
+    def noting(name: str, forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        rows.setdefault(name[:2], set()).add(x.shape[1])
+        return forward(x)
+
+    for name, part in run.skeleton.model.model.layers[-1].self_attn.named_children():
+        if isinstance(part, torch.nn.Linear):
+            part.__dict__["forward"] = partial(noting, name, part.forward)
+    run.step()
+    assert rows.pop("o_") == rows.pop("q_") == {1}
+    assert all(12 in others for others in rows.values())
 
 
 def test_same_tokens_when_experts_run_batch_by_batch(tmp_path: Path) -> None:

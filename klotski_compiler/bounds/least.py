@@ -123,7 +123,8 @@ class Least:
     def pairs_us(self) -> float:
         """Attention of all prompts to themselves."""
         total, prompt = self.workload.num_sequences, self.workload.prompt_len
-        flops = total * prompt * prompt * sum(count * layer.attention_flops for layer, count in self.layers)
+        per_pair = sum(count * layer.attention_flops for layer, count in self.layers if not layer.last)
+        flops = total * prompt * prompt * per_pair
         return 1e6 * flops / self.cost.processor.prefill_attention_flops_per_s
 
     def _pass_us(self, tokens: int) -> float:
@@ -132,7 +133,7 @@ class Least:
 
     def _whole_us(self, tokens: int) -> float:
         """Of that, what is for every token of a prompt in all layers."""
-        return self._once_us(tokens) + self._projections_us(tokens)
+        return self._once_us(tokens) + self._prompts_us(tokens)
 
     def _once_us(self, tokens: int) -> float:
         """Of that, what need not be done for each batch: the fixed cost of an op of experts, or of adding what the CPU computed, too."""
@@ -149,6 +150,13 @@ class Least:
     def _projections_us(self, tokens: float) -> float:
         """Attention in all layers, without what it does with keys and values: an op works on one batch."""
         return sum(count * self._projected_us(layer, tokens) for layer, count in self.layers)
+
+    def _prompts_us(self, tokens: float) -> float:
+        """The same for tokens of prompts, which in the last layer only need keys and values."""
+        each = (
+            (self.cost.keys_us if layer.last else self._projected_us)(layer, tokens) * n for layer, n in self.layers
+        )
+        return sum(each)
 
     def _mlps_us(self, tokens: float) -> float:
         """Router and shared expert, or the dense MLP, in all layers: an op may work on all batches."""

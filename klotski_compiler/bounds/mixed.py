@@ -200,7 +200,7 @@ class Mixed(Relaxation):
         """The same of what is before experts: no op of attention works on sequences of two ages."""
         total, prompt, cohort = self.workload.num_sequences, self.workload.prompt_len, self._cohort(high)
         alone = total * self._projections_us(cohort) / cohort
-        joining = total * self._projections_us(cohort * prompt) / cohort
+        joining = total * self._prompts_us(cohort * prompt) / cohort
         attention = joining, self.between * alone, (self.passes - self.between) * alone
         fed = (
             tuple(count * us for us in self._each_us(partial(self.cost.mlp_us, layer), high, self._fed(layer)))

@@ -158,6 +158,9 @@ class Group:
         graphs = own.past and self._graphs.capturing and not self._skeleton.latent(layer)
         limit = self._chunks.decode_batch if own.past else self._chunks.attention_batch
         for sequences in _split(slice(0, own.size), limit):
+            if own.queries > 1 and self._only_last(layer):
+                self._attend_last(layer, own, sequences, kv)
+                continue
             frame, cache = self._frame(own, sequences), kv.cache(sequences, own.past)
             mask = self._mask(layer, own, sequences, frame, cache, self._device)
             if graphs:
@@ -168,6 +171,15 @@ class Group:
             else:
                 hidden = self._take(own, sequences)
                 hidden += self._skeleton.attention(layer, hidden, mask, frame.positions, frame.angles, cache)
+
+    def _attend_last(self, layer: int, own: Batch, sequences: slice, kv: KvBlock) -> None:
+        """The same of each prompt's last token, as if it were the first to be decoded, once all others are cached."""
+        skeleton, hidden, frame = self._skeleton, self._take(own, sequences), self._frame(own, sequences)
+        skeleton.remember(layer, hidden, frame.positions, frame.angles, kv.cache(sequences, own.past))
+        last, positions = hidden[:, -1:], frame.positions[:, -1:]
+        cache = kv.cache(sequences, own.past + own.queries - 1)
+        mask = skeleton.mask(layer, own.present(sequences, self._device), own.padded(sequences), 1, cache)
+        last += skeleton.attention(layer, last, mask, positions, skeleton.rotary(positions), cache)
 
     def _ends(self, layer: int, own: Batch, sequences: slice, packed: torch.Tensor) -> tuple[Ends, torch.Tensor]:
         """The ends of decode attention of some sequences, and where their x is: [B, 1, hidden]."""

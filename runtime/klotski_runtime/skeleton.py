@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -93,6 +94,41 @@ class _KvProbe(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.shape = KvShape(key_states.shape[1], key_states.shape[3], value_states.shape[1], value_states.shape[3])
         return key_states, value_states
+
+
+class _Remembered(Exception):
+    """Keys and values are in the cache."""
+
+
+class _Remembering(Cache):
+    """A cache that ends attention as soon as it has the new keys and values."""
+
+    def __init__(self, cache: Cache) -> None:
+        super().__init__(layers=cache.layers)
+        self._cache = cache
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._cache.update(key_states, value_states, layer_idx)
+        raise _Remembered
+
+
+def _nothing(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """Zeros of the shape that the module's product has, in the memory of one row."""
+    return x.new_zeros(module.out_features).expand(*x.shape[:-1], -1)
+
+
+@contextmanager
+def _set(values: dict[str, Any], name: str, value: object) -> Iterator[None]:
+    """One entry, for as long as the context lasts."""
+    kept = dict(values)
+    values[name] = value
+    try:
+        yield
+    finally:
+        values.pop(name)
+        values |= {name: kept[name]} if name in kept else {}
 
 
 class _LinearCalls(TorchFunctionMode):
@@ -323,6 +359,15 @@ class Skeleton:
             **{CACHE: cache},
         )[0]
         return out
+
+    def remember(self, layer: int, hidden: torch.Tensor, positions: torch.Tensor, angles: Any, cache: Cache) -> None:
+        """Write keys and values of ``hidden`` [B, q, hidden] into ``cache``, as ``attention`` does, and compute nothing else of it."""
+        children = self._layers[layer].self_attn.named_children()
+        queries = [part for name, part in children if name.startswith("q_") and isinstance(part, nn.Linear)]
+        with ExitStack() as stack, suppress(_Remembered):
+            for part in queries:
+                stack.enter_context(_set(part.__dict__, "forward", partial(_nothing, part)))
+            self.attention(layer, hidden, None, positions, angles, _Remembering(cache))
 
     def moe_block(self, layer: int, hidden: torch.Tensor) -> Routed:
         """Norm, router and shared experts of ``hidden`` [r, hidden], without the residual and the routed experts."""
