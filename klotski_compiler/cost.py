@@ -300,7 +300,7 @@ class Cost:
         heads_width = layer.attention_flops // 4
         elementwise = self.elementwise_us(tokens * (self.spec.hidden_size + heads_width))
         matmuls = self.module_us(layer.attention, tokens) * params / layer.attention.params
-        return self.processor.attention_op_us + elementwise + matmuls
+        return self.processor.attention_op_us / 2 + elementwise + matmuls
 
     def attention_us(self, layer: Layer, shape: Shape, context: float, batch: int = 0) -> float:
         """One batch through attention: projections, then keys and values of ``context`` positions (decode) or all pairs."""

@@ -197,6 +197,9 @@ class Relaxation(Runs):
         if batches:  # of equal size they take least
             ops = self.passes * self._least(partial(self._batched_us, batches), 1, first, low, high)
             decode, layers = decode + ops - layers, ops
+            prompt = self.workload.prompt_len
+            prefill -= self._least(self._prompts_us, prompt, first, low, high)
+            prefill += self._least(lambda n: batches * self._prompts_us(n / batches), prompt, first, low, high)
         most = 1.0 if batches else self.most(high)
         yield "prefill", self.work(PREFILL, prefill, (0.0, inf), 0.0, weights, staging)
         cores, middle = self.cores_us(high), sum(self.contexts) / 2

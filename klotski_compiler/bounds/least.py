@@ -121,11 +121,12 @@ class Least:
         return here, sum(n * self._core_us(layer, high, cpu, span) for layer, n in self.layers)
 
     def pairs_us(self) -> float:
-        """Attention of all prompts to themselves."""
-        total, prompt = self.workload.num_sequences, self.workload.prompt_len
+        """Attention of all prompts to themselves, in the last layer of one token of each."""
+        total, prompt, processor = self.workload.num_sequences, self.workload.prompt_len, self.cost.processor
         per_pair = sum(count * layer.attention_flops for layer, count in self.layers if not layer.last)
-        flops = total * prompt * prompt * per_pair
-        return 1e6 * flops / self.cost.processor.prefill_attention_flops_per_s
+        seen = sum(min(prompt, x.sliding_window or prompt) * x.kv_elements * n for x, n in self.layers if x.last)
+        read_us = 1e6 * total * seen * self.cost.compute_bytes / processor.kv_bytes_per_s
+        return read_us + 1e6 * total * prompt * prompt * per_pair / processor.prefill_attention_flops_per_s
 
     def _pass_us(self, tokens: int) -> float:
         """A pass over so many tokens, without experts, head and what attention does with keys and values."""
@@ -152,11 +153,12 @@ class Least:
         return sum(count * self._projected_us(layer, tokens) for layer, count in self.layers)
 
     def _prompts_us(self, tokens: float) -> float:
-        """The same for tokens of prompts, which in the last layer only need keys and values."""
-        each = (
-            (self.cost.keys_us if layer.last else self._projected_us)(layer, tokens) * n for layer, n in self.layers
-        )
-        return sum(each)
+        """The same for tokens of whole prompts, of which in the last layer one attends."""
+        return sum(n * self._prompted_us(layer, tokens) for layer, n in self.layers)
+
+    def _prompted_us(self, layer: Layer, tokens: float) -> float:
+        keys_us = self.cost.keys_us(layer, tokens) if layer.last else 0.0
+        return keys_us + self._projected_us(layer, tokens / self.workload.prompt_len if layer.last else tokens)
 
     def _mlps_us(self, tokens: float) -> float:
         """Router and shared expert, or the dense MLP, in all layers: an op may work on all batches."""
