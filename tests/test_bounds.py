@@ -11,12 +11,11 @@ import pytest
 
 from klotski_compiler.bounds.apart import TOLERANCE, Relaxation
 from klotski_compiler.bounds.certificate import bound_tokens_per_s, intervals, relaxations
-from klotski_compiler.bounds.least import SPANS
+from klotski_compiler.bounds.least import SCALE_US, SPANS
 from klotski_compiler.bounds.mixed import Mixed
 from klotski_compiler.bounds.runs import MOST_BATCHES
 from klotski_compiler.cost import Cost
 from klotski_compiler.hardware import read_hardware
-from klotski_compiler.milp.formulation import SCALE_US
 from klotski_compiler.milp.solve import Solver, residency
 from klotski_compiler.model import read_model
 from klotski_compiler.pipeline import Lowered, lower, most_pages

@@ -7,9 +7,9 @@ from functools import partial
 from itertools import pairwise
 from math import inf, isinf
 
-from klotski_compiler.bounds.least import DECODE, PREFILL, Weight
+from klotski_compiler.bounds.least import DECODE, PREFILL, SCALE_US, Weight
 from klotski_compiler.bounds.runs import MOST_BATCHES, RUNS, Runs
-from klotski_compiler.milp.formulation import SCALE_US, Model, Row, Terms, Variable, plus, times
+from klotski_compiler.milp.formulation import Model, Row, Terms, Variable, plus, times
 from klotski_compiler.milp.solve import Solver
 from klotski_compiler.model import Layer
 from klotski_compiler.pipeline import most_pages

@@ -17,6 +17,7 @@ from klotski_compiler.tensors import MODULES, rows_bytes, sums_bytes
 EXACT_SHARES = 256  # so many different experts are bounded one by one
 ROUNDING = 1.01
 SPANS, GROWN = 4, 1.2  # decode whose context grows by more than that factor is bounded in so many spans
+SCALE_US = 1e6  # of times in linear programs: they run to 1e9 microseconds beside shares of one, and solvers want both near one
 PREFILL, DECODE = 0, 1  # kinds of passes, as indices of a weight's work
 
 

@@ -8,9 +8,9 @@ from itertools import zip_longest
 from math import inf
 
 from klotski_compiler.bounds.apart import Relaxation
-from klotski_compiler.bounds.least import DECODE, PREFILL, Weight
+from klotski_compiler.bounds.least import DECODE, PREFILL, SCALE_US, Weight
 from klotski_compiler.cost import Cost
-from klotski_compiler.milp.formulation import SCALE_US, Model, Row, Terms, Variable, plus
+from klotski_compiler.milp.formulation import Model, Row, Terms, Variable, plus
 from klotski_compiler.plan import Workload
 
 BESIDE = 2  # a further kind of passes: those in which others join, for what decodes in them

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from klotski_compiler.bounds.least import DECODE, Least, Weight
-from klotski_compiler.milp.formulation import SCALE_US, Terms, plus
+from klotski_compiler.bounds.least import DECODE, SCALE_US, Least, Weight
+from klotski_compiler.milp.formulation import Terms, plus
 from klotski_compiler.plan import CPU
 from klotski_compiler.tensors import query_bytes
 

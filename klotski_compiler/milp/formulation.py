@@ -35,7 +35,6 @@ from dataclasses import dataclass, field
 from klotski_compiler.milp.problem import EXACT_EXPERTS, HEAD_SLOTS, Group, LayerWork, Problem
 
 MIB = 1 << 20
-SCALE_US = 1e6  # times run to 1e9 microseconds beside counts of one: solvers want both near one
 Terms = dict[str, float]
 
 
@@ -173,16 +172,17 @@ class Formulation:
             for name in self.uniform(g):
                 each = self.model.variables[name].upper / g.count
                 self._count(f"each[{name}]", int(each))
-            for phase in () if self.elastic else problem.passes:
-                self._time(f"prefetched_us[{g.name}.{phase}]")
-                self._time(f"period_us[{g.name}.{phase}]")
+            for phase, work in {} if self.elastic else g.work.items():
+                unit_us = _streaming_us(g, work)
+                self._time(f"prefetched_us[{g.name}.{phase}]", unit_us)
+                self._time(f"period_us[{g.name}.{phase}]", unit_us)
         self._count("resident[head]", 1, at_least=0 if problem.head_pages else 1)
         self._count("resident[embedding]", 0 if problem.home_tier else 1)  # a GPU reads its rows from host memory
         self._count("spilling", 1)
         for kind in self.problem.module_slots:
             self._count(f"streaming[{kind}]", 1)
-        for phase in () if self.elastic else problem.passes:
-            self._time(f"period_us[end.{phase}]")
+        for phase, end in {} if self.elastic else problem.end.items():
+            self._time(f"period_us[end.{phase}]", end.compute_us + problem.head.load_us)
 
     def periods(self) -> Iterator[tuple[Group, str, LayerWork]]:
         """Every group in every phase."""
@@ -532,8 +532,8 @@ class Formulation:
     def _count(self, name: str, most: int, at_least: int = 0) -> None:
         self.model.variables[name] = Variable(name, at_least, most, True)
 
-    def _time(self, name: str) -> None:
-        self.model.variables[name] = Variable(name, 0.0, float("inf"), False, SCALE_US)
+    def _time(self, name: str, unit_us: float) -> None:
+        self.model.variables[name] = Variable(name, 0.0, float("inf"), False, max(1.0, unit_us))
 
     def _period(self, family: str, g: Group, phase: str, least: Terms) -> None:
         """N_g T >= least."""
@@ -544,6 +544,12 @@ class Formulation:
         constant = terms.get("", 0.0)
         kept = {variable: value for variable, value in terms.items() if variable and value}
         self.model.rows.append(Row(name, kept, lower - constant, upper - constant))
+
+
+def _streaming_us(g: Group, work: LayerWork) -> float:
+    """About what a layer takes where nothing is resident: a solver's tolerance is relative to that."""
+    experts = sum(n * max(g.expert.load_us, c.compute_us) for n, c in zip(g.sizes, work.classes, strict=True))
+    return work.attention_us + work.router_us + experts + sum(item.load_us for item in g.modules.values())
 
 
 def _at_least(left: Terms, right: Terms) -> tuple[Terms, float]:
