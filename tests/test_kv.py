@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import MixtralConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from klotski_compiler.errors import ExecError
-from klotski_compiler.plan import align_up
+from klotski_compiler.plan import PAGE_BYTES, align_up
 from klotski_runtime.arena import Arena
 from klotski_runtime.kv import KvBlock, KvShape
 from klotski_runtime.reader import DiskReader
@@ -123,6 +124,16 @@ def test_a_slot_comes_back_from_disk(direct: bool, tmp_path: Path) -> None:
             assert bytes(there.view(0, 9 * row)) == want
         reader.close()
         spill.close()
+
+
+def test_a_fault_names_the_folder(tmp_path: Path) -> None:
+    reader, slot = DiskReader(), Arena(PAGE_BYTES)
+    spill = SpillFile(tmp_path, 1, PAGE_BYTES, reader)
+    os.ftruncate(spill._file.fileno(), 0)
+    with pytest.raises(ExecError, match=f"{tmp_path}: spilled KV: ends at byte 0"):
+        spill.load(0, slot.view(0, PAGE_BYTES), 8)
+    reader.close()
+    spill.close()
 
 
 def test_sizes_must_agree() -> None:

@@ -22,7 +22,7 @@ class SpillFile:
 
     def __init__(self, scratch: Path, regions: int, region_bytes: int, reader: DiskReader) -> None:
         """Raises ExecError where there is no room."""
-        self._region_bytes, self._reader = region_bytes, reader
+        self._scratch, self._region_bytes, self._reader = scratch, region_bytes, reader
         try:
             self._file = tempfile.TemporaryFile(dir=scratch, prefix="klotski-kv-", buffering=0)  # noqa: SIM115 - closed by close
             os.posix_fallocate(self._file.fileno(), 0, max(1, regions * region_bytes))
@@ -61,9 +61,12 @@ class SpillFile:
             os.posix_fadvise(self._file.fileno(), offset + begin, end - begin, os.POSIX_FADV_DONTNEED)
 
     def load(self, region: int, slot: memoryview, end: int) -> None:
-        """Read bytes 0 to ``end`` of a slot."""
+        """Read bytes 0 to ``end`` of a slot. Raises ExecError, by the name of the folder that the file is in, where that fails."""
         extent = Extent(self._path, region * self._region_bytes, align_up(end), slot_offset=0, needed=end)
-        self._reader.read([extent], slot)
+        try:
+            self._reader.read([extent], slot)
+        except ExecError as error:
+            raise ExecError(f"{self._scratch}: spilled KV{error.why.removeprefix(str(self._path))}") from error
 
     def close(self) -> None:
         """Give the disk space back; the reader is closed by then."""
