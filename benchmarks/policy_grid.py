@@ -3,15 +3,17 @@
 Each cell is one ``klotski-compile --policy auto`` with the machine's rates: every policy is searched over the same sizes, with its
 own residency fill or ours. Routing is uniform, or skewed as the workload says.
 
-    python benchmarks/policy_grid.py [--models A,B] [--machines A,B] [--workloads A,B] [--json FILE] [--output FILE]
+    python benchmarks/policy_grid.py [--models A,B] [--machines A,B] [--workloads A,B] [--anew] [--cells FILE] [--output FILE]
 
-A cell takes 3 to 80 seconds on a core; cells run on all of them. What is done is kept in --json, and is not done again.
+A cell takes 3 to 180 seconds on a core, all of them an hour and a half on two. What is done is kept in --cells, a table of every policy's
+tokens per second with the commit that each line was computed at, and is done again only with --anew.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import csv
+import io
 import os
 import platform
 import statistics
@@ -36,7 +38,7 @@ from klotski_compiler.model import ModelSpec, read_model  # noqa: E402
 from klotski_compiler.output import write_whole  # noqa: E402
 from klotski_compiler.plan import Workload  # noqa: E402
 from klotski_compiler.planner import Request, compile_plan  # noqa: E402
-from klotski_compiler.policies import OURS  # noqa: E402
+from klotski_compiler.policies import OURS, POLICIES  # noqa: E402
 from klotski_compiler.routing import Routing, uniform  # noqa: E402
 
 MODELS = (
@@ -56,6 +58,17 @@ MODELS = (
 MACHINES = ("rtx3090", "h800", "t4", "l4", "a5000", "h200", "rtx4090", "dev-2core")
 TIE = 0.005  # below this two speeds are equal
 TIME_LIMIT_S = 600.0  # none strikes, so that the table does not depend on what else the machine does
+CELLS = ROOT / "benchmarks" / "results" / "policy_grid.csv"
+FIXED = (
+    "model",
+    "machine",
+    "workload",
+    "commit",
+    "compile_s",
+    "bound",
+    "infeasible",
+    "failed",
+)  # columns; a policy each follow
 HEADROOM = 0.10  # what the best published policy must leave to the bound for a cell to have something to win
 
 
@@ -83,24 +96,59 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--machines", type=_names, default=MACHINES)
     parser.add_argument("--workloads", type=_names, default=tuple(WORKLOADS))
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--json", type=Path, default=ROOT / "demo" / "policy_grid.json", help="where cells are kept")
+    parser.add_argument(
+        "--anew", action="store_true", help="compute the cells that are asked for also if they are there"
+    )
+    parser.add_argument(
+        "--cells", type=Path, default=CELLS, metavar="FILE", help="where they are kept (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, help="write the table here, with command, date and machine")
     arguments = parser.parse_args(argv)
     cells = list(product(arguments.models, arguments.machines, arguments.workloads))
-    found = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    found = read_cells(arguments.cells)
+    arguments.cells.parent.mkdir(parents=True, exist_ok=True)
     commit = _commit()
     with ProcessPoolExecutor(arguments.workers) as pool:
-        missing = {pool.submit(cell, *names): names for names in cells if " | ".join(names) not in found}
+        missing = {
+            pool.submit(cell, *names): names for names in cells if arguments.anew or " | ".join(names) not in found
+        }
         for done, future in enumerate(as_completed(missing), 1):
             found[" | ".join(missing[future])] = future.result() | {"commit": commit}
-            write_whole(arguments.json, json.dumps(found, indent=1) + "\n")
+            write_whole(arguments.cells, cells_text(found))
             print(f"{done} of {len(missing)}: {' | '.join(missing[future])}", file=sys.stderr)
     text = "\n".join(summary(arguments, {key: found[key] for key in map(" | ".join, cells)})) + "\n"
     if arguments.output:
         write_whole(arguments.output, text)
     print(text)
     return 0
+
+
+def read_cells(path: Path) -> dict[str, dict[str, Any]]:
+    """Cells that are kept, as ``cell`` returns them, by ``model | machine | workload``."""
+    if not path.exists():
+        return {}
+    found = {}
+    for row in csv.DictReader(io.StringIO(path.read_text())):
+        known: dict[str, Any] = {"commit": row["commit"]}
+        known |= {kind: row[kind] for kind in ("infeasible", "failed") if row[kind]}
+        if row["bound"]:
+            rates = {policy: float(row[policy]) for policy in POLICIES if row.get(policy)}
+            known |= {"tokens_per_s": rates, "bound": float(row["bound"]), "compile_s": float(row["compile_s"])}
+        found[" | ".join(row[name] for name in FIXED[:3])] = known
+    return found
+
+
+def cells_text(cells: dict[str, dict[str, Any]]) -> str:
+    """The same as a table, in the order of the grid; a policy's tokens per second are empty where none of its schedules fits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, (*FIXED, *POLICIES), restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for names in product(MODELS, MACHINES, WORKLOADS):
+        if known := cells.get(" | ".join(names)):
+            rates = {policy: f"{rate:.6g}" for policy, rate in known.get("tokens_per_s", {}).items()}
+            numbers = {name: f"{known[name]:.6g}" for name in ("compile_s", "bound") if name in known}
+            writer.writerow(dict(zip(FIXED, names, strict=False)) | known | rates | numbers)
+    return text.getvalue()
 
 
 def _commit() -> str:
