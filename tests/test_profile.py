@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.hardware import Hardware, numbers, read_hardware, to_json
-from klotski_runtime import profile
+from klotski_runtime import profile, profile_kernels
 from klotski_runtime.cli.profile import main
 
 
@@ -61,7 +61,7 @@ def test_small_ops_are_no_faster_beside_a_busy_cpu() -> None:
     import torch
 
     with torch.inference_mode():
-        left, how = profile.beside_cpu(torch.device("cpu"), profile.QUICK, profile.QUICK)
+        left, how = profile_kernels.beside_cpu(torch.device("cpu"), profile.QUICK, profile.QUICK)
     assert 0 < left <= 1 and "beside decode attention" in how
 
 

@@ -1,0 +1,311 @@
+"""Times of kernels, as the runtime calls them, on the CPU or a GPU: what ``profile`` repeats and keeps the medians of."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from klotski_runtime.attention import grouped_attention
+from klotski_runtime.checkpoint import PAGE
+from klotski_runtime.native import can_compile
+from klotski_runtime.profile_block import SMALL, Block
+from klotski_runtime.profile_disk import MIB, Found, rounded
+from klotski_runtime.wide import Widener
+from klotski_runtime.workers import Task, Workers, kernel_threads
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+# The attention of Qwen3-30B-A3B: 32 query heads share 4 key and value heads.
+QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 4, 128
+
+WORTH_WIDENING = 0.9  # of the time of a 16-bit matmul that one through fp32 may take
+CACHE_BYTES = 64 * MIB  # more than caches hold
+SHORT_PROMPT = 32  # tokens: of prompts whose attention is mostly elementwise work
+SHARED_ROWS = 32  # tokens of the expert that computes while the disk is read
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much to measure.
+
+    hidden, inter, tokens: the expert and its token counts. cold_bytes: size of the buffers that are cycled.
+    sample_s: time per number and round. rounds: how often each number is measured. scratch_bytes: the scratch file.
+    turns, turn_s: of the disk and the processor in a round. decode: (batch, context) of decode attention.
+    prompt: tokens of a prompt of prefill attention. short_prompts: how many prompts the elementwise work is measured on.
+    """
+
+    hidden: int
+    inter: int
+    tokens: tuple[int, ...]
+    cold_bytes: int
+    sample_s: float
+    rounds: int
+    scratch_bytes: int
+    turns: int
+    turn_s: float
+    decode: tuple[tuple[int, int], ...]
+    prompt: int
+    short_prompts: int
+
+
+def mean_seconds(call: Callable[[], object], device: torch.device, sizes: Sizes) -> float:
+    """Seconds of one call: the mean of samples that fill ``sample_s``, since a run too pays for what disturbs some of them.
+
+    A sample holds as many calls as take about 5 ms and, on a GPU, ends with a synchronisation: kernels queue up as they
+    do in a run, and launch cost shows only where it cannot hide behind the kernel before.
+    """
+
+    def sample(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - start) / calls
+
+    sample(1)
+    calls = max(1, round(0.005 / max(sample(2), 1e-7)))
+    end = time.perf_counter() + sizes.sample_s
+    samples = [sample(calls)]
+    while time.perf_counter() < end:
+        samples.append(sample(calls))
+    return statistics.fmean(samples)
+
+
+def shared_work(sizes: Sizes) -> Callable[[], object]:
+    """The matmuls of experts over a few tokens each, side by side on the CPU, weights not in cache, in whichever way is faster."""
+    host = torch.device("cpu")
+    turn, workers = _experts(host, torch.bfloat16, sizes), Workers(torch.get_num_threads())
+    rows = torch.randn(SHARED_ROWS, sizes.hidden, dtype=torch.bfloat16)
+    ways: list[Task] = [lambda worker: _expert(rows, *next(turn))]
+    if can_compile():
+        ways.append(_widened(Widener(1, max(sizes.hidden, sizes.inter), workers), workers, rows, turn, sizes))
+    calls = [partial(workers.run, [way] * workers.count) for way in ways]
+    return min(calls, key=lambda call: mean_seconds(call, host, sizes))
+
+
+def _expert(rows: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(F.silu(F.linear(rows, gate)) * F.linear(rows, up), down)
+
+
+def _experts(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[tuple[Tensor, ...]]:
+    """Weights (gate, up, down) of experts in turn, as many as no cache holds, without end."""
+    shapes = (sizes.inter, sizes.hidden), (sizes.inter, sizes.hidden), (sizes.hidden, sizes.inter)
+    nbytes = 3 * sizes.hidden * sizes.inter * dtype.itemsize
+    number = max(2, -(-sizes.cold_bytes // nbytes))
+    drawn = tuple(
+        torch.randn(s, device=device, dtype=dtype) / 32 for s in shapes
+    )  # takes a CPU longer than all else here
+    return cycle([drawn, *(tuple(matrix.clone() for matrix in drawn) for _ in range(number - 1))])
+
+
+def matmul_rates(device: torch.device, dtype: str, sizes: Sizes) -> tuple[tuple[tuple[int, float], ...], float, int]:
+    """Points (tokens, flops per second) of experts, the fastest rate at which they read their weights, bytes/s, and from how many
+    tokens on 16-bit matmuls are faster through fp32 (0: never), which then give the points. On a CPU as many run side by side as there
+    are workers.
+
+    On a CPU the fixed cost of the calls is taken off, because expert_op_us holds it; on a GPU it hides behind the
+    kernel before.
+    """
+    torch_dtype = DTYPES[dtype]
+    params = 3 * sizes.hidden * sizes.inter
+    nbytes = params * torch_dtype.itemsize
+    turn = _experts(device, torch_dtype, sizes)
+    small = [torch.randn(n, SMALL, device=device, dtype=torch_dtype) for n in (1, SMALL, SMALL, SMALL)]
+    on_cpu = device.type == "cpu"
+    workers = Workers(torch.get_num_threads() if on_cpu else 1)
+
+    def each(task: Task) -> float:
+        """Seconds per task where every worker has one."""
+        return mean_seconds(lambda: workers.run([task] * workers.count), device, sizes) / workers.count
+
+    fixed = each(lambda worker: _expert(*small)) if on_cpu else 0.0
+    may_widen = on_cpu and torch_dtype.itemsize == 2 and can_compile()
+    widener = Widener(int(may_widen), max(sizes.hidden, sizes.inter), workers)
+    points, fastest, widen_rows = [], 0.0, 0
+    for tokens in sizes.tokens:
+        rows = torch.randn(tokens, sizes.hidden, device=device, dtype=torch_dtype)
+        seconds = each(lambda worker, rows=rows: _expert(rows, *next(turn)))  # type: ignore[misc]
+        if may_widen:
+            wide = each(_widened(widener, workers, rows, turn, sizes))
+            widen_rows = (widen_rows or tokens) if wide < WORTH_WIDENING * seconds else 0
+            seconds = wide if widen_rows else seconds
+        seconds = max(seconds - fixed, seconds / 2)
+        points.append((tokens, rounded(2 * params * tokens / seconds)))
+        fastest = max(fastest, nbytes / seconds)
+    workers.close()
+    return tuple(points), fastest, widen_rows
+
+
+def _widened(
+    widener: Widener, workers: Workers, rows: Tensor, turn: Iterator[tuple[Tensor, ...]], sizes: Sizes
+) -> Task:
+    """An expert through fp32, the next one in every call."""
+    outs = [
+        [rows.new_empty(len(rows), n) for n in (sizes.inter, sizes.inter, sizes.hidden)] for _ in range(workers.count)
+    ]
+
+    def task(worker: int) -> None:
+        (gate, up, down), (inner, other, out) = next(turn), outs[worker]
+        widener.mm(rows, (gate, inner), (up, other), worker=worker)
+        widener.mm(F.silu(inner, inplace=True).mul_(other), (down, out), worker=worker)
+
+    return task
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Grouped-query attention as the runtime calls it."""
+    heads = SimpleNamespace(num_key_value_groups=QUERY_HEADS // KV_HEADS, is_causal=True)
+    output: Tensor
+    output, _ = grouped_attention(heads, query, key, value, None, scaling=HEAD_DIM**-0.5)
+    return output
+
+
+def decode_attention(device: torch.device, sizes: Sizes) -> tuple[float, str]:
+    """Bytes of keys and values per second: the slope of time over bytes, the intercept being part of attention_op_us.
+
+    Least squares in relative error, because times span two orders of magnitude.
+    """
+    pool = torch.randn(sizes.cold_bytes // 64, device=device, dtype=torch.bfloat16).repeat(32)
+    rows = []
+    for batch, context in sizes.decode:
+        elements = batch * KV_HEADS * context * HEAD_DIM
+        caches = pool[: len(pool) // (2 * elements) * 2 * elements].view(-1, 2, batch, KV_HEADS, context, HEAD_DIM)
+        turn = cycle(caches.unbind())
+        query = torch.randn(batch, QUERY_HEADS, 1, HEAD_DIM, device=device, dtype=torch.bfloat16)
+
+        def attend(query: Tensor = query, turn: Iterator[Tensor] = turn) -> Tensor:
+            key, value = next(turn)
+            return _attend(query, key, value)
+
+        rows.append((2 * elements * 2, mean_seconds(attend, device, sizes)))
+    design = torch.tensor([[1 / seconds, nbytes / seconds] for nbytes, seconds in rows], dtype=torch.float64)
+    ones = torch.ones(len(rows), 1, dtype=torch.float64)
+    fixed, per_byte = torch.linalg.lstsq(design, ones).solution.flatten().tolist()
+    if per_byte <= 0:  # too noisy for a slope: take the largest cache as it is
+        nbytes, seconds = max(rows)
+        fixed, per_byte = 0.0, seconds / nbytes
+    how = f"slope over {len(rows)} sizes of grouped attention, {QUERY_HEADS} query and {KV_HEADS} KV heads, bf16"
+    return rounded(1 / per_byte), f"{how}; fixed part {1e6 * fixed:.0f} us"
+
+
+def prefill_attention(device: torch.device, sizes: Sizes) -> tuple[float, str]:
+    """Flops per second of attention over whole prompts: 4 x heads x head_dim for every pair of positions."""
+    batch, prompt = 2, sizes.prompt
+    query = torch.randn(batch, QUERY_HEADS, prompt, HEAD_DIM, device=device, dtype=torch.bfloat16)
+    key, value = torch.randn(2, batch, KV_HEADS, prompt, HEAD_DIM, device=device, dtype=torch.bfloat16)
+    seconds = mean_seconds(lambda: _attend(query, key, value), device, sizes)
+    flops = 4 * QUERY_HEADS * HEAD_DIM * batch * prompt**2
+    how = f"transformers' SDPA, {batch} whole prompts of {prompt} tokens, bf16, all pairs of positions counted"
+    return rounded(flops / seconds), how
+
+
+def fixed_costs(device: torch.device, sizes: Sizes) -> Found:
+    """What an op costs however little it computes: everything here is so small that only calls and launches remain."""
+    weight = torch.randn(SMALL, SMALL, device=device, dtype=torch.bfloat16)
+    rows = torch.randn(8, SMALL, device=device, dtype=torch.bfloat16)
+    small = mean_seconds(lambda: F.linear(rows, weight), device, sizes)
+    block = Block(device, SMALL, (4, 2, 32), batch=1, queries=1)
+    attention = mean_seconds(block.attention, device, sizes) - mean_seconds(block.projections, device, sizes)
+    what = f"transformers' Qwen3-MoE by the runtime's ops, {SMALL} wide, 1 token"
+    return {
+        "op_us": (rounded(1e6 * small), f"F.linear of 8 rows, {SMALL} x {SMALL}"),
+        "hidden_bytes_per_s": _hidden_rate(device, sizes),
+        "router_op_us": (
+            rounded(1e6 * mean_seconds(block.router, device, sizes)),
+            f"router (norm, gate, choice) of {what}",
+        ),
+        "attention_op_us": (
+            rounded(1e6 * max(attention, small)),
+            f"attention (norms, rotary, mask, cache, SDPA, residual) of {what}, less matmuls",
+        ),
+        "expert_op_us": (
+            rounded(1e6 * mean_seconds(block.expert, device, sizes) / block.experts),
+            f"expert (gather, three matmuls, activation, weighting, index_add), {block.experts} at once, of {what}",
+        ),
+    }
+
+
+def beside_cpu(device: torch.device, sizes: Sizes, on_cpu: Sizes) -> tuple[float, str]:
+    """What is left of the speed of a GPU's small ops while the CPU attends, as it does in a plan that lets it."""
+    block = Block(device, SMALL, (4, 2, 32), batch=1, queries=1)
+    alone, threads, stop = mean_seconds(block.expert, device, sizes), torch.get_num_threads(), threading.Event()
+    batch, context = on_cpu.decode[-1]
+
+    def attend() -> None:
+        kernel_threads(threads)
+        with torch.inference_mode():
+            query = torch.randn(batch, QUERY_HEADS, 1, HEAD_DIM, dtype=torch.bfloat16)
+            key, value = torch.randn(2, batch, KV_HEADS, context, HEAD_DIM, dtype=torch.bfloat16)
+            while not stop.is_set():
+                _attend(query, key, value)
+
+    other = threading.Thread(target=attend, name="attend")
+    other.start()
+    try:
+        beside = mean_seconds(block.expert, device, sizes)
+    finally:
+        stop.set()
+        other.join()
+    how = (
+        f"an op of {block.experts} small experts, alone over beside decode attention on the CPU with {threads} threads"
+    )
+    return rounded(min(1.0, alone / beside)), how
+
+
+def _hidden_rate(device: torch.device, sizes: Sizes) -> tuple[float, str]:
+    """Bytes of hidden states per second through the elementwise work of a block: attention's, where most of it is.
+
+    What the block takes for many short prompts, less its matmuls, the attention of keys and values, and its fixed cost.
+    """
+    batch, heads, width = sizes.short_prompts, 8, 64
+    block = Block(device, sizes.hidden, (heads, 2, width), batch, SHORT_PROMPT)
+    least = Block(device, SMALL, (4, 2, 32), batch=1, queries=1)
+    sweep = torch.zeros(min(sizes.cold_bytes, CACHE_BYTES), device=device, dtype=torch.uint8)
+
+    def cold(call: Callable[[], object]) -> float:
+        """Mean time of single calls, each after other memory has passed through the caches, as a layer's weights do."""
+        taken, end = list[float](), time.perf_counter() + sizes.sample_s
+        while len(taken) < 3 or time.perf_counter() < end:
+            sweep.add_(1)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            begin = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            taken.append(time.perf_counter() - begin)
+        return statistics.fmean(taken)
+
+    whole, matmuls, core = (cold(call) for call in (block.attention, block.projections, block.core))
+    fixed = [mean_seconds(call, device, sizes) for call in (least.attention, least.projections, least.core)]
+    left = whole - matmuls - core - max(0.0, fixed[0] - fixed[1] - fixed[2])
+    nbytes = batch * SHORT_PROMPT * (sizes.hidden + heads * width) * torch.bfloat16.itemsize
+    how = f"attention of transformers' Qwen3-MoE by the runtime's ops, {batch} prompts of {SHORT_PROMPT} tokens"
+    return rounded(nbytes / max(left, 0.05 * whole)), f"{how}, less matmuls, SDPA and calls"
+
+
+def copies(device: torch.device, sizes: Sizes) -> Found:
+    """Both directions between pinned host memory and the GPU."""
+    host = torch.empty(sizes.cold_bytes, dtype=torch.uint8, pin_memory=True)
+    gpu = torch.empty(sizes.cold_bytes, dtype=torch.uint8, device=device)
+    found: Found = {}
+    for link, target, source in (("host>gpu", gpu, host), ("gpu>host", host, gpu)):
+        latency = mean_seconds(lambda t=target, s=source: t[:PAGE].copy_(s[:PAGE], non_blocking=True), device, sizes)  # type: ignore[misc]
+        seconds = mean_seconds(lambda t=target, s=source: t.copy_(s, non_blocking=True), device, sizes)  # type: ignore[misc]
+        found[f"{link}.bandwidth_bytes_per_s"] = (
+            rounded(sizes.cold_bytes / seconds),
+            f"pinned buffer of {sizes.cold_bytes // MIB} MiB",
+        )
+        found[f"{link}.latency_us"] = rounded(1e6 * latency), f"pinned buffer of {PAGE} bytes, copies queued"
+    return found
