@@ -139,15 +139,17 @@ def read_cells(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def cells_text(cells: dict[str, dict[str, Any]]) -> str:
-    """The same as a table, in the order of the grid; a policy's tokens per second are empty where none of its schedules fits."""
+    """The same as a table, in the order of the grid, then others; a policy's tokens per second are empty where none of its schedules
+    fits."""
     text = io.StringIO()
     writer = csv.DictWriter(text, (*FIXED, *POLICIES), restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    for names in product(MODELS, MACHINES, WORKLOADS):
-        if known := cells.get(" | ".join(names)):
+    grid = [" | ".join(names) for names in product(MODELS, MACHINES, WORKLOADS)]
+    for name in dict.fromkeys([*grid, *cells]):
+        if known := cells.get(name):
             rates = {policy: f"{rate:.6g}" for policy, rate in known.get("tokens_per_s", {}).items()}
             numbers = {name: f"{known[name]:.6g}" for name in ("compile_s", "bound") if name in known}
-            writer.writerow(dict(zip(FIXED, names, strict=False)) | known | rates | numbers)
+            writer.writerow(dict(zip(FIXED, name.split(" | "), strict=False)) | known | rates | numbers)
     return text.getvalue()
 
 

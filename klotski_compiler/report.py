@@ -162,6 +162,8 @@ def _on_cpu(plan: Plan) -> Iterator[Row]:
     parts = [f"attention of {d.cpu_batches} of {_count(d.num_batches, 'batch')}"] if d.cpu_batches else []
     parts += [f"{_count(experts, 'expert')}"] if experts else []
     yield "CPU", f"{' and '.join(parts)} in decode, where their KV and weights are"
+    if d.by_batch:
+        yield "order", "batch by batch: the experts of one compute while the CPU attends to the next"
 
 
 def _table(rows: Iterable[Row]) -> Iterator[str]:

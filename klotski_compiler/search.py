@@ -179,9 +179,10 @@ class Search(Fills):
             d = other.decision
             with suppress(Infeasible, PlanError):
                 found.append(Rated(self.estimate(OURS, d), OURS, d, "any"))
-            if d.cpu_batches == d.num_batches:
-                d = d.model_copy(update={"by_batch": True})
-                by_batch.append(Rated(self.estimate(OURS, d), OURS, d, "any"))
+            with suppress(Infeasible, PlanError):
+                if d.cpu_batches == d.num_batches:
+                    d = d.model_copy(update={"by_batch": True})
+                    by_batch.append(Rated(self.estimate(OURS, d), OURS, d, "any"))
         return [*found, *by_batch, *(self.improved(start) for start in best_of_orders(found))]
 
     def whole_best(self, timed: list[Rated], refusals: dict[str, Infeasible]) -> list[Best]:

@@ -157,11 +157,12 @@ class Rounds:
 
     def samples(self, quick: bool = False) -> list[int]:
         """Rounds between which times are about linear: cohorts come one by one, then go one by one; the first without a newcomer
-        is a step."""
+        is a step. The fewer there are, the more of a layer's experts does one more touch."""
         rising, last = min(self.cohorts, self.ages) - 1, self.count - 1
         marks = {0, rising, self.full, min(self.cohorts, last), last}
-        middles = set() if quick else {rising // 2, (self.cohorts + last) // 2}
-        return sorted(marks | middles)
+        falling = max(0, last - self.cohorts)
+        few = set() if quick else {n for part in (8, 4, 2) for n in (rising // part, last - falling // part)}
+        return sorted(marks | few)
 
     def weights(self, sampled: Collection[int]) -> dict[int, float]:
         """How many rounds each sampled one stands for: every round is interpolated between the two beside it."""

@@ -150,11 +150,16 @@ def test_experts_in_pages(
     same(model, run(plan, model, tmp_path, device=device).rows)
 
 
-def test_moe_lightning_in_pages_of_experts(device: torch.device, models: Models, same: Same, tmp_path: Path) -> None:
-    """More micro-batches than weights: halves of experts follow their mixed values, and the last group lacks some."""
+@pytest.mark.parametrize("policy_name", ["moe_lightning", "joint"])
+def test_pages_of_experts_batch_by_batch(
+    policy_name: str, device: torch.device, models: Models, same: Same, tmp_path: Path
+) -> None:
+    """CGOPipe, or joint where it computes experts so: more micro-batches than weights, so that halves of experts follow their mixed
+    values; and the last group lacks some."""
     model = models("phimoe", intermediate_size=512)
-    decision = tiny_decision("moe_lightning", replace(model.spec, compute_dtype="fp32"), "host", 8, 1, cpu_batches=8)
-    plan = plan_of(replace(model.spec, compute_dtype="fp32"), "moe_lightning", decision, workload(PROMPTS, 8), True)
+    spec, by_batch = replace(model.spec, compute_dtype="fp32"), policy_name == "joint"
+    decision = tiny_decision("moe_lightning", spec, "host", 8, 1, cpu_batches=8, by_batch=by_batch)
+    plan = plan_of(spec, policy_name, decision, workload(PROMPTS, 8), True)
     assert any(isinstance(step.op, Load) and step.op.pages for step in plan.steps["decode"])
     same(model, run(plan, model, tmp_path, device=device).rows)
 

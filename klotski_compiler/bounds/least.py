@@ -16,6 +16,7 @@ from klotski_compiler.tensors import MODULES, rows_bytes, sums_bytes
 
 EXACT_SHARES = 256  # so many different experts are bounded one by one
 ROUNDING = 1.01
+ROUNDED = 1e-9  # what a quotient may be off by
 SPANS, GROWN = 4, 1.2  # decode whose context grows by more than that factor is bounded in so many spans
 SCALE_US = 1e6  # of times in linear programs: they run to 1e9 microseconds beside shares of one, and solvers want both near one
 PREFILL, DECODE = 0, 1  # kinds of passes, as indices of a weight's work
@@ -124,9 +125,10 @@ class Least:
     def pairs_us(self) -> float:
         """Attention of all prompts to themselves, in the last layer of one token of each."""
         total, prompt, processor = self.workload.num_sequences, self.workload.prompt_len, self.cost.processor
-        per_pair = sum(count * layer.attention_flops for layer, count in self.layers if not layer.last)
-        seen = sum(min(prompt, x.sliding_window or prompt) * x.kv_elements * n for x, n in self.layers if x.last)
+        one = [(layer, n) for layer, n in self.layers if layer.last or prompt == 1]
+        seen = sum(n * layer.kv_elements * min(prompt, layer.sliding_window or prompt) for layer, n in one)
         read_us = 1e6 * total * seen * self.cost.compute_bytes / processor.kv_bytes_per_s
+        per_pair = sum(n * layer.attention_flops for layer, n in self.layers if (layer, n) not in one)
         return read_us + 1e6 * total * prompt * prompt * per_pair / processor.prefill_attention_flops_per_s
 
     def _pass_us(self, tokens: int) -> float:
@@ -158,8 +160,9 @@ class Least:
         return sum(n * self._prompted_us(layer, tokens) for layer, n in self.layers)
 
     def _prompted_us(self, layer: Layer, tokens: float) -> float:
-        keys_us = self.cost.keys_us(layer, tokens) if layer.last else 0.0
-        return keys_us + self._projected_us(layer, tokens / self.workload.prompt_len if layer.last else tokens)
+        if not layer.last or self.workload.prompt_len == 1:
+            return self._projected_us(layer, tokens)
+        return self.cost.keys_us(layer, tokens) + self._projected_us(layer, tokens / self.workload.prompt_len)
 
     def _mlps_us(self, tokens: float) -> float:
         """Router and shared expert, or the dense MLP, in all layers: an op may work on all batches."""
@@ -200,10 +203,15 @@ class Least:
         return there_us + back_us + cost.sums_us(tokens) + cost.processor.op_us
 
     def _expert_us(self, layer: Layer, q: float, count: int, processor: str, tokens: float, even: bool = True) -> float:
-        """Experts over their share of so many tokens. even: what a token takes does not grow with them; where kernels round rows up beyond
-        a few, as if they could take that few at a time."""
+        """Experts over their share of so many tokens, of which more never take less. even: what a token takes does not grow with them;
+        where kernels round rows up beyond a few, as if they could take that few at a time."""
         share, touched = tokens * q, 1.0 - (1.0 - q) ** tokens
-        us = self.cost._expert_us(layer, share, touched, processor)
-        if even and (pieces := share / touched / FEW_ROWS if touched > 0 else 0.0) > 1:
+        us, rows = self.cost._expert_us(layer, share, touched, processor), share / touched if touched > 0 else 0.0
+        if rows < (wide := self._processor(processor).widen_rows):  # from where on none are rounded up
+            us = min(us, self.cost._expert_us(layer, wide * touched, touched, processor))
+        if even and (pieces := rows / FEW_ROWS * (1 + ROUNDED)) > 1:
             us = min(us, pieces * self.cost._expert_us(layer, share / pieces, touched, processor))
         return count * us
+
+    def _processor(self, name: str) -> Processor:
+        return self.cost.hardware.processors[name] if name else self.cost.processor

@@ -30,8 +30,9 @@ class Mixed(Relaxation):
 
     *Joining passes*, "prefill" here, are at least N A / S, and after them come A - 1 of the same ops until the last cohort is done, in
     which ever fewer decode. In both the CPU computes no experts, since it would have to for prompts. *Passes between*, "decode", follow
-    them after a drain. A sequence decodes in gen_len - 1 passes, A - 1 of which are joining ones or of those after them: beside what
-    joins, or late. All of them together take what the one busiest resource does; for that, the CPU may help with whatever decodes.
+    them after a drain: s - 1 after each of either kind, in which those decode that are there. A sequence decodes in gen_len - 1 passes,
+    A - 1 of which are joining ones or of those after them: beside what joins, or late. All of them together take what the one busiest
+    resource does; for that, the CPU may help with whatever decodes.
 
     *Late.* In the r-th pass after the last cohort has joined, A - r cohorts are left, the last of which may be small. So of the
     N (A - 1) sequences that decode beside what joins or late, a share between (A - 2) S / 2 A N and S / 2 N is late: where no prompts
@@ -162,7 +163,9 @@ class Mixed(Relaxation):
             nbytes = float(count * layer.expert.nbytes)
             missed = (1 - q) ** cohort  # by one cohort's tokens; summed over 1, 2, ... cohorts that are left
             left = after - (missed * (1 - missed**after) / (1 - missed) if missed < 1 else after)
-            partly = gaps * sum((1 - missed**full) * (1 - missed ** (least - full)) for full in range(1, least))
+            # P(k) + P(A - k) = P(A) + P(k) P(A - k) for the probability that k cohorts touch it: as many as come also go.
+            pairs = range(1, least) if gaps else ()
+            partly = gaps * sum((1 - missed**n) * (1 - missed ** (least - n)) for n in pairs)
             touched = (
                 joins * (1 - (1 - q) ** (cohort * self._fed(layer))),
                 between * (1 - (1 - q) ** high) + partly,

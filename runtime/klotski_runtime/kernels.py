@@ -173,7 +173,7 @@ class Group:
                 hidden += self._skeleton.attention(layer, hidden, mask, frame.positions, frame.angles, cache)
 
     def _attend_last(self, layer: int, own: Batch, sequences: slice, kv: KvBlock) -> None:
-        """The same of each prompt's last token, as if it were the first to be decoded, once all others are cached."""
+        """The same of each prompt's last token, as if it were the first to be decoded, once keys and values of all are cached."""
         skeleton, hidden, frame = self._skeleton, self._take(own, sequences), self._frame(own, sequences)
         skeleton.remember(layer, hidden, frame.positions, frame.angles, kv.cache(sequences, own.past))
         last, positions = hidden[:, -1:], frame.positions[:, -1:]

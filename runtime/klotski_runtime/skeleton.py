@@ -115,7 +115,7 @@ class _Remembering(Cache):
 
 
 def _nothing(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """Zeros of the shape that the module's product has, in the memory of one row."""
+    """Zeros in the shape of the module's product; the memory of one row stands for all."""
     return x.new_zeros(module.out_features).expand(*x.shape[:-1], -1)
 
 
@@ -361,7 +361,8 @@ class Skeleton:
         return out
 
     def remember(self, layer: int, hidden: torch.Tensor, positions: torch.Tensor, angles: Any, cache: Cache) -> None:
-        """Write keys and values of ``hidden`` [B, q, hidden] into ``cache``, as ``attention`` does, and compute nothing else of it."""
+        """Write keys and values of ``hidden`` [B, q, hidden] into ``cache``, as ``attention`` does; without a matmul for queries, nor what
+        comes after them."""
         children = self._layers[layer].self_attn.named_children()
         queries = [part for name, part in children if name.startswith("q_") and isinstance(part, nn.Linear)]
         with ExitStack() as stack, suppress(_Remembered):

@@ -66,7 +66,8 @@ class SpillFile:
         try:
             self._reader.read([extent], slot)
         except ExecError as error:
-            raise ExecError(f"{self._scratch}: spilled KV{error.why.removeprefix(str(self._path))}") from error
+            why = error.why.removeprefix(str(self._path)).partition(", before its data")[0]
+            raise ExecError(f"{self._scratch}: spilled KV{why}") from error
 
     def close(self) -> None:
         """Give the disk space back; the reader is closed by then."""
