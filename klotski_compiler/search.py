@@ -321,7 +321,9 @@ class Search(Fills):
                 size = -(-(part - last) // count)
                 small = {key: min(getattr(base, key), size) for key in ("attention_batch", "decode_batch")}
                 shape = {"num_batches": (count + 1) * base.prefill_groups, "batch_size": size, "last_batch": last}
-                yield base.model_copy(update=shape | small)
+                found = base.model_copy(update=shape | small)
+                if not base.rolling or found.cohorts(self.request.workload.num_sequences) >= found.prefill_groups:
+                    yield found
 
     def _near(self, best: Rated) -> Iterator[tuple[Decision, str]]:
         """Decisions near one, and how to fill them: also as if loads took longer than they do, since the link, unlike in the residency

@@ -45,7 +45,7 @@ class SpillFile:
             return None
 
     def store(self, region: int, slot: memoryview, begin: int, end: int) -> None:
-        """Write bytes ``begin`` to ``end`` of a slot, and whatever else is in their pages."""
+        """Write bytes ``begin`` to ``end`` of a slot, and whatever else is in their pages. Raises ExecError."""
         self.bytes_written += end - begin
         begin, end = begin // PAGE * PAGE, align_up(end)
         offset, done = region * self._region_bytes, begin
@@ -54,7 +54,7 @@ class SpillFile:
                 done += os.pwrite(self._writing(), slot[done:end], offset + done)
             except OSError as error:
                 if error.errno != errno.EINVAL or self._direct is None:
-                    raise
+                    raise ExecError(f"{self._scratch}: spilled KV: cannot be written: {error.strerror}") from error
                 self._close_direct()  # some file systems take O_DIRECT when a file is opened and refuse it when it is written
         if self._direct is None:
             os.fdatasync(self._file.fileno())  # dirty pages cannot be dropped, and the memory budget counts them
