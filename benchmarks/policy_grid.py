@@ -5,7 +5,7 @@ own residency fill or ours. Routing is uniform, or skewed as the workload says.
 
     python benchmarks/policy_grid.py [--models A,B] [--machines A,B] [--workloads A,B] [--anew] [--cells FILE] [--output FILE]
 
-A cell takes 3 to 180 seconds on a core, all of them an hour and a half on two. What is done is kept in --cells, a table of every policy's
+A cell takes seconds to minutes on a core, all of them more than an hour on two. What is done is kept in --cells, a table of every policy's
 tokens per second with the commit that each line was computed at, and is done again only with --anew.
 """
 
@@ -59,16 +59,8 @@ MACHINES = ("rtx3090", "h800", "t4", "l4", "a5000", "h200", "rtx4090", "dev-2cor
 TIE = 0.005  # below this two speeds are equal
 TIME_LIMIT_S = 600.0  # none strikes, so that the table does not depend on what else the machine does
 CELLS = ROOT / "benchmarks" / "results" / "policy_grid.csv"
-FIXED = (
-    "model",
-    "machine",
-    "workload",
-    "commit",
-    "compile_s",
-    "bound",
-    "infeasible",
-    "failed",
-)  # columns; a policy each follow
+# Columns before those of the policies.
+FIXED = ("model", "machine", "workload", "commit", "compile_s", "bound", "infeasible", "failed")
 HEADROOM = 0.10  # what the best published policy must leave to the bound for a cell to have something to win
 
 

@@ -174,6 +174,10 @@ class Cost:
         """The processor that computes in the compute tier."""
         return self.hardware.processors[self.processor_name]
 
+    def processor_of(self, name: str) -> Processor:
+        """That processor, or where no name is given the compute tier's."""
+        return self.hardware.processors[name] if name else self.processor
+
     @cached_property
     def links(self) -> tuple[str, str]:
         """The links into the compute tier and back."""
@@ -289,18 +293,17 @@ class Cost:
 
     def projections_us(self, layer: Layer, tokens: float) -> float:
         """What attention does for ``tokens`` tokens but for the fixed cost, the keys and the values of others."""
-        heads_width = layer.attention_flops // 4
-        return self.module_us(layer.attention, tokens) + self.elementwise_us(
-            tokens * (self.spec.hidden_size + heads_width)
-        )
+        return self.module_us(layer.attention, tokens) + self._around_attention_us(layer, tokens)
+
+    def _around_attention_us(self, layer: Layer, tokens: float) -> float:
+        """Elementwise work of attention: over its input and over all heads."""
+        return self.elementwise_us(tokens * (self.spec.hidden_size + layer.attention_flops // 4))
 
     def keys_us(self, layer: Layer, tokens: float) -> float:
         """Keys and values of ``tokens`` tokens, and nothing else of attention."""
-        params = self.spec.hidden_size * layer.kv_elements
-        heads_width = layer.attention_flops // 4
-        elementwise = self.elementwise_us(tokens * (self.spec.hidden_size + heads_width))
-        matmuls = self.module_us(layer.attention, tokens) * params / layer.attention.params
-        return self.processor.attention_op_us / 2 + elementwise + matmuls
+        share = self.spec.hidden_size * layer.kv_elements / layer.attention.params
+        matmuls = self.module_us(layer.attention, tokens) * share
+        return self.processor.attention_op_us / 2 + matmuls + self._around_attention_us(layer, tokens)
 
     def attention_us(self, layer: Layer, shape: Shape, context: float, batch: int = 0) -> float:
         """One batch through attention: projections, then keys and values of ``context`` positions (decode) or all pairs."""
@@ -368,7 +371,7 @@ class Cost:
     def _expert_us(self, layer: Layer, share: float, touched: float, name: str = "") -> float:
         if touched <= 0 or layer.expert is None:
             return 0.0
-        processor = self.hardware.processors[name] if name else self.processor
+        processor = self.processor_of(name)
         moved = share * self.spec.hidden_size * 8 * self.compute_bytes  # gather (2) and add in twice the width (6)
         rows = share / touched
         if self._rounds_up(processor, rows):
@@ -379,7 +382,7 @@ class Cost:
     def experts_op_us(self, layer: Layer, processor: str = "") -> float:
         """What an op of experts takes whatever they are: workers of a CPU share their rows evenly, so that the weights of one that is cut
         are read twice."""
-        own = self.hardware.processors[processor] if processor else self.processor
+        own = self.processor_of(processor)
         if own.tier != "host" or own.threads == 1 or layer.expert is None:
             return own.op_us
         return own.op_us + self.module_us(layer.expert, FIXED_ROWS, own)

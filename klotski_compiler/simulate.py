@@ -157,7 +157,7 @@ class Rounds:
 
     def samples(self, quick: bool = False) -> list[int]:
         """Rounds between which times are about linear: cohorts come one by one, then go one by one; the first without a newcomer
-        is a step. The fewer there are, the more of a layer's experts does one more touch."""
+        is a step. Marks are closest where few are there, since one more then touches most experts that no other does."""
         rising, last = min(self.cohorts, self.ages) - 1, self.count - 1
         marks = {0, rising, self.full, min(self.cohorts, last), last}
         falling = max(0, last - self.cohorts)

@@ -156,9 +156,9 @@ class Queue:
         self._turn_opening()
 
     def _turn_opening(self) -> None:
-        """Transfer units take turns in their slots. Where not all of these have had the same number of turns by the end of a pass, the
-        next one begins in another slot than the first, with what its loads are to be written in the order in which slots become free:
-        else units would need one slot more."""
+        """Transfer units take turns in their slots. Where their number is no multiple of the slots', the slot that is free first at the
+        end of a pass is not the one in which the next pass begins. So its loads are written in the order in which their slots become
+        free: else units would need one slot more."""
         opening = deque(unit for unit in self.opening if unit.slots)
         streamed = len(opening) + sum(unit.slots > 0 for queue in self.queues.values() for unit in queue)
         if len(opening) * self.p.decision.unit == self.p.decision.lead:
