@@ -15,6 +15,9 @@ from tiny import make_checkpoint
 
 GPU = torch.cuda.is_available()
 
+# Matmuls of tiny models gain nothing from a second thread, and wait for it long where tests run side by side.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:

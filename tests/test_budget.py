@@ -38,7 +38,10 @@ SPILLING = ["--prompt-len", "96", "--gen-len", "4", "--num-sequences", "16", "--
 def large(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A model, a machine and a budget of a quarter of the model's weights."""
     folder = tmp_path_factory.mktemp("large")
-    hardware = read_hardware("dev-2core").model_copy(update={"name": "here"})
+    hardware = read_hardware("dev-2core")
+    # 16-bit matmuls through fp32, which takes memory too: without, a processor that lacks the first is ten times as slow.
+    cpu = hardware.processors["cpu"].model_copy(update={"widen_rows": 16})
+    hardware = hardware.model_copy(update={"name": "here", "processors": {"cpu": cpu}})
     (folder / "hw.json").write_text(to_json(hardware))
     model = make_large(folder / "model", SHAPE)
     weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
@@ -125,7 +128,7 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
     """A loaded engine for groups of four sequences."""
     folder = make_checkpoint("qwen3_moe", tmp_path / "model")
     spec = read_model(folder)
-    workload, budgets = Workload(prompt_len=8, gen_len=70, num_sequences=4), {"host": 150_000_000, "disk": 10**12}
+    workload, budgets = Workload(prompt_len=8, gen_len=40, num_sequences=4), {"host": 150_000_000, "disk": 10**12}
     request = Request(spec, read_hardware("dev-2core"), uniform(spec), workload, budgets, "fp32", "flexgen", 4, 1)
     engine = Engine(compile_plan(request), folder, import_model(folder), tmp_path)
     engine.load()
@@ -160,7 +163,7 @@ def test_a_longer_answer_takes_no_more_memory(engine: Engine) -> None:
     tracemalloc.start()
     try:
         peak(3)
-        short, long = peak(10), peak(70)
+        short, long = peak(10), peak(40)
     finally:
         tracemalloc.stop()
-    assert long - short < 60 * 2000  # bytes per pass: its end, and its tokens
+    assert long - short < 30 * 2000  # bytes per pass: its end, and its tokens

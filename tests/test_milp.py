@@ -520,8 +520,9 @@ def test_experts_stay_on_disk_where_host_memory_ends() -> None:
     assert sum(len(layer.on_disk) for layer in solved.layers) > 0
 
 
-def test_many_different_layers_stay_a_small_model() -> None:
-    """58 layers of 256 experts, no two alike."""
+def test_many_different_layers_stay_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """58 layers of 256 experts, no two alike. However slow this machine is just now."""
+    monkeypatch.setattr("klotski_compiler.milp.solve.SAFETY_SECONDS", 600.0)
     spec, hardware = read_model("deepseek-v3"), alone(read_hardware("h800"))
     routing = Routing(model=spec.name, source="random", tokens=0, popularity=skewed(spec, random.Random(0)))
     decision = base_decision(len(spec.layers), num_batches=4, batch_size=8, lead=8, unit=1)

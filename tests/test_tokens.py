@@ -51,15 +51,6 @@ def some_pairs(third: int) -> pytest.MarkDecorator:
 trained_model = pytest.mark.skipif(not TRAINED.exists(), reason="the trained model is not here")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matmuls of tiny models gain nothing from a second thread, and wait for it long where tests run side by side."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # ------------------------------------------------------------------------------------------- every policy, every family
 
 
