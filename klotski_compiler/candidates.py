@@ -31,7 +31,8 @@ LEAST_PAGE_BYTES = 1 << 20  # of the head
 ROWS_SHARE = 0.05  # of the budget for what a router allocates, above which fewer tokens per matmul are looked at
 EXPERT_ROWS = {"host": 512, "gpu": 8192}  # tokens per matmul: where its rate has long stopped growing
 LEAST_ROWS = 512  # tokens per matmul that joint may go down to: its rate has stopped growing
-FEWEST_ROWS = 128  # where memory is that small
+FEWEST_ROWS = 128  # where memory is that small, or the link so slow
+HIDDEN = 8  # times as long as such a matmul that the expert takes the link: then it does not matter how many there are
 LAUNCH_SHARE = 0.25  # of such a matmul's time that launching the next, which goes on beside it, may take
 LEAST_BATCH, BATCH_TOKENS = 8, 4096  # sequences of a batch, or prompt tokens: fewer leave a processor little to do
 UNEVEN = 1.1  # passes from a sequence's first to the last that its cohort is given, over those that it needs, at most
@@ -248,6 +249,9 @@ class Candidates:
             layer.expert, rows
         ):
             rows *= 2
+        load_us = cost.transfer_us(cost.links[0], layer.expert.nbytes)
+        while rows > FEWEST_ROWS and self.tier == "gpu" and HIDDEN * cost.module_us(layer.expert, rows) < load_us:
+            rows //= 2
         return rows
 
     def bare(self, name: str, d: Decision, num_batches: int) -> Decision:

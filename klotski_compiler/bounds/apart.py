@@ -332,11 +332,15 @@ class Relaxation(Runs):
             layers=(),
         )
         taken = sum(workspace(cost, least, self.workload)[self.tier].values())
-        taken += state_bytes(spec, max(sequences if self.passes else 0, self.workload.prompt_len), cost.dtype)
+        taken += state_bytes(spec, self.tokens(sequences), cost.dtype)
         free = self.budget[self.tier] - taken
         if self.expert_bytes > free:
             free -= max(layer.expert.nbytes for layer in spec.layers if layer.expert)
         return free
+
+    def tokens(self, sequences: int) -> int:
+        """Tokens whose hidden states are there at once, at least: a prompt's, or one of each sequence's."""
+        return max(sequences if self.passes else 0, self.workload.prompt_len)
 
     # --------------------------------------------------------------------------------------------------------- links
 

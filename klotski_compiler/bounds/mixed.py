@@ -39,6 +39,8 @@ class Mixed(Relaxation):
     keep a processor busy, in ops on ever fewer tokens. Those are the last passes of every sequence, so they see no fewer positions than
     the others, on average, and no more than the last pass does. What is late may be kept or sent in other shares than the rest.
 
+    *Memory.* A joining pass holds the states of all that joins: prompts of S / A sequences, and one token of each other.
+
     An op of router or experts works on the prompts of one cohort and on one token of each other sequence at most; attention on one
     cohort. With x <= S sequences in a pass, an expert is touched with at least x / S of the probability for S.
     """
@@ -72,6 +74,11 @@ class Mixed(Relaxation):
     def refined_us(self, size: int) -> float:
         """Prefill's parts are the cohorts."""
         return self.least_us(size, size)
+
+    def tokens(self, sequences: int) -> int:
+        """The prompts of one cohort, of the most that there may be, and one token of each other sequence."""
+        cohort = -(-sequences // self.ages[1])
+        return cohort * self.workload.prompt_len + sequences - cohort
 
     def least_us(self, first: int, last: int, parts: int = 1, most_parts: int = 0, batches: int = 0) -> float:
         """Lower bound on everything, for ``first`` to ``last`` sequences at once; infinite where cohorts would be less than one."""
