@@ -5,8 +5,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-# The options of pytest. Tests of one group share what they compute, so they stay together.
-PYTEST ?= -n 2 --dist loadgroup -q
+# The options of pytest. Tests of one file share what they compute, so they stay together.
+PYTEST ?= -n 2 --dist loadfile -q
 
 HELPERS    := __init__ cage checkpoint demo gguf_file gpu limit peer peer_sweep peer_tables published
 BENCHMARKS := $(filter-out $(HELPERS:%=benchmarks/%.py),$(wildcard benchmarks/*.py))

@@ -25,7 +25,6 @@ from klotski_compiler.search import Rated, Search
 from klotski_compiler.verify import verify
 from plans import module, tiny_hardware, tiny_spec
 
-pytestmark = pytest.mark.xdist_group("planner")  # whose plans are compiled once
 WORKLOAD = Workload(prompt_len=16, gen_len=8, num_sequences=24)
 RICH = 1 << 30
 MACHINES = pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
