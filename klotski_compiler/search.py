@@ -198,8 +198,9 @@ class Search(Fills):
             )
             if self._steps(rated.decision) <= WHOLE_STEPS and rated.tokens_per_s < bar:
                 continue  # it was timed whole: others cannot win, ours not be better than it is known to be
-            if enough and (rated.tokens_per_s < best or rated.policy in [b.policy for b in whole]):
-                continue
+            known = [b.policy for b in whole]
+            if enough and (rated.policy in known or (rated.tokens_per_s < best and rated.policy != OURS)):
+                continue  # ours is lowered once at least, if it may win: an estimate may be too low
             try:
                 lowered, fitted = self.whole(rated)
                 whole.append(Best(rated.policy, fitted, self.rate(lowered), lowered))

@@ -520,19 +520,29 @@ def test_experts_stay_on_disk_where_host_memory_ends() -> None:
     assert sum(len(layer.on_disk) for layer in solved.layers) > 0
 
 
-def test_many_different_layers_stay_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """58 layers of 256 experts, no two alike. However slow this machine is just now."""
-    monkeypatch.setattr("klotski_compiler.milp.solve.SAFETY_SECONDS", 600.0)
+def of_many_layers() -> Solved:
+    """58 layers of 256 experts, no two alike, and 3 dense ones."""
     spec, hardware = read_model("deepseek-v3"), alone(read_hardware("h800"))
     routing = Routing(model=spec.name, source="random", tokens=0, popularity=skewed(spec, random.Random(0)))
     decision = base_decision(len(spec.layers), num_batches=4, batch_size=8, lead=8, unit=1)
-    capacity = {"gpu": 60 << 30, "host": 1 << 40}
-    solved = residency(
-        Cost(spec, hardware, routing, "bf16"), Workload(prompt_len=64, gen_len=32, num_sequences=32), decision, capacity
-    )
-    assert solved.statistics["integers"] <= len(spec.layers) * (4 * MAX_CLASSES + 7) + 3
+    cost, workload = Cost(spec, hardware, routing, "bf16"), Workload(prompt_len=64, gen_len=32, num_sequences=32)
+    return residency(cost, workload, decision, {"gpu": 60 << 30, "host": 1 << 40})
+
+
+def test_many_different_layers_stay_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow this machine is just now."""
+    monkeypatch.setattr("klotski_compiler.milp.solve.SAFETY_SECONDS", 600.0)
+    solved = of_many_layers()
+    assert solved.statistics["integers"] <= len(solved.layers) * (4 * MAX_CLASSES + 7) + 3
     # Its nodes are limited, so that the gap may stay a little above the one that is asked for.
     assert solved.objective_us + solved.load_us <= solved.bound_us * (1 + 2 * RELATIVE_GAP)
+
+
+def test_sizes_for_which_no_residency_is_found_in_time_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("klotski_compiler.milp.solve.NODE_LIMIT", 0)
+    with pytest.raises(Infeasible, match="in time") as refused:
+        of_many_layers()
+    assert not refused.value.shortfalls
 
 
 def test_rows_read_like_text() -> None:

@@ -393,6 +393,17 @@ def test_of_many_estimates_the_first_are_timed_whole(monkeypatch: pytest.MonkeyP
     assert [one.tokens_per_s for one in search.retimed([wrong])] == [true]
 
 
+def test_ours_is_lowered_whole_where_it_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a model so large that only few schedules are, and where another's estimate is better."""
+    for name, value in {"MOST_WHOLE": {0: 1}, "WHOLE_STEPS": 0}.items():
+        monkeypatch.setattr(f"klotski_compiler.search.{name}", value)
+    search = Search(Request(SPEC, tiny_hardware(True), uniform(SPEC), WORKLOAD, {"gpu": RICH, "host": RICH}, "bf16"))
+    other, ours = (search.timed(name)[0] for name in ("flexgen", "joint"))
+    rate = search.whole_best([other], {})[0].tokens_per_s
+    timed = [replace(other, tokens_per_s=rate), replace(ours, tokens_per_s=0.999 * rate)]
+    assert {best.policy for best in search.whole_best(timed, {})} == {"flexgen", "joint"}
+
+
 @MACHINES
 @pytest.mark.parametrize("asked", [{"batch_size": 2, "gen_len": 1000}, {"batch_size": 24, "gen_len": 8}])
 def test_a_refusal_names_sizes_that_fit(gpu: bool, asked: dict[str, int]) -> None:

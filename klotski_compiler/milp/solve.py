@@ -89,7 +89,8 @@ def residency(
     capacity: bytes of the compute tier, and on a machine with a GPU of ``host``, for resident weights and KV: without
     streaming and staging slots, states and workspace. may_spill: KV may live outside the compute tier. uniform: KV and
     the CPU's shares are the same in all layers. stretch: how many times as long as they are loads of experts are taken
-    for. Raises Infeasible with the bytes that are short even if everything is streamed and KV spilled.
+    for. Raises Infeasible with the bytes that are short even if everything is streamed and KV spilled, or without any where the
+    solver's limits strike before it has found a residency.
     """
     began = time.perf_counter()
     problem = build(cost, workload, decision, capacity, may_spill, uniform, stretch, spans=True)
@@ -100,6 +101,8 @@ def residency(
     answer = relaxed if relaxed.status == "infeasible" else solver.whole()
     if answer.status == "infeasible":
         raise _shortfall(problem)
+    if answer.status == "unknown":
+        raise Infeasible({}, "no residency was found in time; choose other sizes with --batch-size and --num-batches")
     values = answer.values
     load = sum(factor * (values[name] if name else 1.0) for name, factor in formulation.load_terms().items())
     return Solved(
@@ -215,6 +218,8 @@ class Solver:
         if not result.has_primal_feasible_solution():
             if end.reason in (mathopt.TerminationReason.INFEASIBLE, mathopt.TerminationReason.INFEASIBLE_OR_UNBOUNDED):
                 return Answer("infeasible", math.inf, math.inf, {}, {}, False)
+            if end.reason == mathopt.TerminationReason.NO_SOLUTION_FOUND and not relax:
+                return Answer("unknown", math.inf, end.objective_bounds.dual_bound * self.goal_unit, {}, {}, True)
             if end.reason == mathopt.TerminationReason.IMPRECISE and solver == mathopt.SolverType.GLOP:
                 return Answer("imprecise", math.inf, math.inf, {}, {}, False)
             raise KlotskiError(f"the solver found no residency: {end.reason.value} {end.detail}")
