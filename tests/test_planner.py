@@ -106,7 +106,7 @@ def least(gpu: bool, name: str) -> int:
 def ladder(gpu: bool) -> list[int]:
     """Budgets from the least to more than everything takes."""
     first = least(gpu, "auto")
-    return [first + step * SPEC.nbytes // 3 for step in range(5)]
+    return [first + step * SPEC.nbytes * 4 // 9 for step in range(4)]
 
 
 # ------------------------------------------------------------------------------------------------------------- requests
