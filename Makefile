@@ -1,4 +1,4 @@
-# `make test` and `make demo` need Python 3.11 or newer and nothing else: the first call installs the rest into .venv.
+# `make test` and `make demo` need Python 3.11 or newer and a C compiler: the first call installs the rest into .venv.
 
 PYTHON ?= python3
 VENV   := .venv

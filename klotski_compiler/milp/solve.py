@@ -26,6 +26,7 @@ RELATIVE_GAP = 1e-4
 NODE_LIMIT = 2000
 SAFETY_SECONDS = 20.0
 SEED = 1
+UNDECIDED = "the solver found no residency within its limits; choose other sizes with --batch-size and --num-batches"
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,6 @@ def residency(
     answer = relaxed if relaxed.status == "infeasible" else solver.whole()
     if answer.status == "infeasible":
         raise _shortfall(problem)
-    if answer.status == "unknown":
-        raise Infeasible({}, "no residency was found in time; choose other sizes with --batch-size and --num-batches")
     values = answer.values
     load = sum(factor * (values[name] if name else 1.0) for name, factor in formulation.load_terms().items())
     return Solved(
@@ -206,7 +205,7 @@ class Solver:
         return self._run(mathopt.SolverType.GSCIP, relax=False)
 
     def _run(self, solver: mathopt.SolverType, relax: bool) -> Answer:
-        """Raises KlotskiError with the solver's own words where it fails."""
+        """Raises KlotskiError with the solver's own words where it fails, Infeasible where its limits strike before any solution."""
         for variable in self.integers:
             variable.integer = not relax
         try:
@@ -219,7 +218,7 @@ class Solver:
             if end.reason in (mathopt.TerminationReason.INFEASIBLE, mathopt.TerminationReason.INFEASIBLE_OR_UNBOUNDED):
                 return Answer("infeasible", math.inf, math.inf, {}, {}, False)
             if end.reason == mathopt.TerminationReason.NO_SOLUTION_FOUND and not relax:
-                return Answer("unknown", math.inf, end.objective_bounds.dual_bound * self.goal_unit, {}, {}, True)
+                raise Infeasible({}, UNDECIDED)
             if end.reason == mathopt.TerminationReason.IMPRECISE and solver == mathopt.SolverType.GLOP:
                 return Answer("imprecise", math.inf, math.inf, {}, {}, False)
             raise KlotskiError(f"the solver found no residency: {end.reason.value} {end.detail}")
