@@ -100,6 +100,8 @@ def _resource(hardware: Hardware, plan: Plan, phase: str, op: Op) -> Resource | 
     prefill, what = phase == "prefill", ""
     if prefill and plan.decision.rolling and op.fn == "attention":
         return None  # some bring prompts, some decode
+    if op.fn == "attend" and hardware.processors[op.stream].tier != "host":
+        return None  # few calls, that are no fixed cost of their own, and keys and values
     match op.fn:
         case "experts" | "dense" | "head":
             what = "matmul"

@@ -213,6 +213,7 @@ class Candidates:
             ),
             decode_batch=largest(batch_size, lambda a: decode_attention_bytes(self.cost, a, context) <= room),
             expert_rows=min(rows, num_batches * batch_size * workload.prompt_len),
+            together=solved and self.cost.cpu_attends,
             hot=top_k if experts == "picks" else 0,
             embedding=self.tier == "host" and spec.embedding.nbytes <= small and not solved,
             layers=tuple(layers),
@@ -258,7 +259,8 @@ class Candidates:
         """The sizes of a decision, in so many batches, with nothing resident."""
         base = self.base(policy(name).EXPERTS, num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups)
         kept = {
-            size: getattr(d, size) for size in ("attention_batch", "decode_batch", "expert_rows", "rolling", "pages")
+            size: getattr(d, size)
+            for size in ("attention_batch", "decode_batch", "expert_rows", "rolling", "pages", "together")
         } | ({"last_batch": d.last_batch} if num_batches == d.num_batches else {})
         shared = 0 if policy(name).EXPERTS == "solved" else min(d.cpu_batches, num_batches)
         return base.model_copy(update={**kept, "cpu_batches": shared})
@@ -331,7 +333,7 @@ def fitted_sizes(d: Decision) -> tuple[int, ...]:
 
 def shape_of(d: Decision) -> tuple[int, ...]:
     """What two decisions must share to be the same candidate."""
-    return d.num_batches, d.batch_size, d.last_batch, d.lead, d.unit, d.prefill_groups, d.rolling
+    return d.num_batches, d.batch_size, d.last_batch, d.lead, d.unit, d.prefill_groups, d.rolling, d.together
 
 
 def largest(limit: int, fits: Callable[[int], bool]) -> int:

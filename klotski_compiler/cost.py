@@ -29,6 +29,7 @@ GATHERED_ROWS = 256  # embedding rows that are read from disk at a time
 ROW_OPS = 6  # small ops that a row takes: to ask a reader for it, and to copy it from the page that holds it
 LOAD_OPS = 10  # small ops that a load from disk is worth: to hand pieces to readers, to bind what has arrived
 BIND_OPS = 20  # small ops that binding picks is worth: to sort a layer's tokens by expert
+ATTEND_OPS = 4  # launches that a GPU's attention to one batch takes between what surrounds that of all: new keys, values; the mix
 SPILL_OPS = 50  # small ops that handing one batch's KV to the disk, and waiting for it, is worth
 PICKED_DIGITS = 9
 ALWAYS = 0.98  # an expert touched with a higher probability is loaded without waiting for the router (design 5.3)
@@ -54,7 +55,7 @@ class Shape:
     While the first cohort brings its prompts the others bring one token each, ``decode_batch`` sequences per attention call. At
     the beginning of a workload the oldest batches are missing, at its end the youngest: ``not_yet`` and ``no_more`` so many.
 
-    last_batch: sequences of every ``part``-th batch, if not 0.
+    last_batch: sequences of every ``part``-th batch, if not 0. together: as in the decision, of all batches that decode.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Shape:
     no_more: int = 0
     last_batch: int = 0
     part: int = 1
+    together: bool = False
 
     @property
     def decoding(self) -> bool:
@@ -93,9 +95,18 @@ class Shape:
         """Batches of one age."""
         return self.cohort or self.batches
 
+    @property
+    def decoders(self) -> int:
+        """The scope of an op on all batches that decode."""
+        return ALL - (0 if self.decoding else self.fresh)
+
     def decodes(self, batch: int) -> bool:
         """Whether a batch decodes: reads what is cached of its sequences for one new token of each."""
         return self.decoding or batch >= self.fresh
+
+    def most_attended(self, batch: int) -> int:
+        """Sequences of one call of attention to a batch."""
+        return self.attention_batch if batch < self.fresh else self.decode_batch
 
     def tokens_of(self, batch: int) -> int:
         """New tokens of each sequence of a batch."""
@@ -140,13 +151,15 @@ class Shape:
         return [(count, first + number) for first in self.ages for count, number in kinds]
 
     def scope_tokens(self, batch: int) -> int:
-        """Tokens that one op works on: of one batch, or of all that are there, from one on."""
+        """Tokens that one op works on: of one batch, or of those of several that are there."""
         if batch >= 0:
             return self.size_of(batch) * self.tokens_of(batch)
-        first, end = max(ALL - batch, self.no_more), self.batches - self.not_yet
-        return self._sequences(first, max(first, end)) + (self.tokens - 1) * self._sequences(
-            first, max(first, self.fresh)
-        )
+        scope = batches_of(batch, self.batches)
+        first, end = max(scope.start, self.no_more), min(scope.stop, self.batches - self.not_yet)
+        if end <= first:
+            return 0
+        fresh = max(first, min(end, self.fresh))
+        return self._sequences(first, end) + (self.tokens - 1) * self._sequences(first, fresh)
 
     def fed_tokens(self, batch: int, layer: Layer) -> int:
         """Of these, what goes on after the layer's attention."""
@@ -309,7 +322,7 @@ class Cost:
         """One batch through attention: projections, then keys and values of ``context`` positions (decode) or all pairs."""
         tokens_each, context = shape.tokens_of(batch), shape.context_of(batch, context)
         sequences = shape.size_of(batch)
-        calls = -(-sequences // (shape.attention_batch if batch < shape.fresh else shape.decode_batch))
+        calls = -(-sequences // shape.most_attended(batch))
         tokens = sequences / calls * tokens_each
         if layer.last and tokens_each > 1:  # of these the last one attends, once keys and values of all are there
             decoded = self.projections_us(layer, sequences / calls) + self.attend_us(
@@ -322,9 +335,22 @@ class Cost:
         flops = tokens * context * layer.attention_flops
         return calls * (fixed + 1e6 * flops / self.processor.prefill_attention_flops_per_s)
 
+    def attended_us(self, layer: Layer, shape: Shape, context: float, batch: int) -> float:
+        """The GPU's attention to one batch that decodes, between what surrounds that of all."""
+        sequences = shape.size_of(batch)
+        calls = -(-sequences // shape.most_attended(batch))
+        seen = self.attend_us(layer, sequences, shape.context_of(batch, context), self.processor)
+        return calls * ATTEND_OPS * self.processor.op_us + seen
+
     def attentions_us(self, layer: Layer, shape: Shape, context: float) -> float:
         """All batches through attention."""
-        return sum(count * self.attention_us(layer, shape, context, batch) for count, batch in shape.alike)
+        total, decoding = 0.0, shape.scope_tokens(shape.decoders) if shape.together else 0
+        if decoding:
+            total += self.project_us(layer, decoding) + self.output_us(layer, decoding)
+        for count, batch in shape.alike:
+            apart = not shape.together or not shape.decodes(batch)
+            total += count * (self.attention_us if apart else self.attended_us)(layer, shape, context, batch)
+        return total
 
     def project_us(self, layer: Layer, sequences: int) -> float:
         """The first part of a block whose keys and values the CPU reads: norm, queries, keys and values of the new tokens."""
@@ -455,12 +481,14 @@ class Cost:
             case "attention":
                 return self.attention_us(self.spec.layers[op.layer], shape, context, op.batch)
             case "project":
-                return self.project_us(self.spec.layers[op.layer], shape.size_of(op.batch))
+                return self.project_us(self.spec.layers[op.layer], tokens)
             case "attend":
+                if processor is self.processor:
+                    return self.attended_us(self.spec.layers[op.layer], shape, context, op.batch)
                 seen = shape.context_of(op.batch, context)
                 return fixed + self.attend_us(self.spec.layers[op.layer], shape.size_of(op.batch), seen, processor)
             case "output":
-                return self.output_us(self.spec.layers[op.layer], shape.size_of(op.batch))
+                return self.output_us(self.spec.layers[op.layer], tokens)
             case "add":
                 return fixed + self.sums_us(tokens)
             case "router":

@@ -92,24 +92,26 @@ def shapes(decision: Decision, workload: Workload) -> tuple[Shape, Shape]:
     in which a sub-group joins, and those until the next one does."""
     prompt, batch = workload.prompt_len, decision.batch_size
     last = prompt + workload.gen_len - 1
-    parts, last_one = decision.prefill_groups, {"last_batch": decision.last_batch, "part": decision.part_batches}
+    parts, last_one = decision.prefill_groups, (decision.last_batch, decision.part_batches)
+    several = decision.together and decision.num_batches > 1
     if decision.rolling:
         stride = decision.stride(workload.gen_len)
         whole = Shape(
             "prefill", 1, decision.num_batches, batch, prompt, prompt, prompt, decision.attention_batch,
-            decision.part_batches, stride, decision.decode_batch, **last_one,
+            decision.part_batches, stride, decision.decode_batch, 0, 0, *last_one,
         )  # fmt: skip
         between = replace(
             whole, name="decode", passes=stride - 1, tokens=1, first_context=prompt + 1, last_context=prompt + stride - 1,
-            attention_batch=decision.decode_batch,
+            attention_batch=decision.decode_batch, together=several,
         )  # fmt: skip
-        return whole, between
+        older = decision.num_batches - decision.part_batches
+        return replace(whole, together=several and older > 1), between
     prefill = Shape(
-        "prefill", parts, decision.part_batches, batch, prompt, prompt, prompt, decision.attention_batch, **last_one
-    )
+        "prefill", parts, decision.part_batches, batch, prompt, prompt, prompt, decision.attention_batch, 0, 0, 0, 0, 0, *last_one
+    )  # fmt: skip
     decode = replace(
         prefill, name="decode", passes=workload.gen_len - 1, batches=decision.num_batches, tokens=1, first_context=prompt + 1,
-        last_context=last, attention_batch=decision.decode_batch,
+        last_context=last, attention_batch=decision.decode_batch, together=several,
     )  # fmt: skip
     return prefill, decode
 
@@ -405,12 +407,12 @@ class _Prices:
 
 
 def _exchanged(table: TensorTable, shape: Shape) -> list[tuple[str, Tensor]]:
-    """What GPU and CPU exchange in this phase, by tier: the hidden states themselves are what is sent as rows."""
+    """What GPU and CPU exchange in this phase, by tier."""
     if not shape.decodes(shape.batches - 1):
         return []
     kinds = ("query", "rows", "sums") if shape.decoding else ("query",)
-    chosen = [t for t in (table.all[number] for number in table.exchanged) if t.kind in kinds]
-    return [(tier, t) for tier in ("gpu", "host") for t in chosen if tier == "host" or t.kind != "rows"]
+    chosen = [(tier, table.all[number]) for tier, number in sorted(table.exchanged)]
+    return [(tier, tensor) for tier, tensor in chosen if tensor.kind in kinds]
 
 
 def _grows(op: Op, tensors: Sequence[Tensor]) -> bool:

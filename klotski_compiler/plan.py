@@ -23,9 +23,10 @@ from klotski_compiler.errors import PlanError
 if TYPE_CHECKING:
     import networkx
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 PAGE_BYTES = 4096
-ALL = -1  # the batch of an op that covers the whole group; -1 - n: all batches from number n on
+ALL = -1  # the batch of an op that covers the whole group; -1 - n: all batches from number n on; see ``span``
+MOST_BATCHES = 1 << 16  # of a group
 CPU = "cpu"  # the processor of host memory, and its stream
 APART, MIXED = "phases apart", "mixed passes"  # classes of schedules
 NOWHERE = -1  # the slot of a pick that is computed where its expert lives
@@ -54,8 +55,8 @@ class Pages(NamedTuple):
 
 class Tensor(NamedTuple):
     """What moves as a whole. ``kind``: a module, a late-bound expert (``pick``), KV cache (``kv``), hidden states of a phase
-    (``state``), or what a GPU and the CPU exchange: ``query`` of a batch (queries, keys and values of its new tokens on the way
-    there, mixed values on the way back), ``rows`` of a group (its experts' input, and how it is routed) and their ``sums``.
+    (``state``), or what a GPU and the CPU, or ops of a GPU, exchange: ``query`` of a batch (queries, keys and values of its new tokens on
+    the way there, mixed values on the way back), ``rows`` of a group (its experts' input, and how it is routed) and their ``sums``.
 
     index: expert, pick, batch or page number. nbytes: what crosses a link. segments: pieces in the checkpoint.
     home: the tier in which it lives when nobody needs it (``none`` for states and exchanges).
@@ -139,11 +140,11 @@ class Store:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Run ``fn`` of a layer (-1: outside the layers) on one batch, on ``ALL`` or (routers, dense MLPs) on all from one on, with
-    ``tensors`` in the tier of the processor that the stream is named after.
+    """Run ``fn`` of a layer (-1: outside the layers) on one batch, on ``ALL`` or (routers, dense MLPs, parts of attention) on
+    several in a row, with ``tensors`` in the tier of the processor that the stream is named after.
 
-    ``attention`` is a whole block; ``project``, ``attend`` (on the CPU) and ``output`` are its three parts. ``experts`` on the CPU add into
-    ``sums``, which ``add`` adds to the hidden states.
+    ``attention`` is a whole block of one batch; ``project``, ``attend`` (of one batch, on either processor) and ``output`` are its three
+    parts. ``experts`` on the CPU add into ``sums``, which ``add`` adds to the hidden states.
     """
 
     stream: str
@@ -171,6 +172,8 @@ FUNCTIONS = (
 )  # fmt: skip
 OVERWRITE = ("attention", "project", "router")
 """Functions that write where the experts of a layer find their input."""
+SEVERAL = ("project", "output", "router", "dense")
+"""Functions that may work on some batches in a row."""
 RULES = ("rank", "arrival", "predicted")
 
 
@@ -219,19 +222,31 @@ def op_text(op: Op, names: list[str]) -> str:
             return f"{op.stream} bind L{op.layer} {_batch_text(op.batch)} {op.rule} {picks}"
 
 
-def _batch_text(batch: int) -> str:
-    if batch < 0:
-        return "b*" if batch == ALL else f"b{ALL - batch}*"
-    return f"b{batch}"
+def span(first: int, end: int) -> int:
+    """The batch of an op that covers several, ``first`` to ``end`` (exclusive)."""
+    return ALL - first - MOST_BATCHES * end
 
 
 def batches_of(batch: int, batches: int) -> range:
     """The batches that an op works on, of so many."""
-    return range(ALL - batch, batches) if batch < 0 else range(batch, batch + 1)
+    if batch >= 0:
+        return range(batch, batch + 1)
+    end, first = divmod(ALL - batch, MOST_BATCHES)
+    return range(first, end or batches)
+
+
+def _batch_text(batch: int) -> str:
+    if batch >= 0:
+        return f"b{batch}"
+    end, first = divmod(ALL - batch, MOST_BATCHES)
+    return f"b{first}:{end}" if end else f"b{first or ''}*"
 
 
 def _parse_batch(word: str) -> int:
-    return ALL - int(word[1:-1] or 0) if word.endswith("*") else int(word[1:])
+    if word.endswith("*"):
+        return ALL - int(word[1:-1] or 0)
+    first, _, end = word[1:].partition(":")
+    return span(int(first), int(end)) if end else int(first)
 
 
 def _parse_pages(word: str) -> Pages:
@@ -335,7 +350,9 @@ class Decision(_Record):
     after another, at equal distances over the life of a sequence, each in a pass in which the others decode, rather than all before the
     first decode pass. attention_batch, decode_batch: sequences whose attention runs at once in prefill and in decode. expert_rows:
     tokens per matmul of an expert, router or dense MLP at most. cpu_batches: batches, the last ones, whose decode attention the CPU
-    computes where the KV lives. by_batch: whether decode computes experts batch by batch, those of one while the CPU attends to the next.
+    computes where the KV lives. together: whether what surrounds decode attention is one op for several batches, which takes a GPU fewer
+    calls; in between it attends to one after the other. by_batch: whether decode computes experts batch by batch, those of one
+    while the CPU attends to the next.
     hot: experts per layer that are prefetched before the router speaks. embedding: whether its rows are
     resident where the CPU computes; a GPU reads them from host memory.
     """
@@ -351,6 +368,7 @@ class Decision(_Record):
     decode_batch: int
     expert_rows: int
     cpu_batches: int = 0
+    together: bool = False
     by_batch: bool = False
     hot: int
     embedding: bool

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 from klotski_compiler.cost import ALWAYS, Cost, Shape
-from klotski_compiler.plan import ALL, CPU, Bind, Compute, Decision, Load, Op, Pages, Store
+from klotski_compiler.plan import ALL, CPU, Bind, Compute, Decision, Load, Op, Pages, Store, batches_of, span
 from klotski_compiler.tensors import TensorTable
 
 URGENT = "urgent"  # a stream of small copies that must not queue behind whole experts on the same link
 HEAD_SLOTS = 2  # pages of a streamed head: one computes while the next arrives
+KV_AHEAD = 2  # batches whose KV may be on its way or wait for attention, in a policy that looks so far ahead
 
 
 def staging_slots(decision: Decision) -> int:
@@ -44,6 +45,7 @@ class Program:
         # Prefill is the GPU's alone: prompts keep it busy, and the CPU has nothing to read yet.
         self._helped = shape.decoding and cost.cpu_helps
         self._cpu_attends = cost.cpu_helps and shape.decodes(shape.batches - 1)
+        self._together = shape.together
         self.entries: list[Op | Evict] = []
         self.late = {number: list(chosen.late) for number, chosen in enumerate(self.decision.layers)}
         self._resident = frozenset(table.resident)
@@ -146,30 +148,54 @@ class Program:
 
     def routes_together(self, layer: int) -> int:
         """The first of the batches that should go through a layer's router together, once the last one has come from attention; those
-        before it each at once. Together takes least, but the processor may have nothing else to do while the CPU attends or KV is on
-        its way."""
+        before it before that, see ``leaving``. Together takes least, but the processor may have nothing else to do while the CPU attends
+        or KV is on its way."""
         spec, shape, cost = self.spec.layers[layer], self.shape, self.cost
         there = list(filter(shape.has, self.batches))
         late = [batch for batch in there if self.on_cpu(layer, batch)]
-        sent = [batch for batch in self.sent_batches(layer) if batch in there]
+        sent = [batch for batch in self.sent_batches(layer) if batch in there][KV_AHEAD:]  # those have come before
         position = spec.kv_elements * cost.compute_bytes
         busy = []  # at both ends of the phase and in its middle: of the processor, and of what it may wait for
         for context in (shape.first_context, shape.middle_context, shape.last_context):
             seen = {batch: shape.size_of(batch) * shape.context_of(batch, context) for batch in (*late, *sent)}
             cpu = sum(cost.attend_us(spec, 1, seen[batch], cost.hardware.processors[CPU]) for batch in late)
             link = sum(cost.kv_us(cost.links[0], position * seen[batch]) for batch in sent)
-            here = sum(cost.attention_us(spec, shape, context, batch) for batch in there if batch not in late)
+            here = sum(self._attends_us(layer, batch, context) for batch in there if batch not in late)
             busy.append((here, max(cpu, link)))
 
+        def leaves_us(scope: int, decoding: int) -> float:
+            tokens = shape.scope_tokens(decoding) if self._together else 0
+            around = cost.project_us(spec, tokens) + cost.output_us(spec, tokens) if tokens else 0.0
+            fed = shape.fed_tokens(scope, spec)
+            return around + (cost.mlp_us(spec, fed) if fed else 0.0)
+
         def end_us(first: int) -> float:
-            each = {b: cost.mlp_us(spec, shape.fed_tokens(b, spec)) for b in there if b < first}
+            scopes = {b: scope for b in there if (scope := self.leaving(b, first)) is not None}
+            each = {b: leaves_us(s, s if shape.decodes(b) else span(0, 0)) for b, s in scopes.items()}
             early = sum(us for batch, us in each.items() if batch not in late)
-            rest = cost.mlp_us(spec, shape.fed_tokens(ALL - first, spec)) if first <= there[-1] else 0.0
+            rest = leaves_us(ALL - first, ALL - max(first, ALL - shape.decoders)) if first <= there[-1] else 0.0
             after = sum(each.values()) - early + rest
             return sum(max(here + early, other) + after for here, other in busy)
 
-        choices = {0, min(shape.fresh, len(self.batches)), len(self.batches), *late[:1]}
+        choices = {0, ALL - shape.decoders, *late[:1], *sent[-1:]}
+        if not self._together:
+            choices |= {len(self.batches)}
         return min(sorted(choices), key=end_us)
+
+    def leaving(self, batch: int, together: int) -> int | None:
+        """The scope that goes through the router once attention to a batch has been written, if any does before those that do together:
+        the batch, or all that decode and do not wait."""
+        if batch >= together:
+            return None
+        if not self._together or not self.shape.decodes(batch):
+            return batch
+        return span(ALL - self.shape.decoders, together) if batch == together - 1 else None
+
+    def _attends_us(self, layer: int, batch: int, context: float) -> float:
+        """What the compute tier's processor takes for one batch's attention."""
+        apart = not self._together or not self.shape.decodes(batch)
+        price = self.cost.attention_us if apart else self.cost.attended_us
+        return price(self.spec.layers[layer], self.shape, context, batch)
 
     def until_bound_us(self, layer: int, batches: int) -> float:
         """What the compute tier's processor takes until a layer's late experts are known, with so many batches still to attend to."""
@@ -264,9 +290,16 @@ class Program:
                 self.fetch_mixed(batch)
                 self.output(layer, batch)
             else:
-                self.compute("attention", layer, batch, *self.attention_weights(layer), *self._kv(layer, batch))
+                self._attend_here(layer, batch)
                 self._store_kv(layer, batch, sync)
             yield batch
+
+    def _attend_here(self, layer: int, batch: int) -> None:
+        kv = self._kv(layer, batch)
+        if self._together and self.shape.decodes(batch):
+            self.compute("attend", layer, batch, *kv, *self._queries(batch))
+        else:
+            self.compute("attention", layer, batch, *self.attention_weights(layer), *kv)
 
     def attend_and_route(self, layer: int) -> None:
         """All batches through attention, then all through the router, whose weights are given up after them."""
@@ -282,23 +315,48 @@ class Program:
         for _ in self.attend(layer, batches=[batch]):
             pass
 
-    def attend_with_cpu(self, layer: int) -> Iterator[int]:
-        """Attention of all batches, the CPU's share of them while the GPU does the others; yields after each batch."""
-        shared = [batch for batch in self.batches if self.on_cpu(layer, batch)]
+    def attend_with_cpu(self, layer: int, together: int = 0) -> Iterator[int]:
+        """Attention of all batches, the CPU's share of them while the GPU does the others; yields after each batch. Where a GPU does what
+        surrounds it for several at once, those before ``together`` have left attention when the last of them is yielded, the others only
+        once all have been."""
+        shared, decoders = [batch for batch in self.batches if self.on_cpu(layer, batch)], self.shape.decoders
+        first = ALL - decoders
+        if self._together:  # what the CPU waits for comes first
+            self._project(layer, ALL - max(together, first))
         for batch in shared:
-            self.project(layer, batch)
+            if self._together:
+                self._send_query(batch)
+            else:
+                self.project(layer, batch)
             self.attend_on_cpu(layer, batch)
-        yield from self.attend(layer, batches=[batch for batch in self.batches if batch not in shared])
+        if self._together and together > first:
+            self._project(layer, span(first, together))
+        for batch in self.attend(layer, batches=[batch for batch in self.batches if batch not in shared]):
+            scope = self.leaving(batch, together)
+            if self._together and self.shape.decodes(batch) and scope is not None:
+                self.output(layer, scope)
+            yield batch
         for batch in shared:
             self.fetch_mixed(batch)
-            self.output(layer, batch)
+            if not self._together:
+                self.output(layer, batch)
             yield batch
+        if self._together:
+            self.output(layer, ALL - max(together, first))
 
     def project(self, layer: int, batch: int) -> None:
         """Queries, keys and values of a batch, and their way to the host."""
-        query = self._present(("query", -1, batch))
-        self.compute("project", layer, batch, *self.attention_weights(layer), *query)
-        self.entries.append(Store("gpu>host", "gpu>host", tuple(query)))
+        self._project(layer, batch)
+        self._send_query(batch)
+
+    def _project(self, layer: int, batch: int) -> None:
+        self.compute("project", layer, batch, *self.attention_weights(layer), *self._queries(batch))
+
+    def _send_query(self, batch: int) -> None:
+        self.entries.append(Store("gpu>host", "gpu>host", tuple(self._queries(batch))))
+
+    def _queries(self, batch: int) -> list[int]:
+        return self._present(*(("query", -1, number) for number in batches_of(batch, len(self.batches))))
 
     def attend_on_cpu(self, layer: int, batch: int) -> None:
         """Attention over keys and values where they live."""
@@ -306,11 +364,11 @@ class Program:
 
     def fetch_mixed(self, batch: int) -> None:
         """The mixed values' way back."""
-        self.entries.append(Load(self.returning, "host>gpu", tuple(self._present(("query", -1, batch)))))
+        self.entries.append(Load(self.returning, "host>gpu", tuple(self._queries(batch))))
 
     def output(self, layer: int, batch: int) -> None:
         """The output projection of what came back."""
-        self.compute("output", layer, batch, *self.attention_weights(layer), *self._present(("query", -1, batch)))
+        self.compute("output", layer, batch, *self.attention_weights(layer), *self._queries(batch))
 
     def route(self, layer: int, batch: int = ALL) -> None:
         """Router and shared expert, or the dense MLP, of one batch or of the whole group."""

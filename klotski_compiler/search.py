@@ -58,6 +58,7 @@ KEPT_SCORED = 2  # sizes per policy that are timed on short models
 FAR_BEHIND = 0.07  # of an order that is given up
 BORROWED = 2  # decisions of other policies that are tried in our order
 MOST_WHOLE = {2000: 2, MANY_EXPERTS: 1}  # schedules that are lowered whole of a model of more than so many experts
+TIE = 0.003  # speeds that differ by less are equal
 WHOLE_STEPS = 2500  # a pass of so few ops, about, is timed whole at once
 RETIMED_STEPS = 6000  # of an estimate that is timed whole before the best are lowered
 
@@ -181,7 +182,7 @@ class Search(Fills):
                 found.append(Rated(self.estimate(OURS, d), OURS, d, "any"))
             with suppress(Infeasible, PlanError):
                 if d.cpu_batches == d.num_batches:
-                    d = d.model_copy(update={"by_batch": True})
+                    d = d.model_copy(update={"by_batch": True, "together": False})
                     by_batch.append(Rated(self.estimate(OURS, d), OURS, d, "any"))
         return [*found, *by_batch, *(self.improved(start) for start in best_of_orders(found))]
 
@@ -199,8 +200,9 @@ class Search(Fills):
             if self._steps(rated.decision) <= WHOLE_STEPS and rated.tokens_per_s < bar:
                 continue  # it was timed whole: others cannot win, ours not be better than it is known to be
             known = [b.policy for b in whole]
-            if enough and (rated.policy in known or (rated.tokens_per_s < best and rated.policy != OURS)):
-                continue  # ours is lowered once at least, if it may win: an estimate may be too low
+            behind = rated.policy == OURS and bar < best * (1 - TIE)
+            if enough and not behind and (rated.policy in known or rated.tokens_per_s < best):
+                continue  # ours is lowered as long as it is behind and may win: an estimate may be too low
             try:
                 lowered, fitted = self.whole(rated)
                 whole.append(Best(rated.policy, fitted, self.rate(lowered), lowered))
@@ -356,6 +358,20 @@ class Search(Fills):
                     if rate > best.tokens_per_s * (1 + WORTH):
                         best, climbing = replace(best, tokens_per_s=rate, decision=decision, kind=kind), True
                         break
+        return self._either_way(best)
+
+    def _either_way(self, best: Rated) -> Rated:
+        """The better of a decision and the same one with what surrounds attention the other way: where a GPU waits for the CPU, calls cost
+        it nothing, and what is done batch by batch can be done earlier."""
+        d = best.decision
+        if d.num_batches == 1 or d.by_batch or not self.cost.cpu_attends:
+            return best
+        other = self.bare(best.policy, d, d.num_batches).model_copy(update={"together": not d.together})
+        with suppress(Infeasible):
+            if decision := self.filled(best.policy, other, best.kind):
+                rate = self.estimate(best.policy, decision)
+                if rate > best.tokens_per_s * (1 + WORTH):
+                    return replace(best, tokens_per_s=rate, decision=decision)
         return best
 
     # --------------------------------------------------------------------------------------------------------- timing

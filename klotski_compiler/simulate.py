@@ -232,7 +232,9 @@ def cause_of(step: Step) -> str:
     if isinstance(op, Compute):
         if op.fn in ("experts", "add"):
             return "intra_layer"
-        if op.fn == "output" or (op.fn == "attention" and len(op.tensors) > 1):  # spilled KV, here or on the CPU
+        if op.fn in ("attend", "output") or (
+            op.fn == "attention" and len(op.tensors) > 1
+        ):  # spilled KV, here or on the CPU
             return "kv"
         if op.layer < 0:
             return "end_of_pass"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -50,7 +51,7 @@ class TensorTable:
     compute_tier: str
     all: list[Tensor] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)
-    exchanged: list[int] = field(default_factory=list)
+    exchanged: list[tuple[str, int]] = field(default_factory=list)  # (tier, tensor)
     _ids: dict[tuple[str, int, int], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -84,17 +85,22 @@ class TensorTable:
         self._exchanges()
 
     def _exchanges(self) -> None:
-        """What a GPU and the CPU exchange in decode; their places are kept for the whole phase."""
-        spec, decision = self.spec, self.decision
-        if self.compute_tier != "gpu":  # the CPU computes everything
-            return
-        first = len(self.all)
-        for batch in sorted({batch for layer in range(len(spec.layers)) for batch in decision.attended(layer)}):
-            self._add("query", -1, batch, query_bytes(spec, decision.size_of(batch), self.dtype), 0, False, "none")
-        if any(layer.cpu or layer.cpu_picks for layer in decision.layers):
-            self._add("rows", -1, 0, rows_bytes(spec, decision.sequences, self.dtype), 0, False, "none")
-            self._add("sums", -1, 0, sums_bytes(spec, decision.sequences, self.dtype), 0, False, "none")
-        self.exchanged += range(first, len(self.all))
+        """What a GPU and the CPU, or ops of one processor, exchange in decode; their places are kept for the whole phase. The hidden states
+        themselves are what is sent as rows."""
+        spec, decision, here = self.spec, self.decision, self.compute_tier
+        beside = here == "gpu"  # else the CPU computes everything
+        away = {batch for layer in range(len(spec.layers)) for batch in decision.attended(layer) if beside}
+        together = decision.together and decision.num_batches > 1
+        for batch in range(decision.num_batches) if together else sorted(away):
+            nbytes = query_bytes(spec, decision.size_of(batch), self.dtype)
+            self._exchange("query", batch, nbytes, (here, "host") if batch in away else (here,))
+        if beside and any(layer.cpu or layer.cpu_picks for layer in decision.layers):
+            self._exchange("rows", 0, rows_bytes(spec, decision.sequences, self.dtype), ("host",))
+            self._exchange("sums", 0, sums_bytes(spec, decision.sequences, self.dtype), ("gpu", "host"))
+
+    def _exchange(self, kind: str, index: int, nbytes: int, tiers: Sequence[str]) -> None:
+        self.exchanged += [(tier, len(self.all)) for tier in tiers]
+        self._add(kind, -1, index, nbytes, 0, False, "none")
 
     def _module(self, kind: str, layer: int, index: int, module: Module, resident: bool, home: str = "") -> None:
         self._add(kind, layer, index, module.nbytes, module.segments, resident, home)

@@ -61,7 +61,8 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
     }
     if cost.hardware.compute_tier == "gpu":  # what decode ops take in graphs, no other op can have
         few = min(rows, decision.sequences)
-        graphs = max(router_bytes(cost, few), 16 * decision.decode_batch * hidden * width)
+        projected = max(decision.decode_batch, few if decision.together else 0)
+        graphs = max(router_bytes(cost, few), 16 * projected * hidden * width)
         kept["CUDA graphs"] = graphs + (GRAPHS_BYTES if graphs > FINE_BYTES else 0)
     narrow = rows  # of 16-bit matmuls
     if width == 2 and cost.hardware.compute_tier == "host" and cost.processor.widen_rows:

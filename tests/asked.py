@@ -94,6 +94,8 @@ def decided(
     )
     if any(layer.expand_flops for layer in spec.layers):  # such a cache is for GPUs
         decision = decision.model_copy(update={"cpu_batches": 0})
+    elif gpu and policy_name == "joint":
+        decision = decision.model_copy(update={"together": changes.get("together", True)})
     if gpu and policy_name == "joint":
         layers = tuple(x.model_copy(update={"static": x.static[1:], "cpu": x.static[:1]}) for x in layers)
     if policy_name == "joint" and gpu and kv == "host":  # some KV in either place

@@ -174,7 +174,8 @@ def tiny_plan(
 ) -> Plan:
     """A sealed plan. ``kv``: the tier of the KV cache (default: the compute tier). ``changes`` replace fields of the decision."""
     spec, hardware = spec or tiny_spec(), tiny_hardware(gpu)
-    decision = decision or tiny_decision(policy_name, spec, kv or hardware.compute_tier, **changes)
+    together = {"together": gpu and policy(policy_name).EXPERTS == "solved"}
+    decision = decision or tiny_decision(policy_name, spec, kv or hardware.compute_tier, **(together | changes))
     return make_plan(spec, hardware, policy_name, decision, workload)
 
 

@@ -85,6 +85,7 @@ def random_schedule(policy_name: str, seed: int) -> tuple[Cost, Workload, Decisi
             "lead": max(unit * rng.choice([1, 2, 4]), spec.layers[-1].num_experts if module.EXPERTS != "solved" else 0),
             "head_pages": rng.choice([0, 2, 5]),
             "embedding": rng.random() < 0.5,
+            "together": module.EXPERTS == "solved" and rng.random() < 0.5,
             "pages": rng.randint(1, most_pages(spec.layers[-1].expert.nbytes)) if unit == 1 else 1,  # type: ignore[union-attr]
         }
     )
@@ -163,13 +164,15 @@ def test_what_is_late_in_rolling_order_is_bounded() -> None:
         )
         changes = {"layers": layers, "rolling": True, "prefill_groups": ages, "head_pages": 0}
         decision = tiny_decision("joint", spec, kv, ages, cohort)
-        decision = decision.model_copy(update={**changes, "cpu_batches": rng.randrange(ages + 1)})
+        shares = {"cpu_batches": rng.randrange(ages + 1), "together": rng.random() < 0.5}
+        decision = decision.model_copy(update={**changes, **shares})
         lowered = lower(cost, "joint", decision, workload)
         size = decision.sequences
         least_us = Mixed(cost, workload, lowered.peak_bytes, (stride, stride)).least_us(size, size)
         slack.append((lowered.load_us + lowered.group_us) / least_us)
     assert min(slack) >= 1 - 1e-9, f"seed {slack.index(min(slack))}"
-    assert min(slack) < 1.15  # a router of all ages at once takes least, which is not what joint does with prompts
+    # A router of all ages at once takes least, which is not what joint does with prompts; and attention to each age takes calls.
+    assert min(slack) < 1.3
 
 
 def shared_schedule(policy_name: str, seed: int) -> tuple[Relaxation, Decision, Lowered]:
@@ -211,7 +214,7 @@ def shared_schedule(policy_name: str, seed: int) -> tuple[Relaxation, Decision, 
     base = tiny_decision(policy_name, spec, "host", batches, batch_size, prefill_groups=1)
     last = rng.choice([0, 1, batch_size // 2, 2 * batch_size]) if policy_name == "joint" and batches > 1 else 0
     changes = {"layers": tuple(layers), "head_pages": 0, "cpu_batches": share, "hot": 0, "lead": 8, "last_batch": last}
-    decision = base.model_copy(update=changes)
+    decision = base.model_copy(update={**changes, "together": policy_name == "joint" and rng.random() < 0.5})
     lowered = lower(cost, policy_name, decision, workload)
     return Relaxation(cost, workload, lowered.peak_bytes), decision, lowered
 
@@ -244,7 +247,7 @@ def test_no_schedule_that_shares_attention_by_batches_beats_the_bound(policy_nam
         assert least_us <= taken * (1 + TOLERANCE), f"seed {seed}"
         assert relaxation.refined_us(groups) <= min(taken, least_us) * (1 + TOLERANCE), f"seed {seed}"
         closest[decision.num_batches] = max(closest[decision.num_batches], least_us / taken)
-    assert policy_name != "joint" or min(closest.values()) > 0.85, closest
+    assert policy_name != "joint" or min(closest.values()) > 0.82, closest
 
 
 def test_what_is_decided_once_is_bounded_where_contexts_grow() -> None:
@@ -281,7 +284,7 @@ def test_batches_cost_ops_and_are_attended_to_whole() -> None:
     bound = Relaxation(cost, Workload(prompt_len=256, gen_len=64, num_sequences=8), {"gpu": 1 << 40, "host": 1 << 40})
     bound.room = lambda sequences: 1.1 * spec.nbytes  # type: ignore[method-assign]
     any_number, *each = (bound.least_us(1, 1, batches=n) for n in range(MOST_BATCHES + 2))
-    assert any_number * 1.03 < min(each)
+    assert any_number * 1.02 < min(each)
     assert bound.refined_us(1) >= min(each)
 
 

@@ -402,6 +402,11 @@ def test_ours_is_lowered_whole_where_it_may_win(monkeypatch: pytest.MonkeyPatch)
     rate = search.whole_best([other], {})[0].tokens_per_s
     timed = [replace(other, tokens_per_s=rate), replace(ours, tokens_per_s=0.999 * rate)]
     assert {best.policy for best in search.whole_best(timed, {})} == {"flexgen", "joint"}
+    # Where the first of ours turns out to be behind, the next one may not be.
+    slow = Rated(0.9995 * rate, "joint", next(search.bases("joint")), "any")  # nothing resident
+    assert search.whole_best([slow], {})[0].tokens_per_s < 0.99 * rate
+    timed.append(slow)
+    assert [best.policy for best in search.whole_best(timed, {})].count("joint") == 2
 
 
 @MACHINES

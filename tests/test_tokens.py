@@ -259,6 +259,21 @@ def test_prefill_in_parts_beside_a_gpu(device: torch.device, models: Models, sam
     same(model, run(plan, model, tmp_path, device=device).rows)
 
 
+@pytest.mark.parametrize("rolling", [False, True])
+@pytest.mark.parametrize("together", [False, True])
+def test_what_surrounds_attention_is_one_op_or_several(
+    together: bool, rolling: bool, device: torch.device, models: Models, same: Same, tmp_path: Path
+) -> None:
+    """For all batches that decode, of whatever age, and for the few tokens that an op takes at a time; or batch by batch."""
+    model = models("qwen3_moe")
+    sizes = {"num_batches": 4, "prefill_groups": 4 if rolling else 1, "rolling": rolling, "expert_rows": 3}
+    plan = decided(model, "joint", "host", 7, gpu=True, cpu_batches=1, decode_batch=1, together=together, **sizes)
+    lines = [line for phase in plan.phases for line in phase.lines if " project " in line]
+    assert lines
+    assert any(" b*" in line or ":" in line.split()[4] for line in lines) == together
+    same(model, run(plan, model, tmp_path, device=device).rows)
+
+
 @pytest.mark.parametrize(("parts", "rolling"), [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("last", [1, 3])
 def test_a_batch_of_the_cpus_own(

@@ -218,7 +218,8 @@ class Relaxation(Runs):
 
     def _batched_us(self, batches: int, tokens: float) -> float:
         """What is before the experts of all layers, with attention in so many batches."""
-        return batches * self._projections_us(tokens / batches) + self._mlps_us(tokens)
+        attention = sum(count * self._batches_us(layer, tokens, batches) for layer, count in self.layers)
+        return attention + self._mlps_us(tokens)
 
     def most(self, high: int) -> float:
         """The share of sequences that all but a few are."""

@@ -171,6 +171,14 @@ class Least:
     def _projected_us(self, layer: Layer, tokens: float) -> float:
         return self.cost.processor.attention_op_us + self.cost.projections_us(layer, tokens)
 
+    def _batches_us(self, layer: Layer, tokens: float, batches: float) -> float:
+        """What surrounds attention to so many batches of equal size, with so many tokens in all, in decode: each by itself or, on a GPU
+        beside a CPU that may attend, together."""
+        apart = batches * self._projected_us(layer, tokens / batches)
+        if not self.cost.cpu_attends or batches <= 1:
+            return apart
+        return min(apart, self._projected_us(layer, tokens))
+
     def _core_us(self, layer: Layer, high: int, processor: Processor, span: tuple[float, float]) -> float:
         """Keys and values of all sequences in a span of decode, times being affine between its first and its last pass: linear in
         sequences, but for the expansion of latent ones."""

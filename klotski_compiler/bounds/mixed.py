@@ -207,9 +207,12 @@ class Mixed(Relaxation):
         return -(-high // self.ages[0])
 
     def _layered_us(self, high: int) -> tuple[float, float, float]:
-        """The same of what is before experts: no op of attention works on sequences of two ages."""
+        """The same of what is before experts: no op of attention works on sequences of two ages, but in decode one may do what surrounds it
+        for all."""
         total, prompt, cohort = self.workload.num_sequences, self.workload.prompt_len, self._cohort(high)
         alone = total * self._projections_us(cohort) / cohort
+        if self.cost.cpu_attends:
+            alone = min(alone, total * self._projections_us(high) / high)
         joining = total * self._prompts_us(cohort * prompt) / cohort
         attention = joining, self.between * alone, (self.passes - self.between) * alone
         fed = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 from klotski_compiler.bounds.least import DECODE, SCALE_US, Least, Weight
 from klotski_compiler.milp.formulation import Terms, plus
@@ -83,8 +82,7 @@ class Runs(Least):
         longer), as a function of the CPU's share. split_us: of a layer's experts, batch by batch."""
         cost, size, layers = self.cost, low / batches, len(self.cost.spec.layers)
         times = first * self.passes * part * layers / SCALE_US
-        projected = partial(self._projected_us, tokens=size)
-        layer_us = min(batches * projected(layer) + cost.mlp_us(layer, low) for layer, _ in self.layers)
+        layer_us = min(self._batches_us(layer, low, batches) + cost.mlp_us(layer, low) for layer, _ in self.layers)
         inside = (1 - 1 / run) * split_us * part * layers / SCALE_US if len(self.routed) == layers else 0.0
         core_here, core_cpu = cores_us[0] / SCALE_US, cores_us[1] / SCALE_US
         here = times * layer_us + core_here + inside

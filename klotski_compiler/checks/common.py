@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from klotski_compiler.plan import Bind, Compute, Phase, Plan, Step, Tensor, batches_of
+from klotski_compiler.plan import CPU, Bind, Compute, Phase, Plan, Step, Tensor, batches_of
 
 LOAD = "load"
 UNROLLED = 3  # passes that stand for all: what opens a phase, a settled one, and the last, which opens nothing
@@ -45,6 +45,7 @@ def by_layer(plan: Plan) -> dict[tuple[str, int], list[Tensor]]:
 
 def is_sent(plan: Plan, op: Compute | Bind) -> bool:
     """Whether an op works on what was sent to it, not on hidden states."""
-    return isinstance(op, Compute) and (
-        op.fn == "attend" or (op.fn == "experts" and any(plan.tensors[t].kind == "sums" for t in op.tensors))
-    )
+    if not isinstance(op, Compute):
+        return False
+    sums = op.fn == "experts" and any(plan.tensors[t].kind == "sums" for t in op.tensors)
+    return sums or (op.fn == "attend" and op.stream == CPU)

@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 from klotski_compiler.checks.common import Fault, is_sent, phases_of
-from klotski_compiler.plan import ALL, FUNCTIONS, NOWHERE, RULES, Bind, Compute, Load, Phase, Plan, Step, Store
+from klotski_compiler.plan import (
+    ALL,
+    FUNCTIONS,
+    NOWHERE,
+    RULES,
+    SEVERAL,
+    Bind,
+    Compute,
+    Load,
+    Phase,
+    Plan,
+    Step,
+    Store,
+    batches_of,
+)
 
 
 def ids(plan: Plan) -> None:
@@ -65,8 +79,10 @@ def _out_of_range(plan: Plan, phase: Phase, step: Step) -> str:
         return "" if op.link.count(">") == 1 else f"link {op.link} is not of the form tier>tier"
     if op.stream not in plan.processors:
         return f"computes on {op.stream}, which is no processor"
-    least = -phase.batches if isinstance(op, Compute) and op.fn in ("router", "dense") else ALL
-    if not (-1 <= op.layer < len(plan.decision.layers) and least <= op.batch < max(1, phase.batches)):
+    batches = max(1, phase.batches)
+    scope = batches_of(op.batch, batches)
+    whole = op.batch >= ALL or (isinstance(op, Compute) and op.fn in SEVERAL)
+    if not (-1 <= op.layer < len(plan.decision.layers) and whole and scope.start < scope.stop <= batches):
         return f"layer {op.layer} or batch {op.batch} does not exist"
     if isinstance(op, Bind):
         return "" if op.rule in RULES and op.count > 0 else f"binds {op.count} picks by {op.rule}"

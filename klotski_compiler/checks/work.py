@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from klotski_compiler.checks.common import Fault, by_layer, computing, is_sent, scope_of
-from klotski_compiler.plan import ALL, Bind, Compute, Load, Phase, Plan, Step
+from klotski_compiler.plan import ALL, Bind, Compute, Load, Phase, Plan, Step, batches_of
 
 
 def picks(plan: Plan) -> None:
@@ -187,8 +187,9 @@ PARTS = ("project", "attend", "output")
 def _needs(plan: Plan, ids: dict[tuple[str, int, int], int], in_place: set[int], op: Compute) -> set[int]:
     """The tensors that an op must name: its weights, an embedding that lives in the compute tier, and a KV cache that does not."""
     keys = [
-        (kind, -1 if kind in ("query", "sums") else op.layer, op.batch if kind in ("kv", "query") else 0)
+        (kind, -1 if kind in ("query", "sums") else op.layer, index)
         for kind in _READ_BY.get(op.fn, ())
+        for index in (batches_of(op.batch, plan.decision.num_batches) if kind in ("kv", "query") else (0,))
     ]
     found = {ids[key] for key in keys if key in ids}
     named = {"embedding": True, "kv": False}

@@ -358,7 +358,10 @@ class Formulation:
             if not here and self.homes_on_disk:
                 used = plus(used, {f"disk[{g.name}.c{c}]": -g.page.slot_bytes for c in range(len(g.sizes))})
         used = plus(used, {"resident[head]": sign * problem.head.slot_bytes})
-        for g in problem.groups if problem.attends else ():  # as much as the layer that attends to most batches
+        if here and problem.together:
+            used[""] += problem.batches * problem.query_bytes + problem.last_query_bytes
+        # else as much as the layer that attends to most batches
+        for g in problem.groups if problem.attends and not (here and problem.together) else ():
             share = sum(other.count for other in problem.groups)
             used = plus(used, {f"attended[{g.name}]": problem.query_bytes / share})
             used[""] += g.count * problem.last_query_bytes / share

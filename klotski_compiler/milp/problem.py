@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
-from klotski_compiler.cost import Cost, Shape
+from klotski_compiler.cost import ATTEND_OPS, Cost, Shape
 from klotski_compiler.model import Layer, Module
 from klotski_compiler.pipeline import shapes
 from klotski_compiler.plan import ALL, CPU, PAGE_BYTES, Decision, Workload, align_up
@@ -117,7 +117,8 @@ class Problem:
 
     batches: rows of batches of a group, n: the batches at one place in each of prefill's sub-groups, whose KV lives in one tier. Beside
     them there may be a last row, of another size, to which the CPU attends in every layer: last, 0 or 1.
-    attends: whether the CPU may compute attention; query_bytes: what that takes in either tier, per row, and for the last one.
+    attends: whether the CPU may compute attention; query_bytes: what that takes in either tier, per row, and for the last one;
+    together: what all rows take in the compute tier, whoever attends.
     spill_bytes: what KV that is not kept takes in the compute tier; last_spill_bytes: what that of the last row takes.
     head: all its pages, head_pages of them (0: it must be resident). head_slots: bytes beside it, of its pages' slots if it streams,
     of the logits of all words at once if it does not. may_spill: the machine can write KV back.
@@ -150,6 +151,7 @@ class Problem:
     cpu: bool = False
     attends: bool = False
     last: int = 0
+    together: bool = False
     query_bytes: int = 0
     last_query_bytes: int = 0
     uniform: bool = False
@@ -257,6 +259,7 @@ def build(
         uniform=uniform,
         attends=cost.cpu_attends and any(shape.decodes(shape.batches - 1) for shape in phases),
         last=last,
+        together=any(shape.together for shape in phases),
         query_bytes=queries,
         last_query_bytes=last_queries,
         drag=(cost.drag(CPU, into), cost.drag(into, CPU)) if CPU in cost.hardware.processors else (0.0, 0.0),
@@ -368,7 +371,8 @@ def _work(
     row, last = (_row(cost, layer, shape, decision, size, links) for size in (shape.batch_size, shape.last_batch))
     if row.cpu_attend_us:
         sequences = shape.last_batch or shape.batch_size
-        around = cost.project_us(layer, sequences) + cost.output_us(layer, sequences) + router
+        whole = shape.scope_tokens(shape.decoders) if shape.together else sequences
+        around = cost.project_us(layer, whole) + cost.output_us(layer, whole) + router
         small = query_bytes(cost.spec, sequences, cost.dtype)
         around += cost.transfer_us(links[1], small) + cost.transfer_us(links[0], small)
     exchange = 0.0
@@ -391,6 +395,7 @@ def _row(cost: Cost, layer: Layer, shape: Shape, decision: Decision, size: int, 
         cpu = cost.hardware.processors[CPU]
         attend = row * sum(cpu.op_us + cost.attend_us(layer, size, positions, cpu) for positions in seen)
         spared = row * sum(cost.attend_us(layer, size, positions, cost.processor) for positions in seen)
+        spared += row * len(seen) * ATTEND_OPS * cost.processor.op_us if shape.together else 0.0
     return RowWork(load, store, attend, spared)
 
 

@@ -20,12 +20,11 @@ from typing import NamedTuple
 
 from klotski_compiler.plan import ALL, CPU, Bind, Load
 from klotski_compiler.policies import moe_lightning
-from klotski_compiler.program import HEAD_SLOTS, URGENT, Evict, Program, staging_slots
+from klotski_compiler.program import HEAD_SLOTS, KV_AHEAD, URGENT, Evict, Program, staging_slots
 
 ONE_BATCH = False
 EXPERTS = "solved"
 ROLLING = (False, True)
-KV_AHEAD = 2  # batches whose KV is on its way or waits for attention
 
 
 def build(p: Program) -> None:
@@ -39,9 +38,9 @@ def build(p: Program) -> None:
     for layer in p.layers:
         queue.advance(layer)
         together = p.routes_together(layer)
-        for batch in p.attend_with_cpu(layer):
-            if batch < together:
-                p.route(layer, batch)
+        for batch in p.attend_with_cpu(layer, together):
+            if (scope := p.leaving(batch, together)) is not None:
+                p.route(layer, scope)
             queue.attended(layer, batch)
         if together in p.batches:
             p.route(layer, ALL - together)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,10 @@ class Frame:
     positions: torch.Tensor
     angles: Any
     masks: dict[tuple[bool, torch.device], torch.Tensor | None] = field(default_factory=dict)
+
+    def of(self, sequences: slice) -> Frame:
+        """That of some of its sequences, without masks."""
+        return Frame(self.past, self.positions[sequences], _each(self.angles, lambda part: part[sequences]))
 
     def renew(self, past: int, positions: torch.Tensor, angles: Any) -> None:
         """For another pass, in the same memory."""
@@ -43,7 +47,7 @@ class Batch:
         self.ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
         self.past = 0
         self.first = 0
-        self.frames: dict[int, Frame] = {}
+        self.frames: dict[tuple[int, int], Frame] = {}  # by sequences
 
     @property
     def size(self) -> int:
@@ -84,6 +88,18 @@ class Batch:
         """End the pass: its tokens are cached, ``ids`` [B] are the next ones."""
         self.past += self.queries
         self.ids = ids[:, None]
+
+
+def abreast(frames: Sequence[Frame]) -> Frame:
+    """One for the sequences of several, each with its own past, without masks."""
+    angles = [_tensors(frame.angles) for frame in frames]
+    joined = tuple(torch.cat(parts) for parts in zip(*angles, strict=True))
+    whole = joined if isinstance(frames[0].angles, tuple) else joined[0]
+    return Frame(max(frame.past for frame in frames), torch.cat([frame.positions for frame in frames]), whole)
+
+
+def _each(angles: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    return tuple(map(change, angles)) if isinstance(angles, tuple) else change(angles)
 
 
 def _tensors(angles: Any) -> tuple[torch.Tensor, ...]:

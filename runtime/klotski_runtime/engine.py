@@ -21,7 +21,21 @@ from klotski_compiler.cost import GATHERED_ROWS, ROW_READERS
 from klotski_compiler.errors import ConfigError, ExecError, KlotskiError, PlanError, window
 from klotski_compiler.execute import execute
 from klotski_compiler.model import gate_bytes, spec_from_config
-from klotski_compiler.plan import ALL, CPU, NOWHERE, Bind, Compute, Load, Phase, Plan, Step, Store, Tensor, align_up
+from klotski_compiler.plan import (
+    ALL,
+    CPU,
+    NOWHERE,
+    Bind,
+    Compute,
+    Load,
+    Phase,
+    Plan,
+    Step,
+    Store,
+    Tensor,
+    align_up,
+    batches_of,
+)
 from klotski_compiler.tensors import page_rows
 from klotski_compiler.verify import verify
 from klotski_runtime import binding
@@ -78,6 +92,7 @@ class Engine:
         use(device)
         self.lanes = Lanes(device) if device.type == "cuda" else None
         self.plan, self._config, self._keep_log = plan, config, keep_log
+        self.attended = [frozenset(plan.decision.attended(layer)) for layer in range(len(plan.decision.layers))]
         self.threads = threads or cpu_threads(device)
         kernel_threads(1)
         self.workers = Workers(self.threads)
@@ -436,12 +451,16 @@ class PhaseRunner:
             case "attention":
                 self._attention(op, step, group)
             case "project":
-                group.project(op.layer, op.batch, self._packed(op, step, group))
+                scope = [n for n in batches_of(op.batch, self.phase.batches) if n in group.batches]
+                packed = {number: self._packed(number, op, step, group) for number in scope}
+                if packed:
+                    group.project(op.layer, packed, self.engine.attended[op.layer])
             case "attend":
-                block = self._block(self.tensors[op.tensors[0]], self.seats[op.batch], step.slots[0])
-                group.attend(op.batch, block, self._packed(op, step, group))
+                group.attend(op.batch, self._kv(op, step, group), self._packed(op.batch, op, step, group))
             case "output":
-                group.output(op.batch, self._packed(op, step, group))
+                scope = [n for n in batches_of(op.batch, self.phase.batches) if n in group.batches]
+                if scope:
+                    group.output(scope[0])
             case "add":
                 group.add(self._exchange(step.slots[0], self.engine.skeleton.wide_dtype))
             case "router":
@@ -470,11 +489,15 @@ class PhaseRunner:
             self.part.begin(*self.engine.places.state(self.phase, self.part.tokens))
 
     def _attention(self, op: Compute, step: Step, group: Group) -> None:
+        group.attention(op.layer, op.batch, self._kv(op, step, group))
+
+    def _kv(self, op: Compute, step: Step, group: Group) -> KvBlock:
+        """What is cached of a batch: in a slot that the op names, or in the place where it stays."""
         seat, places = self.seats[op.batch], self.engine.places
-        spilled = [(t, s) for t, s in zip(op.tensors, step.slots, strict=True) if self.tensors[t].kind == "kv"]
-        size = group.batches[op.batch].size
-        block = places.kv(op.layer, seat.place, size, spilled[0][1] if spilled else None)
-        group.attention(op.layer, op.batch, block)
+        for tensor, slot in zip(op.tensors, step.slots, strict=True):
+            if self.tensors[tensor].kind == "kv":
+                return self._block(self.tensors[tensor], seat, slot)
+        return places.kv(op.layer, seat.place, group.batches[op.batch].size, None)
 
     def _experts(self, op: Compute, step: Step, group: Group) -> None:
         chosen, sent, places, skeleton = [], dict[str, int](), self.engine.places, self.engine.skeleton
@@ -500,10 +523,11 @@ class PhaseRunner:
         else:
             group.experts(op.layer, chosen, None if op.batch == ALL else op.batch)
 
-    def _packed(self, op: Compute, step: Step, group: Group) -> torch.Tensor:
+    def _packed(self, batch: int, op: Compute, step: Step, group: Group) -> torch.Tensor:
         """The exchange of a batch, as far as its sequences fill it."""
-        slot = next(s for t, s in zip(op.tensors, step.slots, strict=True) if self.tensors[t].kind == "query")
-        whole, size = self._exchange(slot, self.engine.skeleton.compute_dtype), group.batches[op.batch].size
+        named = ((self.tensors[tensor], slot) for tensor, slot in zip(op.tensors, step.slots, strict=True))
+        slot = next(slot for tensor, slot in named if (tensor.kind, tensor.index) == ("query", batch))
+        whole, size = self._exchange(slot, self.engine.skeleton.compute_dtype), group.batches[batch].size
         return whole[: len(whole) // size * size]
 
     def _sample(self, group: Group) -> bool:

@@ -9,7 +9,7 @@ so a token costs 3 x hidden x compute bytes, and no op needs a third buffer of t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -19,15 +19,16 @@ import torch
 from transformers.cache_utils import Cache
 
 from klotski_compiler.errors import ExecError
+from klotski_compiler.plan import batches_of
 from klotski_runtime.assignment import Assignment, Routing, rows_worth, shares
-from klotski_runtime.batch import Batch, Frame
+from klotski_runtime.batch import Batch, Frame, abreast
 from klotski_runtime.checkpoint import EMBEDDING
 from klotski_runtime.experts import ExpertKernel, Parts, Runs, is_common, runs
 from klotski_runtime.graphs import Graphs, Piece
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.reader import RowGather
 from klotski_runtime.skeleton import HOST, Skeleton
-from klotski_runtime.split import Call, Ends, NewOnly, Split, on_host
+from klotski_runtime.split import Call, Ends, NewOnly, Regions, Split, on_host
 from klotski_runtime.wide import Widener
 from klotski_runtime.workers import WORTH_SHARING
 
@@ -60,14 +61,21 @@ class Room:
         return self.held
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Halted:
-    """Decode attention of some sequences before its middle part, which may run elsewhere with ``module`` and ``mask``."""
+    """Decode attention of some rows before its middle part."""
+
+    ends: Ends
+    hidden: torch.Tensor
+    regions: Regions
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The middle part for some sequences of a batch, which may run elsewhere with ``module`` and ``mask``."""
 
     sequences: slice
-    ends: Ends
     call: Call
-    hidden: torch.Tensor
     module: Any
     mask: torch.Tensor | None
 
@@ -99,6 +107,8 @@ class Group:
         self._adding = threading.Lock()
         self._found: dict[tuple[int, ...], tuple[Sequence[Parts], Runs]] = {}
         self._halted: dict[int, list[Halted]] = {}
+        self._asked: dict[int, list[Asked]] = {}
+        self._rows_of: dict[tuple[int, ...], Frame] = {}  # frames of several batches, by where they lie
         self._graphs = Graphs(self._device)
         self._room = Room(skeleton.compute_dtype, self._device)
         self._routing = Routing(torch.empty(0, 0), torch.empty(0, 0))
@@ -133,6 +143,7 @@ class Group:
             batch.first = first
             first += batch.ids.numel()
         self._wide, self._x = wide[:first], x[:first]
+        self._renewed: set[tuple[int, ...]] = set()
         self._assignments.clear()
 
     @torch.inference_mode()
@@ -164,10 +175,12 @@ class Group:
             frame, cache = self._frame(own, sequences), kv.cache(sequences, own.past)
             mask = self._mask(layer, own, sequences, frame, cache, self._device)
             if graphs:
-                ends, hidden = self._ends(layer, own, sequences, self._room.held)
-                call = ends.begin(partial(self._start, layer, own, sequences, hidden), self._room.take)
+                rows, count = own.rows_of(sequences), sequences.stop - sequences.start
+                ends, hidden = self._ends(layer, rows, frame.positions, [self._room.held])
+                start = partial(self._start, layer, rows, hidden, frame.positions, frame.angles)
+                call = ends.begin(start, partial(self._taken, count))
                 call.attend(self._room.held, kv, sequences, own.past, mask, call.module)
-                ends.finish(hidden, self._room.held)
+                ends.finish(hidden, [(count, self._room.held)])
             else:
                 hidden = self._take(own, sequences)
                 hidden += self._skeleton.attention(layer, hidden, mask, frame.positions, frame.angles, cache)
@@ -181,28 +194,29 @@ class Group:
         mask = skeleton.mask(layer, own.present(sequences, self._device), own.padded(sequences), 1, cache)
         last += skeleton.attention(layer, last, mask, positions, skeleton.rotary(positions), cache)
 
-    def _ends(self, layer: int, own: Batch, sequences: slice, packed: torch.Tensor) -> tuple[Ends, torch.Tensor]:
-        """The ends of decode attention of some sequences, and where their x is: [B, 1, hidden]."""
-        hidden = self._own(own, sequences)
-        where = packed, self._x, self._wide, self._frame(own, sequences).positions
+    def _taken(self, sequences: int, elements: int) -> Regions:
+        return [(sequences, self._room.take(elements))]
+
+    def _ends(
+        self, layer: int, rows: slice, positions: torch.Tensor, regions: Iterable[torch.Tensor]
+    ) -> tuple[Ends, torch.Tensor]:
+        """The ends of decode attention of sequences, one a row, and where their x is: [B, 1, hidden]."""
+        hidden = self._x[rows].view(-1, 1, self._skeleton.hidden)
+        where = self._x, self._wide, positions, *regions
         weights = self._skeleton.addresses("attention", layer)
-        key = layer, own.first + sequences.start, len(hidden), *(part.data_ptr() for part in where), *weights
+        key = layer, rows.start, rows.stop, *(part.data_ptr() for part in where), *weights
         return self._graphs.find(key, Ends), hidden
 
-    def _start(self, layer: int, own: Batch, sequences: slice, hidden: torch.Tensor) -> Split:
-        self._take(own, sequences)
-        frame, cache = self._frame(own, sequences), NewOnly(own.past)
-        forward = partial(self._skeleton.attention, layer, hidden, None, frame.positions, frame.angles, cache)
+    def _start(self, layer: int, rows: slice, hidden: torch.Tensor, positions: torch.Tensor, angles: Any) -> Split:
+        self._x[rows].copy_(self._wide[rows])
+        forward = partial(self._skeleton.attention, layer, hidden, None, positions, angles, NewOnly(0))
         return Split(self._skeleton.config, forward)
 
-    def _own(self, own: Batch, sequences: slice) -> torch.Tensor:
-        """x of some sequences: [B, q, hidden]."""
-        return self._x[own.rows_of(sequences)].view(-1, own.queries, self._skeleton.hidden)
-
     def _take(self, own: Batch, sequences: slice) -> torch.Tensor:
-        """The same, which gets h in the compute dtype."""
-        self._x[own.rows_of(sequences)].copy_(self._wide[own.rows_of(sequences)])
-        return self._own(own, sequences)
+        """x of some sequences, which gets h in the compute dtype: [B, q, hidden]."""
+        rows = own.rows_of(sequences)
+        self._x[rows].copy_(self._wide[rows])
+        return self._x[rows].view(-1, own.queries, self._skeleton.hidden)
 
     def _mask(
         self, layer: int, own: Batch, sequences: slice, frame: Frame, cache: Cache, device: torch.device
@@ -215,37 +229,70 @@ class Group:
         return frame.masks[kind]
 
     @torch.inference_mode()
-    def project(self, layer: int, batch: int, packed: torch.Tensor) -> None:
-        """The first part of decode attention: queries, keys and values of the new tokens into ``packed``, flat."""
-        own, halted = self.batches[batch], []
-        for sequences in _split(slice(0, own.size), self._chunks.decode_batch):
-            region = packed[_region(packed, own, sequences)]
-            frame, cache = self._frame(own, sequences), NewOnly(own.past)
-            mask = self._mask(layer, own, sequences, frame, cache, HOST)
-            ends, hidden = self._ends(layer, own, sequences, region)
-            call = ends.begin(partial(self._start, layer, own, sequences, hidden), partial(_first, region))
-            halted.append(Halted(sequences, ends, call, hidden, on_host(call.module), mask))
-        self._halted[batch] = halted
+    def project(self, layer: int, packed: Mapping[int, torch.Tensor], elsewhere: Container[int] = ()) -> None:
+        """The first part of decode attention of batches in a row: queries, keys and values of the new tokens into each one's memory, flat.
+        elsewhere: batches whose middle part is the CPU's."""
+        batches, halted = [self.batches[number] for number in packed], list[Halted]()
+        frame, first = self._abreast(batches), batches[0].first
+        self._asked |= {number: [] for number in packed}
+        for rows in _split(slice(first, batches[-1].rows.stop), self._chunks.token_rows):
+            parts = list(self._parts(packed, rows))
+            regions = [(part.stop - part.start, region) for _, part, region in parts]
+            some = frame.of(slice(rows.start - first, rows.stop - first))
+            ends, hidden = self._ends(layer, rows, some.positions, [region for _, region in regions])
+            start = partial(self._start, layer, rows, hidden, some.positions, some.angles)
+            call = ends.begin(start, partial(_given, regions))
+            halted.append(Halted(ends, hidden, regions))
+            for number, part, _ in parts:
+                there = HOST if number in elsewhere else self._device
+                module = on_host(call.module) if number in elsewhere else call.module
+                mask = self._mask_of(layer, self.batches[number], part, there)
+                self._asked[number].append(Asked(part, call.of(part.stop - part.start), module, mask))
+        self._halted[next(iter(packed))] = halted
+
+    def _parts(self, packed: Mapping[int, torch.Tensor], rows: slice) -> Iterator[tuple[int, slice, torch.Tensor]]:
+        """Of batches that decode, what one call of attention takes of some rows: batch, sequences, and their part of its memory."""
+        for number, region in packed.items():
+            own = self.batches[number]
+            there = slice(max(rows.start, own.first) - own.first, min(rows.stop, own.rows.stop) - own.first)
+            for part in _split(there, self._chunks.decode_batch):
+                yield number, part, region[_region(region, own, part)]
+
+    def _mask_of(self, layer: int, own: Batch, sequences: slice, device: torch.device) -> torch.Tensor | None:
+        return self._mask(layer, own, sequences, self._frame(own, sequences), NewOnly(own.past), device)
+
+    def _abreast(self, batches: Sequence[Batch]) -> Frame:
+        """The frame of several batches that decode: made once per pass, in the same memory each time."""
+        key = batches[0].first, *(own.size for own in batches)
+        if key not in self._renewed:
+            split = ((own, part) for own in batches for part in _split(slice(0, own.size), self._chunks.decode_batch))
+            made = abreast([self._frame(own, part) for own, part in split])
+            if key in self._rows_of:
+                self._rows_of[key].renew(made.past, made.positions, made.angles)
+            else:
+                self._rows_of[key] = made
+            self._renewed.add(key)
+        return self._rows_of[key]
 
     @torch.inference_mode()
     def attend(self, batch: int, kv: KvBlock, packed: torch.Tensor) -> None:
-        """The part that may run elsewhere: the mixed values take the place of the queries in ``packed``."""
+        """The middle part for one of them: the mixed values take the place of the queries in ``packed``."""
         own = self.batches[batch]
-        for part in self._halted[batch]:
+        for part in self._asked.pop(batch):
             region = packed[_region(packed, own, part.sequences)]
             part.call.attend(region, kv, part.sequences, own.past, part.mask, part.module)
 
     @torch.inference_mode()
-    def output(self, batch: int, packed: torch.Tensor) -> None:
-        """The last part, as ``attention`` leaves it: x <- h + the output projection."""
-        own = self.batches[batch]
-        for part in self._halted.pop(batch):
-            part.ends.finish(part.hidden, packed[_region(packed, own, part.sequences)])
+    def output(self, first: int) -> None:
+        """The last part for what was projected with batch ``first`` as the first one, as ``attention`` leaves it: x <- h + the output
+        projection."""
+        for part in self._halted.pop(first):
+            part.ends.finish(part.hidden, part.regions)
 
     @torch.inference_mode()
     def router(self, layer: int, batch: int) -> None:
-        """wide <- h + base and x <- the experts' input, where h is x; notes the experts and weights of each token of one batch, or
-        (-1 - n) of all from number n on; in the last layer of each prompt's last token."""
+        """wide <- h + base and x <- the experts' input, where h is x; notes the experts and weights of each token of one batch, or of
+        several (``plan.batches_of``); in the last layer of each prompt's last token."""
         for rows in self._fed(layer, batch):
             routing = self._routing.indices, self._routing.weights
             piece = self._piece(batch, ("router", "shared"), layer, rows, routing)
@@ -264,7 +311,7 @@ class Group:
         self, batch: int, kinds: tuple[str, ...], layer: int, rows: slice, others: Sequence[torch.Tensor]
     ) -> Callable[[Callable[[], None]], None]:
         """How work on some rows of x and wide with a layer's weights, and on others' memory, is done: in prefill just so."""
-        if not all(own.past for own in ([self.batches[batch]] if batch >= 0 else self.batches.values())):
+        if not all(own.past for own in self._scope(batch)):
             return _as_it_is
         weights = [address for kind in kinds for address in self._skeleton.addresses(kind, layer)]
         where = [part.data_ptr() for part in (self._x, self._wide, *others)]
@@ -287,13 +334,17 @@ class Group:
         self._wide[rows].copy_(hidden).add_(self._skeleton.dense_block(layer, hidden))
 
     def _fed(self, layer: int, batch: int) -> Iterator[slice]:
-        """The rows of one batch, or of all from one on that are there, that go on after a layer's attention, some at a time."""
-        own = [self.batches[batch]] if batch >= 0 else [b for n, b in self.batches.items() if n >= -1 - batch]
+        """The rows of one batch, or of several, that go on after a layer's attention, some at a time."""
+        own = self._scope(batch)
         if self._only_last(layer):
             for rows in (slice(b.first + b.queries - 1, b.rows.stop, b.queries) for b in own):
                 yield from _split(rows, self._chunks.token_rows)
         elif own:
             yield from _split(slice(own[0].first, own[-1].rows.stop), self._chunks.token_rows)
+
+    def _scope(self, batch: int) -> list[Batch]:
+        """Of the batches that an op works on, those that are there."""
+        return [self.batches[n] for n in batches_of(batch, max(self.batches) + 1) if n in self.batches]
 
     def _only_last(self, layer: int) -> bool:
         """Whether of each prompt only the last token goes on after a layer's attention."""
@@ -464,7 +515,8 @@ class Group:
         """The frame of one attention call: made once per pass in decode. In prefill the masks of a batch would take
         B x T x T bytes, so there a frame lives for one call.
         """
-        frame = batch.frames.get(sequences.start)
+        key = sequences.start, sequences.stop
+        frame = batch.frames.get(key)
         if frame and frame.past == batch.past:
             return frame
         new = torch.arange(batch.past, batch.past + batch.queries, device=self._device)
@@ -475,7 +527,7 @@ class Group:
             return frame
         frame = Frame(batch.past, positions, angles)
         if batch.past:
-            batch.frames[sequences.start] = frame
+            batch.frames[key] = frame
         return frame
 
     def _assignment(self, layer: int, batch: int | None) -> Assignment:
@@ -505,15 +557,15 @@ def _as_it_is(work: Callable[[], None]) -> None:
     work()
 
 
-def _first(region: torch.Tensor, elements: int) -> torch.Tensor:
-    return region[:elements]
-
-
 def _split(rows: slice, limit: int) -> Iterator[slice]:
     """``rows`` in pieces of at most ``limit``."""
     step = rows.step or 1
     starts = range(rows.start, rows.stop, limit * step)
     return (slice(begin, min(begin + limit * step, rows.stop), rows.step) for begin in starts)
+
+
+def _given(regions: Regions, _: int) -> Regions:
+    return regions
 
 
 def _region(packed: torch.Tensor, own: Batch, sequences: slice) -> slice:

@@ -6,9 +6,9 @@ are back. So norms, projections, rotary embedding and output projection are the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from klotski_runtime.graphs import Graphs, Piece
 from klotski_runtime.kv import KvBlock
 
 SPLIT = "klotski_split"
+
+Regions = Sequence[tuple[int, torch.Tensor]]
+"""How many sequences, and flat memory for what goes in and out of their attention."""
 
 
 def _halt(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **settings: Any) -> Any:
@@ -47,6 +50,10 @@ class Call:
     def elements(self) -> int:
         """Values of query, key and value."""
         return sum(shape.numel() for shape in self.shapes)
+
+    def of(self, sequences: int) -> Call:
+        """The same for some of its sequences."""
+        return replace(self, shapes=tuple(torch.Size((sequences, *shape[1:])) for shape in self.shapes))
 
     def views(self, packed: torch.Tensor) -> list[torch.Tensor]:
         """Query, key and value, one after the other in ``packed``, flat."""
@@ -101,44 +108,48 @@ class Split:
             config._attn_implementation = function
         self.call = Call(module, tuple(part.shape for part in self._parts), settings, function)
 
-    def pack(self, packed: torch.Tensor) -> None:
-        """Query, key and value into ``packed``, flat."""
-        for view, part in zip(self.call.views(packed), self._parts, strict=True):
-            view.copy_(part)
+    def pack(self, regions: Regions) -> None:
+        """Query, key and value of the sequences of every region into it, flat."""
+        first = 0
+        for sequences, packed in regions:
+            for view, part in zip(self.call.of(sequences).views(packed), self._parts, strict=True):
+                view.copy_(part[first : first + sequences])
+            first += sequences
 
-    def finish(self, packed: torch.Tensor) -> torch.Tensor:
+    def finish(self, regions: Regions) -> torch.Tensor:
         """What ``forward`` returns, given the mixed values."""
-        out: torch.Tensor = self._run.switch(self.call.mixed(packed))
+        mixed = [self.call.of(sequences).mixed(packed) for sequences, packed in regions]
+        out: torch.Tensor = self._run.switch(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
         return out
 
 
 class Ends:
-    """What a layer's attention does before and after its attention function, each a piece. Between the two only ``packed`` carries
-    what was computed."""
+    """What a layer's attention does before and after its attention function, each a piece. Between the two only regions carry what was
+    computed."""
 
     def __init__(self, graphs: Graphs) -> None:
         self._before, self._after = Piece(graphs), Piece(graphs)
         self._split: Split | None = None
         self._call: Call | None = None
 
-    def begin(self, start: Callable[[], Split], room: Callable[[int], torch.Tensor]) -> Call:
-        """``start`` a forward and pack what its attention function is asked for into ``room`` for so many elements, flat."""
+    def begin(self, start: Callable[[], Split], regions: Callable[[int], Regions]) -> Call:
+        """``start`` a forward and pack what its attention function is asked for, so many elements, into ``regions``."""
 
         def work() -> None:
             self._split = start()
             self._call = self._split.call
-            self._split.pack(room(self._call.elements))
+            self._split.pack(regions(self._call.elements))
 
         self._before(work)
         assert self._call is not None
         return self._call
 
-    def finish(self, hidden: torch.Tensor, packed: torch.Tensor) -> None:
+    def finish(self, hidden: torch.Tensor, regions: Regions) -> None:
         """hidden += what the forward returns."""
 
         def work() -> None:
             assert self._split is not None
-            hidden.add_(self._split.finish(packed))
+            hidden.add_(self._split.finish(regions))
 
         self._after(work)
         self._split = None
