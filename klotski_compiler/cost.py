@@ -96,9 +96,9 @@ class Shape:
         return self.cohort or self.batches
 
     @property
-    def decoders(self) -> int:
-        """The scope of an op on all batches that decode."""
-        return ALL - (0 if self.decoding else self.fresh)
+    def first_decoding(self) -> int:
+        """The first batch that decodes; so do those after it."""
+        return 0 if self.decoding else self.fresh
 
     def decodes(self, batch: int) -> bool:
         """Whether a batch decodes: reads what is cached of its sequences for one new token of each."""
@@ -344,7 +344,7 @@ class Cost:
 
     def attentions_us(self, layer: Layer, shape: Shape, context: float) -> float:
         """All batches through attention."""
-        total, decoding = 0.0, shape.scope_tokens(shape.decoders) if shape.together else 0
+        total, decoding = 0.0, shape.scope_tokens(ALL - shape.first_decoding) if shape.together else 0
         if decoding:
             total += self.project_us(layer, decoding) + self.output_us(layer, decoding)
         for count, batch in shape.alike:

@@ -173,11 +173,11 @@ class Program:
             scopes = {b: scope for b in there if (scope := self.leaving(b, first)) is not None}
             each = {b: leaves_us(s, s if shape.decodes(b) else span(0, 0)) for b, s in scopes.items()}
             early = sum(us for batch, us in each.items() if batch not in late)
-            rest = leaves_us(ALL - first, ALL - max(first, ALL - shape.decoders)) if first <= there[-1] else 0.0
+            rest = leaves_us(ALL - first, ALL - max(first, shape.first_decoding)) if first <= there[-1] else 0.0
             after = sum(each.values()) - early + rest
             return sum(max(here + early, other) + after for here, other in busy)
 
-        choices = {0, ALL - shape.decoders, *late[:1], *sent[-1:]}
+        choices = {0, shape.first_decoding, *late[:1], *sent[-1:]}
         if not self._together:
             choices |= {len(self.batches)}
         return min(sorted(choices), key=end_us)
@@ -189,7 +189,7 @@ class Program:
             return None
         if not self._together or not self.shape.decodes(batch):
             return batch
-        return span(ALL - self.shape.decoders, together) if batch == together - 1 else None
+        return span(self.shape.first_decoding, together) if batch == together - 1 else None
 
     def _attends_us(self, layer: int, batch: int, context: float) -> float:
         """What the compute tier's processor takes for one batch's attention."""
@@ -319,8 +319,7 @@ class Program:
         """Attention of all batches, the CPU's share of them while the GPU does the others; yields after each batch. Where a GPU does what
         surrounds it for several at once, those before ``together`` have left attention when the last of them is yielded, the others only
         once all have been."""
-        shared, decoders = [batch for batch in self.batches if self.on_cpu(layer, batch)], self.shape.decoders
-        first = ALL - decoders
+        shared, first = [batch for batch in self.batches if self.on_cpu(layer, batch)], self.shape.first_decoding
         if self._together:  # what the CPU waits for comes first
             self._project(layer, ALL - max(together, first))
         for batch in shared:

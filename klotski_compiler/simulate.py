@@ -232,9 +232,8 @@ def cause_of(step: Step) -> str:
     if isinstance(op, Compute):
         if op.fn in ("experts", "add"):
             return "intra_layer"
-        if op.fn in ("attend", "output") or (
-            op.fn == "attention" and len(op.tensors) > 1
-        ):  # spilled KV, here or on the CPU
+        spilled = op.fn == "attention" and len(op.tensors) > 1  # KV
+        if spilled or op.fn in ("attend", "output"):
             return "kv"
         if op.layer < 0:
             return "end_of_pass"

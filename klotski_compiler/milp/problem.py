@@ -371,7 +371,7 @@ def _work(
     row, last = (_row(cost, layer, shape, decision, size, links) for size in (shape.batch_size, shape.last_batch))
     if row.cpu_attend_us:
         sequences = shape.last_batch or shape.batch_size
-        whole = shape.scope_tokens(shape.decoders) if shape.together else sequences
+        whole = shape.scope_tokens(ALL - shape.first_decoding) if shape.together else sequences
         around = cost.project_us(layer, whole) + cost.output_us(layer, whole) + router
         small = query_bytes(cost.spec, sequences, cost.dtype)
         around += cost.transfer_us(links[1], small) + cost.transfer_us(links[0], small)

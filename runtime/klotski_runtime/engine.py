@@ -451,16 +451,13 @@ class PhaseRunner:
             case "attention":
                 self._attention(op, step, group)
             case "project":
-                scope = [n for n in batches_of(op.batch, self.phase.batches) if n in group.batches]
-                packed = {number: self._packed(number, op, step, group) for number in scope}
-                if packed:
+                if packed := {n: self._packed(n, op, step, group) for n in self._there(op, group)}:
                     group.project(op.layer, packed, self.engine.attended[op.layer])
             case "attend":
                 group.attend(op.batch, self._kv(op, step, group), self._packed(op.batch, op, step, group))
             case "output":
-                scope = [n for n in batches_of(op.batch, self.phase.batches) if n in group.batches]
-                if scope:
-                    group.output(scope[0])
+                if there := self._there(op, group):
+                    group.output(there[0])
             case "add":
                 group.add(self._exchange(step.slots[0], self.engine.skeleton.wide_dtype))
             case "router":
@@ -479,6 +476,10 @@ class PhaseRunner:
             case "sample":
                 return self._sample(group)
         return False
+
+    def _there(self, op: Compute, group: Group) -> list[int]:
+        """Of the batches that an op works on, those that are there."""
+        return [number for number in batches_of(op.batch, self.phase.batches) if number in group.batches]
 
     def _begin(self, at: int) -> None:
         assert self.active is not None

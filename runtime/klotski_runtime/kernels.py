@@ -108,7 +108,7 @@ class Group:
         self._found: dict[tuple[int, ...], tuple[Sequence[Parts], Runs]] = {}
         self._halted: dict[int, list[Halted]] = {}
         self._asked: dict[int, list[Asked]] = {}
-        self._rows_of: dict[tuple[int, ...], Frame] = {}  # frames of several batches, by where they lie
+        self._frames: dict[tuple[int, ...], Frame] = {}  # frames of several batches, by where they lie
         self._graphs = Graphs(self._device)
         self._room = Room(skeleton.compute_dtype, self._device)
         self._routing = Routing(torch.empty(0, 0), torch.empty(0, 0))
@@ -267,12 +267,12 @@ class Group:
         if key not in self._renewed:
             split = ((own, part) for own in batches for part in _split(slice(0, own.size), self._chunks.decode_batch))
             made = abreast([self._frame(own, part) for own, part in split])
-            if key in self._rows_of:
-                self._rows_of[key].renew(made.past, made.positions, made.angles)
+            if key in self._frames:
+                self._frames[key].renew(made.past, made.positions, made.angles)
             else:
-                self._rows_of[key] = made
+                self._frames[key] = made
             self._renewed.add(key)
-        return self._rows_of[key]
+        return self._frames[key]
 
     @torch.inference_mode()
     def attend(self, batch: int, kv: KvBlock, packed: torch.Tensor) -> None:
