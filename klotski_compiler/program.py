@@ -191,6 +191,14 @@ class Program:
             return batch
         return span(self.shape.first_decoding, together) if batch == together - 1 else None
 
+    def waits_for_cpu(self, layer: int, batch: int, together: int) -> bool:
+        """Whether, once this batch has left attention, the processor waits for those that the CPU attends to, while prompts, all before
+        ``together``, may go on: one token each would hardly pay for reading weights twice."""
+        late = [other for other in self.batches if self.on_cpu(layer, other)]
+        if self.shape.decoding or not late or not 0 < together <= late[0] or batch in late:
+            return False
+        return batch == max(other for other in self.batches if other not in late)
+
     def _attends_us(self, layer: int, batch: int, context: float) -> float:
         """What the compute tier's processor takes for one batch's attention."""
         apart = not self._together or not self.shape.decodes(batch)
@@ -383,6 +391,20 @@ class Program:
         chosen, unit = list(tensors), self.decision.unit if batch == ALL else 1 << 30
         for i in range(0, len(chosen), unit):
             self.compute("experts", layer, batch, *chosen[i : i + unit])
+
+    def worth_splitting(self, layer: int, experts: Iterable[int], first: int, idle_us: float) -> list[int]:
+        """Of experts that are there, those to compute over the batches before ``first`` now, while the processor has nothing else to do for
+        so long, and over the others later: where that saves more than it takes to read their weights twice."""
+        spec, number = self.spec.layers[layer], {t: self.table.all[t].index for t in experts}
+        scopes = (span(0, first), ALL - first, ALL)
+        chosen, left_us = list[int](), idle_us - 2 * self.cost.experts_op_us(spec)
+        tokens = [self.shape.fed_tokens(scope, spec) for scope in scopes]
+        for tensor, expert in number.items():
+            early, later, whole = (self.cost.expert_us(layer, expert, count) for count in tokens)
+            if left_us > 0 and whole - later > max(0.0, early - left_us):
+                chosen.append(tensor)
+                left_us -= early
+        return chosen
 
     def stream(
         self, layer: int, tensors: Sequence[int], ready: Sequence[int] = (), then: Callable[[], None] = lambda: None

@@ -19,13 +19,15 @@ from plans import edited, make_plan, tiny_decision, tiny_hardware
 from same import PROMPTS, STEPS, Resident
 
 
-def machine(gpu: bool = False) -> Hardware:
-    """A slow machine, as fast in fp32 as in bf16."""
+def machine(gpu: bool = False, attends: float = 1.0) -> Hardware:
+    """A slow machine, as fast in fp32 as in bf16. attends: how many times as fast its CPU reads keys and values as it usually does."""
     hardware = tiny_hardware(gpu)
     processors = {
         name: processor.model_copy(update={"matmul": dict.fromkeys(("bf16", "fp32"), processor.matmul["bf16"])})
         for name, processor in hardware.processors.items()
     }
+    cpu = processors["cpu"]
+    processors["cpu"] = cpu.model_copy(update={"kv_bytes_per_s": attends * cpu.kv_bytes_per_s})
     return hardware.model_copy(update={"processors": processors})
 
 
@@ -147,9 +149,11 @@ def drawn(spec: ModelSpec, policy_name: str, rng: random.Random) -> tuple[Decisi
     return decision, workload(prompts, rng.choice([2, 3, 9] if decision.rolling else [1, 2, 3, 9]))
 
 
-def plan_of(spec: ModelSpec, policy_name: str, decision: Decision, work: Workload, gpu: bool = False) -> Plan:
-    """The plan of a decision."""
-    return edited(make_plan(spec, machine(gpu), policy_name, decision, work), model_digest="").sealed()
+def plan_of(
+    spec: ModelSpec, policy_name: str, decision: Decision, work: Workload, gpu: bool = False, attends: float = 1.0
+) -> Plan:
+    """The plan of a decision for such a ``machine``."""
+    return edited(make_plan(spec, machine(gpu, attends), policy_name, decision, work), model_digest="").sealed()
 
 
 def loaded(plan: Plan, phase: str = "decode") -> set[str]:

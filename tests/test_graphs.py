@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,10 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     return found
 
 
-@pytest.mark.parametrize("policy", ["klotski", "hybrimoe", "moe_lightning"])
-@pytest.mark.parametrize("family", FAMILIES)
+PAIRS = list(zip(FAMILIES, cycle(["klotski", "hybrimoe", "moe_lightning", "joint"]), strict=False))
+
+
+@pytest.mark.parametrize(("family", "policy"), PAIRS)
 def test_replayed_pieces_write_the_same_tokens(
     family: str, policy: str, recorded: Recorded, models: Models, same: Same, tmp_path: Path
 ) -> None:

@@ -41,7 +41,7 @@ class Sequential:
         self.slot = Arena(max(layout(segments).slot_bytes for segments in self.checkpoint.modules.values()))
         rows = RowGather(self.reader, self.checkpoint.modules[EMBEDDING][0], max_rows=7)
         self.group = Group(self.skeleton, prompts, chunks, rows)
-        self.scopes = [None] if whole_group else list(range(len(prompts)))
+        self.scopes = [ALL] if whole_group else list(range(len(prompts)))
         self.wide = torch.empty(self.group.tokens, self.skeleton.hidden, dtype=self.skeleton.wide_dtype)
         self.x = torch.empty(self.group.tokens, self.skeleton.hidden)
         self.kv = {
@@ -207,7 +207,7 @@ def routed(tmp_path: Path) -> Sequential:
 
 
 def test_padding_is_not_routed(routed: Sequential) -> None:
-    assert sum(routed.group.counts(0, None)) == 2 * (12 + 5 + 9)
+    assert sum(routed.group.counts(0)) == 2 * (12 + 5 + 9)
     assert sum(routed.group.counts(0, 0)) == 2 * (12 + 5)
 
 
@@ -216,7 +216,7 @@ def test_order_of_experts_does_not_change_a_result(routed: Sequential) -> None:
     for order in (range(8), reversed(range(8))):
         routed.wide.copy_(base)
         for expert in order:
-            routed.group.experts(0, [(expert, routed.load(ModuleKey("expert", 0, expert)))], None)
+            routed.group.experts(0, [(expert, routed.load(ModuleKey("expert", 0, expert)))])
         results.append(routed.wide.float())
     assert torch.equal(*results)
     assert not torch.equal(results[0], base.float())

@@ -65,6 +65,9 @@ def work(plan: Plan) -> None:
         _Pass(plan, phase, course, experts).follow(steps)
 
 
+SOME = ALL - 1  # stands for every batch whose experts were not computed over all at once
+
+
 class _Pass:
     """Where every batch stands in one pass, and which experts of each layer it has met."""
 
@@ -78,7 +81,7 @@ class _Pass:
         self.waiting = dict.fromkeys(
             range(len(plan.decision.layers)), 0
         )  # batches that the layer's router has sent to experts
-        self.met: dict[tuple[int, int], set[int]] = {}  # (layer, batch or ALL) -> experts computed
+        self.met: dict[tuple[int, int], set[int]] = {}  # (layer, batch, ALL or SOME) -> experts computed
         self.ending = ["norm", *["head"] * sum(t.kind == "head" for t in plan.tensors), "sample"]
         self.pages: set[int] = set()
         self.begun: dict[tuple[int, int], str] = {}  # (layer, batch) -> the last part of attention that is done
@@ -121,28 +124,24 @@ class _Pass:
         return ""
 
     def _experts(self, op: Compute) -> str:
-        here = self.place.get(("experts", op.layer))
-        ready = (
-            self.waiting.get(op.layer, 0) == self.phase.batches if op.batch == ALL else self.stands[op.batch] == here
-        )
-        if here is None or not ready:
+        here, decision = self.place.get(("experts", op.layer)), self.plan.decision
+        some = [] if op.batch == ALL else scope_of(op.batch, self.phase)
+        routed = all(self.stands[batch] == here for batch in some)
+        if here is None or not (routed if some else self.waiting.get(op.layer, 0) == self.phase.batches):
             return f"a batch is not yet routed in L{op.layer}, or has left it"
-        if op.batch != ALL and self.plan.decision.last_batch:
-            return (
-                "works on one batch, where batches of several sizes are there: the bound counts on ops over all of them"
-            )
-        # A set per scope, and one of all batches' sets together, so that no op asks every batch.
-        others = (ALL, op.batch) if op.batch != ALL else (ALL, ALL - 1)
+        if some and decision.last_batch and not decision.rolling:
+            return "works on some batches, where batches of several sizes are there: the bound counts on ops over all of them"
         if is_sent(self.plan, op):
             self.owed.add(op.layer)
-        for tensor in (t for t in op.tensors if self.plan.tensors[t].kind in ("expert", "pick")):
-            if tensor not in self.experts[op.layer]:
-                return f"{self.plan.names[tensor]} is no expert that L{op.layer} computes by that name"
-            if any(tensor in self.met.get((op.layer, scope), ()) for scope in others):
-                return f"{self.plan.names[tensor]} is computed twice"
-            self.met.setdefault((op.layer, op.batch), set()).add(tensor)
-            if op.batch != ALL:
-                self.met.setdefault((op.layer, ALL - 1), set()).add(tensor)
+        computed = {t for t in op.tensors if self.plan.tensors[t].kind in ("expert", "pick")}
+        if unknown := computed - self.experts[op.layer]:
+            return f"{self.plan.names[min(unknown)]} is no expert that L{op.layer} computes by that name"
+        # A set per batch, one of all batches' sets together, and one of what is for all at once, so that no such op asks every batch.
+        for scope in (ALL, *some) if some else (ALL, SOME):
+            if twice := computed & self.met.get((op.layer, scope), set()):
+                return f"{self.plan.names[min(twice)]} is computed twice"
+        for scope in (SOME, *some) if some else (ALL,):
+            self.met.setdefault((op.layer, scope), set()).update(computed)
         return ""
 
     def _leave_experts(self, batch: int) -> str:

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from klotski_compiler.plan import ALL, CPU, Bind, Load
+from klotski_compiler.plan import ALL, CPU, Bind, Load, span
 from klotski_compiler.policies import moe_lightning
 from klotski_compiler.program import HEAD_SLOTS, KV_AHEAD, URGENT, Evict, Program, staging_slots
 
@@ -37,11 +37,13 @@ def build(p: Program) -> None:
     p.embed()
     for layer in p.layers:
         queue.advance(layer)
-        together = p.routes_together(layer)
+        together, begun = p.routes_together(layer), list[int]()
         for batch in p.attend_with_cpu(layer, together):
             if (scope := p.leaving(batch, together)) is not None:
                 p.route(layer, scope)
             queue.attended(layer, batch)
+            if p.is_moe(layer) and p.waits_for_cpu(layer, batch, together):
+                begun = begin_experts(p, queue, layer, together)
         if together in p.batches:
             p.route(layer, ALL - together)
         queue.release(*p.attention_weights(layer), *p.router_weights(layer))
@@ -50,21 +52,33 @@ def build(p: Program) -> None:
             queue.bound = layer
             p.experts_on_cpu(layer)
             queue.advance(layer)
-            experts(p, queue, layer)
+            experts(p, queue, layer, begun, together)
             p.add_sums(layer)
     queue.advance(len(p.layers))
     p.logits(queue.next_page)
 
 
-def experts(p: Program, queue: Queue, layer: int) -> None:
-    """List scheduling: a streamed unit as soon as it has arrived, which frees its slots for the link; residents while none has."""
+def begin_experts(p: Program, queue: Queue, layer: int, together: int) -> list[int]:
+    """While the GPU would wait for the CPU's attention, residents compute over what has left attention before, as many as pays. Returns
+    them."""
+    begun = p.worth_splitting(layer, p.resident_experts(layer), together, queue.clock.cpu_ahead_us())
+    if begun:
+        p.compute("experts", layer, span(0, together), *begun)
+    return begun
+
+
+def experts(p: Program, queue: Queue, layer: int, begun: Sequence[int], together: int) -> None:
+    """List scheduling: a streamed unit as soon as it has arrived, which frees its slots for the link; residents while none has, those that
+    have begun over the other batches only."""
     kinds = [*p.static_experts(layer)], [*p.picks(layer)]
     far = [expert for expert in kinds[0] if p.is_far(expert)]
     near = [expert for expert in kinds[0] if expert not in far]
     coming = [units(experts, p.decision.unit) for experts in (near, far, kinds[1])]
     residents = p.resident_experts(layer)
     gaps = sum(map(len, coming)) + 1
-    here = units(residents, max(p.decision.unit, -(-len(residents) // gaps)))  # in as many ops as there are gaps
+    size = max(p.decision.unit, -(-len(residents) // gaps))  # in as many ops as there are gaps
+    whole = [expert for expert in residents if expert not in begun]
+    here = deque((scope, unit) for scope, kind in ((ALL, whole), (ALL - together, begun)) for unit in units(kind, size))
     while here or any(coming):
         loaded = [kind for kind in coming if kind and queue.loaded.issuperset(kind[0])]
         first = min(loaded, key=lambda kind: queue.clock.arrival(kind[0]), default=None)
@@ -73,7 +87,8 @@ def experts(p: Program, queue: Queue, layer: int) -> None:
             p.experts(layer, unit)
             queue.release(*unit, slots=len(unit))
         elif here:
-            p.compute("experts", layer, ALL, *here.popleft())
+            scope, unit = here.popleft()
+            p.compute("experts", layer, scope, *unit)
         else:
             queue.advance(layer, waiting=True)
 
@@ -104,6 +119,11 @@ class Clock:
         """When these have come as far as they have been sent."""
         self._catch_up()
         return max(self.ready.get(t, 0.0) for t in tensors)
+
+    def cpu_ahead_us(self) -> float:
+        """How much longer the CPU has to do than the processor."""
+        self._catch_up()
+        return self.now[CPU] - self.now[self.p.processor]
 
     def _catch_up(self) -> None:
         for entry in self.p.entries[self.read :]:

@@ -443,7 +443,7 @@ class PhaseRunner:
         if op.fn == "embed":
             self._begin(at)
         group = self.part
-        if group is None or not group.batches or (op.batch >= 0 and op.batch not in group.batches):
+        if group is None or not (there := self._there(op, group)):
             return False
         match op.fn:
             case "embed":
@@ -451,13 +451,12 @@ class PhaseRunner:
             case "attention":
                 self._attention(op, step, group)
             case "project":
-                if packed := {n: self._packed(n, op, step, group) for n in self._there(op, group)}:
-                    group.project(op.layer, packed, self.engine.attended[op.layer])
+                packed = {number: self._packed(number, op, step, group) for number in there}
+                group.project(op.layer, packed, self.engine.attended[op.layer])
             case "attend":
                 group.attend(op.batch, self._kv(op, step, group), self._packed(op.batch, op, step, group))
             case "output":
-                if there := self._there(op, group):
-                    group.output(there[0])
+                group.output(there[0])
             case "add":
                 group.add(self._exchange(step.slots[0], self.engine.skeleton.wide_dtype))
             case "router":
@@ -522,7 +521,7 @@ class PhaseRunner:
             )
             group.experts_elsewhere(op.layer, chosen, rows, sums)
         else:
-            group.experts(op.layer, chosen, None if op.batch == ALL else op.batch)
+            group.experts(op.layer, chosen, op.batch)
 
     def _packed(self, batch: int, op: Compute, step: Step, group: Group) -> torch.Tensor:
         """The exchange of a batch, as far as its sequences fill it."""
@@ -550,14 +549,14 @@ class PhaseRunner:
         candidates = [e for e in self.engine.plan.decision.layers[layer].late if e not in taken]
         routed = op.rule != "predicted"
         whole = routed and op.batch == ALL
-        tokens = group.counts(layer, None) if whole else []
+        tokens = group.counts(layer) if whole else []
         if whole:
             self._before = tokens
         match op.rule:
             case "rank":
                 order = binding.rank(candidates, tokens)
             case "arrival":
-                order = binding.arrival(candidates, group.requests(layer, None if op.batch == ALL else op.batch))
+                order = binding.arrival(candidates, group.requests(layer, op.batch))
             case _:
                 table = self.engine.plan.predictor[layer - 1] if layer and self.engine.plan.predictor else ()
                 order = binding.predicted(candidates, self._before if table else (), table)

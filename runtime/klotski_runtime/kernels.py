@@ -19,7 +19,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from klotski_compiler.errors import ExecError
-from klotski_compiler.plan import batches_of
+from klotski_compiler.plan import ALL, batches_of
 from klotski_runtime.assignment import Assignment, Routing, rows_worth, shares
 from klotski_runtime.batch import Batch, Frame, abreast
 from klotski_runtime.checkpoint import EMBEDDING
@@ -112,7 +112,7 @@ class Group:
         self._graphs = Graphs(self._device)
         self._room = Room(skeleton.compute_dtype, self._device)
         self._routing = Routing(torch.empty(0, 0), torch.empty(0, 0))
-        self._assignments: dict[int | None, Assignment] = {}
+        self._assignments: dict[int, Assignment] = {}  # by the batches that they are for
         self._logits = torch.empty(0, dtype=skeleton.compute_dtype, device=self._device)
 
     def _make_kernels(self, device: torch.device, widener: Widener) -> list[ExpertKernel]:
@@ -297,8 +297,9 @@ class Group:
             routing = self._routing.indices, self._routing.weights
             piece = self._piece(batch, ("router", "shared"), layer, rows, routing)
             piece(partial(self._route, layer, rows))
-        for scope in [batch, None] if batch >= 0 else list(self._assignments):
-            self._assignments.pop(scope, None)
+        own = self._numbers(batch)
+        for scope in [other for other in self._assignments if not own.isdisjoint(self._numbers(other))]:
+            del self._assignments[scope]
         self._routed = layer
 
     @torch.inference_mode()
@@ -344,7 +345,10 @@ class Group:
 
     def _scope(self, batch: int) -> list[Batch]:
         """Of the batches that an op works on, those that are there."""
-        return [self.batches[n] for n in batches_of(batch, max(self.batches) + 1) if n in self.batches]
+        return [self.batches[number] for number in sorted(self._numbers(batch))]
+
+    def _numbers(self, batch: int) -> set[int]:
+        return self.batches.keys() & set(batches_of(batch, max(self.batches) + 1))
 
     def _only_last(self, layer: int) -> bool:
         """Whether of each prompt only the last token goes on after a layer's attention."""
@@ -352,15 +356,15 @@ class Group:
         return last and any(batch.queries > 1 for batch in self.batches.values())
 
     @torch.inference_mode()
-    def counts(self, layer: int, batch: int | None) -> list[int]:
-        """Tokens routed to each expert, in one batch or (None) in the whole group; their routers have run."""
+    def counts(self, layer: int, batch: int = ALL) -> list[int]:
+        """Tokens routed to each expert, in one batch or several (``plan.batches_of``); their routers have run."""
         return self._assignment(layer, batch).counts
 
     @torch.inference_mode()
-    def requests(self, layer: int, last: int | None = None) -> list[int]:
+    def requests(self, layer: int, last: int = ALL) -> list[int]:
         """Experts that the batches up to number ``last`` (all) ask for, in the order of the first token that does."""
         order: dict[int, None] = {}
-        for batch in (b for b in self.batches if last is None or b <= last):
+        for batch in (b for b in self.batches if last == ALL or b <= last):
             assignment = self._assignment(layer, batch)
             asked = [expert for expert, count in enumerate(assignment.counts) if count]
             first = assignment.rows[[assignment.starts[expert] for expert in asked]].tolist()
@@ -368,8 +372,8 @@ class Group:
         return list(order)
 
     @torch.inference_mode()
-    def experts(self, layer: int, experts: Sequence[tuple[int, Parts]], batch: int | None) -> None:
-        """wide += weight x expert(x) for the tokens of one batch, or (None) of the group, that chose these experts.
+    def experts(self, layer: int, experts: Sequence[tuple[int, Parts]], batch: int = ALL) -> None:
+        """wide += weight x expert(x) for the tokens of one batch, or of several, that chose these experts.
 
         Sums are formed in the wide type and rounded to the compute dtype once, by the next op. Before that rounding two
         orders of the same expert ops differ by about 2^-53 (fp32) or 2^-24 (bf16) of the sum, and the rounding hides
@@ -382,7 +386,7 @@ class Group:
         """What experts elsewhere need: their input into ``rows``, flat, and who is routed to whom."""
         rows[: self._x.numel()].view(self._x.shape).copy_(self._x, non_blocking=True)
         # Not the one that the other experts use: on a GPU that is another stream's.
-        self._sent = self._assign(self._routed, None).to(HOST)
+        self._sent = self._assign(self._routed, ALL).to(HOST)
 
     @torch.inference_mode()
     def experts_elsewhere(
@@ -530,14 +534,14 @@ class Group:
             batch.frames[key] = frame
         return frame
 
-    def _assignment(self, layer: int, batch: int | None) -> Assignment:
+    def _assignment(self, layer: int, batch: int) -> Assignment:
         """The assignment of a scope, sorted on first use after its routers."""
         if batch not in self._assignments:
             self._assignments[batch] = self._assign(layer, batch)
         return self._assignments[batch]
 
-    def _assign(self, layer: int, batch: int | None) -> Assignment:
-        scope = list(self.batches.values()) if batch is None else [self.batches[batch]]
+    def _assign(self, layer: int, batch: int) -> Assignment:
+        scope = self._scope(batch)
         rows = slice(scope[0].first, scope[-1].rows.stop)
         # Padding is at the beginning: what is new in decode is a token.
         only_last = self._only_last(layer)

@@ -94,9 +94,9 @@ class Block:
 
     def expert(self) -> None:
         """The op of the ``experts`` that most tokens chose."""
-        counts = self._group.counts(0, None)
+        counts = self._group.counts(0)
         chosen = sorted(range(len(counts)), key=lambda expert: -counts[expert])[: self.experts]
-        self._group.experts(0, list(zip(chosen, self._parts, strict=True)), None)
+        self._group.experts(0, list(zip(chosen, self._parts, strict=True)))
 
     def projections(self) -> None:
         """The matmuls of attention."""

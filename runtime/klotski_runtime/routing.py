@@ -139,9 +139,9 @@ class Prefill:
         self._reader.close()
 
     def _experts(self, layer: int) -> None:
-        for expert, tokens in enumerate(self._group.counts(layer, None)):
+        for expert, tokens in enumerate(self._group.counts(layer)):
             if tokens:
-                self._group.experts(layer, [(expert, self._read(ModuleKey("expert", layer, expert)))], None)
+                self._group.experts(layer, [(expert, self._read(ModuleKey("expert", layer, expert)))])
 
     def _sizes(self) -> dict[str, int]:
         """Bytes of the largest module of each kind that is read."""
