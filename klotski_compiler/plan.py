@@ -140,7 +140,8 @@ class Store:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Run ``fn`` of a layer (-1: outside the layers) on one batch, on ``ALL`` or (``SEVERAL``) on several in a row, with ``tensors`` in the tier of the processor that the stream is named after.
+    """Run ``fn`` of a layer (-1: outside the layers) on one batch, on ``ALL`` or (``SEVERAL``) on several in a row, with ``tensors`` in
+    the tier of the processor that the stream is named after.
 
     ``attention`` is a whole block of one batch; ``project``, ``attend`` (of one batch, on either processor) and ``output`` are its three
     parts. ``experts`` on the CPU add into ``sums``, which ``add`` adds to the hidden states.

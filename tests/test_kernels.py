@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from klotski_compiler.errors import ExecError
+from klotski_compiler.plan import ALL
 from klotski_runtime.arena import Arena, GpuArena
 from klotski_runtime.checkpoint import EMBEDDING, HEAD, NORM, Checkpoint, ModuleKey, layout
 from klotski_runtime.experts import ExpertKernel, runs
