@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby, pairwise
+from dataclasses import dataclass, replace
+from itertools import chain, groupby, pairwise
 
 from klotski_compiler.cost import ALWAYS, Cost, Shape
+from klotski_compiler.leaving import Leaving, Scope
 from klotski_compiler.plan import ALL, CPU, Bind, Compute, Decision, Load, Op, Pages, Store, batches_of, span
 from klotski_compiler.tensors import TensorTable
 
@@ -146,64 +147,11 @@ class Program:
         context = self.shape.middle_context
         return self.cost.op_us(op, self.table.all, self.shape, context, self.late)
 
-    def routes_together(self, layer: int) -> int:
-        """The first of the batches that should go through a layer's router together, once the last one has come from attention; those
-        before it before that, see ``leaving``. Together takes least, but the processor may have nothing else to do while the CPU attends
-        or KV is on its way."""
-        spec, shape, cost = self.spec.layers[layer], self.shape, self.cost
-        there = list(filter(shape.has, self.batches))
-        late = [batch for batch in there if self.on_cpu(layer, batch)]
-        sent = [batch for batch in self.sent_batches(layer) if batch in there][KV_AHEAD:]  # those have come before
-        position = spec.kv_elements * cost.compute_bytes
-        busy = []  # at both ends of the phase and in its middle: of the processor, and of what it may wait for
-        for context in (shape.first_context, shape.middle_context, shape.last_context):
-            seen = {batch: shape.size_of(batch) * shape.context_of(batch, context) for batch in (*late, *sent)}
-            cpu = sum(cost.attend_us(spec, 1, seen[batch], cost.hardware.processors[CPU]) for batch in late)
-            link = sum(cost.kv_us(cost.links[0], position * seen[batch]) for batch in sent)
-            here = sum(self._attends_us(layer, batch, context) for batch in there if batch not in late)
-            busy.append((here, max(cpu, link)))
-
-        def leaves_us(scope: int, decoding: int) -> float:
-            tokens = shape.scope_tokens(decoding) if self._together else 0
-            around = cost.project_us(spec, tokens) + cost.output_us(spec, tokens) if tokens else 0.0
-            fed = shape.fed_tokens(scope, spec)
-            return around + (cost.mlp_us(spec, fed) if fed else 0.0)
-
-        def end_us(first: int) -> float:
-            scopes = {b: scope for b in there if (scope := self.leaving(b, first)) is not None}
-            each = {b: leaves_us(s, s if shape.decodes(b) else span(0, 0)) for b, s in scopes.items()}
-            early = sum(us for batch, us in each.items() if batch not in late)
-            rest = leaves_us(ALL - first, ALL - max(first, shape.first_decoding)) if first <= there[-1] else 0.0
-            after = sum(each.values()) - early + rest
-            return sum(max(here + early, other) + after for here, other in busy)
-
-        choices = {0, shape.first_decoding, *late[:1], *sent[-1:]}
-        if not self._together:
-            choices |= {len(self.batches)}
-        return min(sorted(choices), key=end_us)
-
-    def leaving(self, batch: int, together: int) -> int | None:
-        """The scope that goes through the router once attention to a batch has been written, if any does before those that do together:
-        the batch, or all that decode and do not wait."""
-        if batch >= together:
-            return None
-        if not self._together or not self.shape.decodes(batch):
-            return batch
-        return span(self.shape.first_decoding, together) if batch == together - 1 else None
-
-    def waits_for_cpu(self, layer: int, batch: int, together: int) -> bool:
-        """Whether, once this batch has left attention, the processor waits for those that the CPU attends to, while prompts, all before
-        ``together``, may go on: one token each would hardly pay for reading weights twice."""
-        late = [other for other in self.batches if self.on_cpu(layer, other)]
-        if self.shape.decoding or not late or not 0 < together <= late[0] or batch in late:
-            return False
-        return batch == max(other for other in self.batches if other not in late)
-
-    def _attends_us(self, layer: int, batch: int, context: float) -> float:
-        """What the compute tier's processor takes for one batch's attention."""
-        apart = not self._together or not self.shape.decodes(batch)
-        price = self.cost.attention_us if apart else self.cost.attended_us
-        return price(self.spec.layers[layer], self.shape, context, batch)
+    def leaving(self, layer: int, may_choose: bool = True) -> Leaving:
+        """Which batches leave a layer's attention together."""
+        late = [batch for batch in self.batches if self.on_cpu(layer, batch)]
+        sent = list(filter(self.shape.has, self.sent_batches(layer)))
+        return Leaving(self.cost, self.shape, self.spec.layers[layer], late, sent[KV_AHEAD:], may_choose)
 
     def until_bound_us(self, layer: int, batches: int) -> float:
         """What the compute tier's processor takes until a layer's late experts are known, with so many batches still to attend to."""
@@ -323,41 +271,41 @@ class Program:
         for _ in self.attend(layer, batches=[batch]):
             pass
 
-    def attend_with_cpu(self, layer: int, together: int = 0) -> Iterator[int]:
+    def attend_with_cpu(self, layer: int, leaving: Leaving | None = None) -> Iterator[int]:
         """Attention of all batches, the CPU's share of them while the GPU does the others; yields after each batch. Where a GPU does what
-        surrounds it for several at once, those before ``together`` have left attention when the last of them is yielded, the others only
-        once all have been."""
-        shared, first = [batch for batch in self.batches if self.on_cpu(layer, batch)], self.shape.first_decoding
-        if self._together:  # what the CPU waits for comes first
-            self._project(layer, ALL - max(together, first))
-        for batch in shared:
-            if self._together:
+        surrounds it for several at once, a scope has left attention when its last batch is yielded."""
+        leaving = leaving or self.leaving(layer, may_choose=False)
+        for scope in leaving.in_turn if self._together else ():
+            self._surround("project", layer, scope)
+            for batch in scope.late:
                 self._send_query(batch)
-            else:
-                self.project(layer, batch)
+                self.attend_on_cpu(layer, batch)
+        for batch in () if self._together else leaving.late:
+            self.project(layer, batch)
             self.attend_on_cpu(layer, batch)
-        if self._together and together > first:
-            self._project(layer, span(first, together))
-        for batch in self.attend(layer, batches=[batch for batch in self.batches if batch not in shared]):
-            scope = self.leaving(batch, together)
-            if self._together and self.shape.decodes(batch) and scope is not None:
-                self.output(layer, scope)
-            yield batch
-        for batch in shared:
-            self.fetch_mixed(batch)
-            if not self._together:
+        for batch in chain(self.attend(layer, batches=leaving.here), self._fetch_all(leaving.late)):
+            if not self._together and batch in leaving.late:
                 self.output(layer, batch)
+            elif self._together and batch in leaving.by_last:
+                self._surround("output", layer, leaving.by_last[batch])
             yield batch
-        if self._together:
-            self.output(layer, ALL - max(together, first))
+
+    def _fetch_all(self, batches: Iterable[int]) -> Iterator[int]:
+        for batch in batches:
+            self.fetch_mixed(batch)
+            yield batch
+
+    def _surround(self, part: str, layer: int, scope: Scope) -> None:
+        """What comes before or after attention, for those of a scope that decode."""
+        first = max(scope.first, self.shape.first_decoding)
+        if first < scope.end:
+            decoding = replace(scope, first=first).number
+            self.compute(part, layer, decoding, *self.attention_weights(layer), *self._queries(decoding))
 
     def project(self, layer: int, batch: int) -> None:
         """Queries, keys and values of a batch, and their way to the host."""
-        self._project(layer, batch)
-        self._send_query(batch)
-
-    def _project(self, layer: int, batch: int) -> None:
         self.compute("project", layer, batch, *self.attention_weights(layer), *self._queries(batch))
+        self._send_query(batch)
 
     def _send_query(self, batch: int) -> None:
         self.entries.append(Store("gpu>host", "gpu>host", tuple(self._queries(batch))))

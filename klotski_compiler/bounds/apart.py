@@ -38,9 +38,9 @@ class Relaxation(Runs):
     nothing to do between attention and those, and between those and the next attention; a layer counts by the share of its experts.
     *Beside one another.* While an op computes an expert over all sequences, nobody attends: attention of its layer is done, that of the
     next has not begun. So the CPU's experts, which are computed so, take their time beside the GPU's attention; and so do the GPU's
-    beside the CPU's attention, but for what that has left to do when an op covers all but a few; or an expert is computed by parts,
-    which reads it more than once. In every layer a whole number of batches is attended to by the CPU, each with its ops
-    (``refined_us``, ``attention``).
+    beside the CPU's attention, but for what that has to do for a few when an op covers all others, in its layer and in the next; or an
+    expert is computed by parts, which reads it more than once. In every layer a whole number of batches is attended to by the CPU, each
+    with its ops (``refined_us``, ``attention``).
     *Links.* What is not kept in the tier crosses its link in every pass: weights whole, experts at least if they are
     touched, which is least likely at low; KV as written and read back. Latencies are left out.
     *Spans.* What is decided is decided for all of decode: while contexts grow, no share can follow what is busiest. Decode takes
@@ -82,12 +82,12 @@ class Relaxation(Runs):
         """Lower bound on load plus all groups, for every number of groups in first .. last, and of prefill's parts from parts to
         most_parts (0: any); of so many batches, more than ``MOST_BATCHES`` standing for all that are more, or (0) of any number; infinite
         if nothing fits."""
-        prompt, (low, high) = self.workload.prompt_len, self.sequences(first, last)
-        room = self.room(low)
-        if most_parts:
-            decoding = low if self.passes else 0
-            states = [max(decoding, n * prompt) for n in (1, -(-low // most_parts))]
-            room -= state_bytes(self.cost.spec, states[1] - states[0], self.cost.dtype)
+        low, high = self.sequences(first, last)
+        # The states of a largest part are there at once; it has a batch at least.
+        several = [n for n in (most_parts, batches) if n and n != MOST_BATCHES + 1]
+        prompts, decoding = -(-low // min(several)) if several else 1, low if self.passes else 0
+        states = [max(decoding, n * self.workload.prompt_len) for n in (1, prompts)]
+        room = self.room(low) - state_bytes(self.cost.spec, states[1] - states[0], self.cost.dtype)
         if room < 0:
             return inf
         places = (1, 2) if self.tier == "gpu" and self.budget["host"] < self.expert_bytes else (0,)
@@ -139,7 +139,11 @@ class Relaxation(Runs):
         if self.cost.links[1] not in links:
             row("kv_stays", {"kept[kv]": 1.0}, lower=1.0)
 
-        here: Terms = {"kept[kv]": kv_bytes / GIB}
+        # A batch whose keys and values are kept elsewhere has a place for those of one layer while its prompts are there. The largest such
+        # batch is no smaller than all of them are on average, over batches and layers.
+        one_layer = kv_bytes / len(self.cost.spec.layers)
+        passing = one_layer / batches if 0 < batches <= MOST_BATCHES else 0.0
+        here: Terms = {"": passing / GIB, "kept[kv]": (kv_bytes - passing) / GIB}
         beside = self.cost.spec.embedding.nbytes if on_gpu else 0  # in host memory
         host: Terms = {"": (kv_bytes + beside) / GIB, "kept[kv]": -kv_bytes / GIB}
         disk_us = 1e6 / links["disk>host"].bandwidth_bytes_per_s / SCALE_US
@@ -240,7 +244,7 @@ class Relaxation(Runs):
         cpu: Terms = {"": 0.0}
         if core_cpu < inf:
             gpu["cpu[kv]"] = -core_here / SCALE_US
-            cpu = {"": -(1 - most) * core_cpu / SCALE_US, "cpu[kv]": core_cpu / SCALE_US}
+            cpu = {"": -2 * (1 - most) * core_cpu / SCALE_US, "cpu[kv]": core_cpu / SCALE_US}
         for i, weight in enumerate(weights):
             if weight.cpu_us[DECODE] < inf:
                 gpu[f"cpu[{i}]"] = weight.alone_us * part / SCALE_US

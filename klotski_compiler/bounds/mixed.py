@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from math import inf
 
 from klotski_compiler.bounds.apart import Relaxation
@@ -24,12 +24,20 @@ def added(work: Iterable[Terms], more: Iterable[Terms]) -> list[Terms]:
     return [plus(*both) for both in zip_longest(work, more, fillvalue=nothing)]
 
 
+def steps(first: int, end: int, most: int = 16) -> Iterator[tuple[int, int]]:
+    """The numbers from ``first`` to ``end``, exclusive, in at most so many ranges: the first number of each, and how many there are."""
+    size = max(1, -(-(end - first) // most))
+    yield from ((begin, min(size, end - begin)) for begin in range(first, end, size))
+
+
 class Mixed(Relaxation):
     """The least work on every resource in rolling order, where S sequences, in A >= 2 cohorts of S / A, are there at once, and one
     cohort joins every s = ceil(gen_len / A) passes, s in an interval [a, b]; there are at least A cohorts.
 
     *Joining passes*, "prefill" here, are at least N A / S, and after them come A - 1 of the same ops until the last cohort is done, in
-    which ever fewer decode. In both the CPU computes no experts, since it would have to for prompts. *Passes between*, "decode", follow
+    which ever fewer decode. In both the CPU computes no experts, since it would have to for prompts; and nobody attends to a sequence
+    while an expert computes over it, so that the CPU's attention takes its time beside the experts' ops that cover nearly all that
+    decodes, or an expert is computed by parts, in more time (``apart``). *Passes between*, "decode", follow
     them after a drain: s - 1 after each of either kind, in which those decode that are there. A sequence decodes in gen_len - 1 passes,
     A - 1 of which are joining ones or of those after them: beside what joins, or late. All of them together take what the one busiest
     resource does; for that, the CPU may help with whatever decodes.
@@ -37,7 +45,8 @@ class Mixed(Relaxation):
     *Late.* In the r-th pass after the last cohort has joined, A - r cohorts are left, the last of which may be small. So of the
     N (A - 1) sequences that decode beside what joins or late, a share between (A - 2) S / 2 A N and S / 2 N is late: where no prompts
     keep a processor busy, in ops on ever fewer tokens. Those are the last passes of every sequence, so they see no fewer positions than
-    the others, on average, and no more than the last pass does. What is late may be kept or sent in other shares than the rest.
+    the others, on average, and no more than the last pass does. What is late may be sent in other shares than the rest. All cohorts keep
+    the same batches, so that of a small one a larger share is kept, but not more.
 
     *Memory.* A joining pass holds the states of all that joins: prompts of S / A sequences, and one token of each other.
 
@@ -93,10 +102,15 @@ class Mixed(Relaxation):
         twice, least = 2 * self.workload.num_sequences, self.ages[0]
         shares = ((least - 2) / least * low / twice, high / twice)
         model.variables["late"] = Variable("late", min(1.0, shares[0]), min(1.0, shares[1]), False)
+        for i in range(len(self.experts) if self.cost.cpu_attends else 0):
+            for phase in ("prefill", "after"):
+                model.variables[f"parts[{phase}.{i}]"] = Variable(f"parts[{phase}.{i}]", 0.0, 1.0, False)
         for share in ("kept", "cpu"):
             model.variables[f"late[{share}]"] = Variable(f"late[{share}]", 0.0, 1.0, False)
             model.rows.append(Row(f"late[{share}]", {f"late[{share}]": 1.0, f"{share}[kv]": -1.0}, -inf, 0.0))
         model.rows.append(Row("late", {"late[kept]": 1.0, "late[cpu]": 1.0, "late": -self.later}, -inf, 0.0))
+        as_many = self.later * min(1.0, shares[1])
+        model.rows.append(Row("late[places]", {"late[kept]": 1.0, "kept[kv]": -as_many}, -inf, 0.0))
         early = {"kept[kv]": 1.0, "cpu[kv]": 1.0, "late[kept]": -1.0, "late[cpu]": -1.0}
         model.rows.append(Row("early", early | {"late": 1.0}, -inf, 1.0))
         return model
@@ -112,15 +126,19 @@ class Mixed(Relaxation):
             for kind, n in enumerate(passes)
         ]
         early, late = self.early_and_late(other_us[BESIDE], cores_us[BESIDE], weights)
-        yield "prefill", added(work[PREFILL], early)
+        beside = self.experts_beside(cores_us[BESIDE][1], low, high) if self.cost.cpu_attends else []
+        for phase, attends, _ in beside:
+            yield phase, [attends]
+        more = [[{}, parts] for _, _, parts in beside] or [[], []]
+        yield "prefill", added(added(work[PREFILL], early), more[0])
         yield "decode", work[DECODE]
         yield "decode", self.beside(self._layered_us(high)[DECODE], cores_us[DECODE], weights, self.most(high))
-        yield "after", added(work[AFTER], late)
+        yield "after", added(added(work[AFTER], late), more[1])
         yield "prefill decode after", [plus(*resource) for resource in zip(*work, strict=True)]
 
     def early_and_late(
         self, other_us: float, cores_us: tuple[float, float], weights: list[Weight]
-    ) -> tuple[tuple[Terms, ...], tuple[Terms, ...]]:
+    ) -> tuple[Iterable[Terms], Iterable[Terms]]:
         """What link, processor and CPU do at least for what decodes beside what joins, and for what is late. What is written back or
         crosses with queries counts only in all passes together."""
         here, cpu = (us / SCALE_US if us < inf else 0.0 for us in cores_us)
@@ -156,6 +174,45 @@ class Mixed(Relaxation):
         )
         return self._shared(*early), self._shared(*late)
 
+    def experts_beside(self, core_us: float, low: int, high: int) -> list[tuple[str, Terms, Terms]]:
+        """Of joining passes and of those after them: the CPU's attention together with the GPU's experts that cover nearly all that
+        decodes, and what the processor does more where they do not. core_us: all of the CPU's attention in both."""
+        cpu, most = core_us / SCALE_US, self.most(max(1, low - self._cohort(high)))
+        few = 2 * (1 - most) * self.later * cpu
+        late = min(1.0, self.later * high / (2 * self.workload.num_sequences))
+        attends: list[Terms] = [
+            {"": -few, "cpu[kv]": cpu, "late[cpu]": -cpu},
+            {"": -few * late, "late[cpu]": cpu},
+        ]
+        found = []
+        for phase, terms, passes in zip(("prefill", "after"), attends, self._passes(low, high), strict=True):
+            parts: Terms = {}
+            for i, (layer, q, count) in enumerate(self.experts):
+                here = partial(self._expert_us, layer, q, count, "")
+                prompts = self._fed(layer) if phase == "prefill" else 0
+                covering = sum(times * here(most * cohorts) for times, cohorts, _ in passes if cohorts) / SCALE_US
+                more = sum(times * self._more_us(here, most, joining * prompts, n) for times, n, joining in passes if n)
+                terms[""] += covering
+                terms[f"parts[{phase}.{i}]"] = -covering
+                parts[f"parts[{phase}.{i}]"] = more / SCALE_US
+            found.append((phase, terms, parts))
+        return found
+
+    def _passes(self, low: int, high: int) -> list[list[tuple[float, int, int]]]:
+        """Of joining passes and of those after them, at least: (how many, sequences that decode, those that join)."""
+        least, most = self.ages
+        cohort = max(1, low // most)
+        joins = max(least, self.workload.num_sequences * least / high)
+        rising = [(float(count), older * cohort, cohort) for older, count in steps(0, least - 1, 4)]
+        falling = [(float(count), older * cohort, 0) for older, count in steps(1, least - 1, 4)]
+        return [[*rising, (joins - (least - 1), (least - 1) * cohort, cohort)], falling]
+
+    def _more_us(self, here: Callable[[float], float], most: float, prompts: int, decoding: int) -> float:
+        """What an expert takes more than at once where none of its ops covers more than ``most`` of what decodes."""
+        halves = pairwise((1 - most, 0.5, most))
+        split = (here(prompts + low * decoding) + here((1 - up) * decoding) for low, up in halves)
+        return max(0.0, min(split) - here(prompts + decoding))
+
     def weights(self, first: int, low: int, high: int, parts: int = 1, batches: int = 0) -> list[Weight]:
         """Every weight, by kind: modules and head cross in every pass; an expert if it is touched."""
         total, (least, most) = self.workload.num_sequences, self.ages
@@ -170,9 +227,9 @@ class Mixed(Relaxation):
             nbytes = float(count * layer.expert.nbytes)
             missed = (1 - q) ** cohort  # by one cohort's tokens; summed over 1, 2, ... cohorts that are left
             left = after - (missed * (1 - missed**after) / (1 - missed) if missed < 1 else after)
-            # P(k) + P(A - k) = P(A) + P(k) P(A - k) for the probability that k cohorts touch it: as many as come also go.
-            pairs = range(1, least) if gaps else ()
-            partly = gaps * sum((1 - missed**n) * (1 - missed ** (least - n)) for n in pairs)
+            # P(k) + P(A - k) = P(A) + P(k) P(A - k) for the probability that k cohorts touch it: as many as come also go. Summed over k.
+            sent = (missed - missed**least) / (1 - missed) if missed < 1 else float(after)  # missed + missed^2 + ...
+            partly = gaps * max(0.0, after * (1 + missed**least) - 2 * sent)
             touched = (
                 joins * (1 - (1 - q) ** (cohort * self._fed(layer))),
                 between * (1 - (1 - q) ** high) + partly,
@@ -183,7 +240,7 @@ class Mixed(Relaxation):
             each = (
                 *self._each_us(per_pass, high, self._fed(layer)),
                 0.0,
-                sum(per_pass(cohort * full) for full in range(1, after)),
+                sum(times * per_pass(cohort * full) for full, times in steps(1, after)),
             )
             moved, far = (tuple(n * nbytes for n in times) for times in (touched, passes))
             if not self.cost.cpu_helps:

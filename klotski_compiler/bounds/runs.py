@@ -89,7 +89,7 @@ class Runs(Least):
         alike = len({(layer.kv_elements, layer.sliding_window) for layer, _ in self.layers}) == 1
         if batches == 1 and not alike:  # processors take turns
             return [(core_cpu - core_here, here)]
-        if batches > MOST_BATCHES or run == RUNS or not alike:
+        if run == RUNS or not alike:
             return [(-core_here, here), (core_cpu, 0.0)]
         there = max(1, int(size)) if batches == 1 else 1
         mixed_bytes = there * max(layer.attention_flops // 4 for layer, _ in self.layers) * cost.compute_bytes

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from klotski_compiler.leaving import Leaving
 from klotski_compiler.plan import ALL, CPU, Bind, Load, span
 from klotski_compiler.policies import moe_lightning
 from klotski_compiler.program import HEAD_SLOTS, KV_AHEAD, URGENT, Evict, Program, staging_slots
@@ -37,30 +38,31 @@ def build(p: Program) -> None:
     p.embed()
     for layer in p.layers:
         queue.advance(layer)
-        together, begun = p.routes_together(layer), list[int]()
-        for batch in p.attend_with_cpu(layer, together):
-            if (scope := p.leaving(batch, together)) is not None:
-                p.route(layer, scope)
+        leaving, begun = p.leaving(layer), list[int]()
+        for batch in p.attend_with_cpu(layer, leaving):
+            if batch in leaving.by_last:
+                p.route(layer, leaving.by_last[batch].number)
             queue.attended(layer, batch)
-            if p.is_moe(layer) and p.waits_for_cpu(layer, batch, together):
-                begun = begin_experts(p, queue, layer, together)
-        if together in p.batches:
-            p.route(layer, ALL - together)
+            if leaving.here[-1:] == [batch] and p.is_moe(layer):
+                begun = begin_experts(p, queue, layer, leaving)
         queue.release(*p.attention_weights(layer), *p.router_weights(layer))
         if p.is_moe(layer):
             p.bind(layer, "rank", 0, len(p.picks(layer)))
             queue.bound = layer
             p.experts_on_cpu(layer)
             queue.advance(layer)
-            experts(p, queue, layer, begun, together)
+            experts(p, queue, layer, begun, leaving.together)
             p.add_sums(layer)
     queue.advance(len(p.layers))
     p.logits(queue.next_page)
 
 
-def begin_experts(p: Program, queue: Queue, layer: int, together: int) -> list[int]:
-    """While the GPU would wait for the CPU's attention, residents compute over what has left attention before, as many as pays. Returns
-    them."""
+def begin_experts(p: Program, queue: Queue, layer: int, leaving: Leaving) -> list[int]:
+    """While the GPU would wait for the CPU's attention, residents compute over the prompts that have left it before, as many as pays; one
+    token each of others would hardly pay for reading weights twice. Returns them."""
+    late, together = leaving.late, leaving.together
+    if p.shape.decoding or not late or not 0 < together <= late[0]:
+        return []
     begun = p.worth_splitting(layer, p.resident_experts(layer), together, queue.clock.cpu_ahead_us())
     if begun:
         p.compute("experts", layer, span(0, together), *begun)
