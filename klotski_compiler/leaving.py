@@ -71,7 +71,8 @@ class Leaving:
             *before, last = [self._leaves_us(scope) for scope in scopes]
             return sum(max(here + sum(before), other) + last for here, other in busy)
 
-        choices = {0, shape.first_decoding, *late[:1], *coming[-1:]} | (set() if shape.together else {shape.batches})
+        choices = {shape.first_decoding, *late[:1], *coming[-1:]} | (set() if shape.together else {shape.batches})
+        choices |= set() if late else {0}  # prompts have experts to go through while the CPU attends
         ways = [(together, cut) for together in sorted(choices) for cut in (False, True)]
         found = {way: scopes for way in ways if (scopes := list(self._cut(*way)))}
         best = min(found, key=lambda way: end_us(found[way]))

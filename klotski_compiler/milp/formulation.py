@@ -16,10 +16,11 @@ Variables    resident[g.c], static[g.c], late[g.c]: experts that never move, are
              resident[head], resident[embedding]: modules; kv[g]: batches whose KV stays in the compute tier;
              spilling: whether any does not; streaming[k]: whether any module of a kind is not resident; attended[g]:
              batches, of those whose KV does not, that the CPU attends to; helping[g]: whether it computes experts;
-             binding[g]: whether any are bound late. All are integer, and totals over the layers of g. If all layers
+             binding[g]: whether any are bound late. All of these are integer, and totals over the layers of g. If all layers
              are to be alike: each[v], the same per layer, for v the KV and the CPU's shares (of experts where those
-             are few and large). prefetched_us[g.p]: link time already done when a layer begins; period_us[g.p],
-             period_us[end.p]: T.
+             are few and large). begun[g.c]: residents that compute over prompts while the CPU attends to what decodes
+             beside them, for E_c more, of which S_c less is left to do then; as a share. prefetched_us[g.p]: link time
+             already done when a layer begins; period_us[g.p], period_us[end.p]: T.
 Objective    sum_p passes_p (sum_g N_g T[g.p] + T[end.p]) + time to load what is resident, once.
 
 Where experts live does not change compute times, so all of this is linear. Inequalities are written per layer; a row is
@@ -120,6 +121,7 @@ class Formulation:
         self.variables()
         self.assign()
         self.helping()
+        self.beginning()
         self.binding()
         self.alike()
         self.spill()
@@ -169,6 +171,8 @@ class Formulation:
                     self._count(f"cpu[{g.name}.c{c}]", whole)
                 if self.homes_on_disk:
                     self._count(f"disk[{g.name}.c{c}]", whole)
+                if any(work.classes[c].begun_us for work in g.work.values()):
+                    self.model.variables[f"begun[{g.name}.c{c}]"] = Variable(f"begun[{g.name}.c{c}]", 0.0, whole, False)
             for name in self.uniform(g):
                 each = self.model.variables[name].upper / g.count
                 self._count(f"each[{name}]", int(each))
@@ -231,6 +235,10 @@ class Formulation:
         whole = sum(size * cost.compute_us for size, cost in zip(g.sizes, work.classes, strict=True))
         spared = {f"cpu[{g.name}.c{c}]": -cost.compute_us for c, cost in enumerate(work.classes)}
         return plus({"": g.count * whole}, spared if self.helped(phase) else {})
+
+    def begun_us(self, g: Group, work: LayerWork) -> Terms:
+        """sum_c S_c begun[g.c]: what is done of experts when the CPU has attended to all."""
+        return {f"begun[{g.name}.c{c}]": cost.begun_us for c, cost in enumerate(work.classes) if cost.begun_us}
 
     def binds_us(self, g: Group, work: LayerWork) -> Terms:
         """B."""
@@ -311,6 +319,13 @@ class Formulation:
                 most = -float(sum(g.sizes) * g.count)
                 self._row(f"helping[{g.name}]", {**cpu, f"helping[{g.name}]": most}, -float("inf"), 0.0)
 
+    def beginning(self) -> None:
+        """begun <= resident."""
+        for g in self.problem.groups:
+            for c in range(len(g.sizes)):
+                if (begun := f"begun[{g.name}.c{c}]") in self.model.variables:
+                    self._row(begun, {f"resident[{g.name}.c{c}]": 1.0, begun: -1.0}, 0.0)
+
     def binding(self) -> None:
         """sum_c late[g.c] <= N_g m binding[g]."""
         for g in self.problem.groups:
@@ -390,22 +405,25 @@ class Formulation:
         self._row(f"prefetch_slots[{g.name}.{phase}]", plus(self.modules_us(g), slots, credit), 0.0)
 
     def processor(self, g: Group, phase: str, work: LayerWork) -> None:
-        """T >= A + R + B + experts: all of the layer's compute, wherever its experts live."""
+        """T >= A + R + B + experts: all of the layer's compute, wherever its experts live;  + sum_c E_c begun[g.c]."""
         terms = [self.attention_us(g, work), self.routed_us(g, work), self.experts_us(g, phase, work)]
+        terms.append({f"begun[{g.name}.c{c}]": cost.more_us for c, cost in enumerate(work.classes) if cost.more_us})
         if not self.problem.cpu:
             terms.append(times(self.problem.drag[0], self.linked_us(g, phase, work)))
         self._period("processor", g, phase, plus(*terms))
 
     def cpu_processor(self, g: Group, phase: str, work: LayerWork) -> None:
-        """T >= A + R + sum_c P_c cpu[g.c]: the router speaks first;  with H in the place of A + R, and then also  T >= H + B + experts: the
-        router waits for what the CPU attends to;  and T >= H + sum_c P_c cpu[g.c] + what the link slows that down."""
+        """T >= A + R + sum_c P_c cpu[g.c]: the router speaks first;  with H in the place of A + R, and then also  T >= H + B + experts -
+        sum_c S_c begun[g.c]: the router waits for what the CPU attends to;  and  T >= H + sum_c P_c cpu[g.c] + what the link slows
+        that down."""
         if not self.helped(phase) and not work.row.cpu_attend_us:
             return
         computes = self.cpu_us(g, work) if self.helped(phase) else {}
         for part, attention in self.attentions(g, phase, work):
             self._period(f"cpu.experts{part}", g, phase, plus(attention, computes))
             if part:
-                after = plus(self.binds_us(g, work), self.experts_us(g, phase, work))
+                done = times(-1.0, self.begun_us(g, work))
+                after = plus(self.binds_us(g, work), self.experts_us(g, phase, work), done)
                 self._period("cpu.attention", g, phase, plus(attention, after))
         slowed = times(self.problem.drag[0], self.linked_us(g, phase, work))
         self._period("cpu", g, phase, plus(self.attend_us(g, work), computes, slowed))
@@ -478,7 +496,8 @@ class Formulation:
         for part, attention in self.attentions(g, phase, work):
             for i in range(len(steps)):
                 path = plus(*(s.compute for s in steps[:i]), *(s.load for s in steps[i:]))
-                before = plus(attention, self.binds_us(g, work))
+                done = times(-1.0, self.begun_us(g, work)) if part else {}
+                before = plus(attention, self.binds_us(g, work), done)
                 self._period(f"slot_order.{steps[i].name}{part}", g, phase, plus(found, before, path))
 
     def slot_time(self, g: Group, phase: str, work: LayerWork) -> None:

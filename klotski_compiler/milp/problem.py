@@ -12,7 +12,7 @@ from itertools import groupby, pairwise
 from klotski_compiler.cost import ATTEND_OPS, Cost, Shape
 from klotski_compiler.model import Layer, Module
 from klotski_compiler.pipeline import shapes
-from klotski_compiler.plan import ALL, CPU, PAGE_BYTES, Decision, Workload, align_up
+from klotski_compiler.plan import ALL, CPU, PAGE_BYTES, Decision, Workload, align_up, span
 from klotski_compiler.program import staging_slots
 from klotski_compiler.tensors import MODULES, kv_bytes, query_bytes, rows_bytes, sums_bytes
 from klotski_compiler.workspace import workspace
@@ -40,11 +40,14 @@ class Item:
 @dataclass(frozen=True, slots=True)
 class ClassWork:
     """One expert of a class in one pass: its compute, its link time where it is bound after the router (expected), and its
-    compute on the CPU."""
+    compute on the CPU. Of one that begins with prompts while the CPU attends: what that takes more, and what of its compute is then done.
+    """
 
     compute_us: float
     late_us: float
     cpu_us: float = 0.0
+    more_us: float = 0.0
+    begun_us: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,6 +359,8 @@ def _work(
     layer, unit = cost.spec.layers[number], decision.unit
     helped = cost.cpu_helps and shape.decoding
     tokens = shape.fed_tokens(ALL, layer)
+    first = 0 if shape.decoding or not cost.cpu_attends else shape.fresh
+    begins = 0 < first < shape.batches and shape.scope_tokens(span(0, first)) > 0
     router = cost.mlp_us(layer, tokens)
     work = []
     for members in classes:
@@ -366,7 +371,12 @@ def _work(
         assert layer.expert is not None
         late = touched * layer.expert.nbytes * 1e6 / link.bandwidth_bytes_per_s + cost.load_op_us(links[0]) / unit
         elsewhere = sum(cost.expert_us(number, e, tokens, CPU) for e in members) / len(members) if helped else 0.0
-        work.append(ClassWork(compute, late, elsewhere))
+        more = begun = 0.0
+        if begins:
+            each = [shape.fed_tokens(scope, layer) for scope in (span(0, first), ALL - first, ALL)]
+            early, later, whole = (sum(cost.expert_us(number, e, n) for e in members) / len(members) for n in each)
+            more, begun = early + later - whole, whole - later
+        work.append(ClassWork(compute, late, elsewhere, more, begun))
     attention, around = cost.attentions_us(layer, shape, shape.middle_context), 0.0
     row, last = (_row(cost, layer, shape, decision, size, links) for size in (shape.batch_size, shape.last_batch))
     if row.cpu_attend_us:
