@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from textwrap import wrap
 
-from klotski_compiler.plan import Bind, Candidate, Compute, Decision, Load, Op, Phase, Plan, Step, Store, step_text
+from klotski_compiler.plan import ALL, Bind, Candidate, Compute, Decision, Load, Op, Phase, Plan, Step, Store, step_text
 
 WIDTH = 100  # columns of a timeline
 
@@ -164,6 +164,18 @@ def _on_cpu(plan: Plan) -> Iterator[Row]:
     yield "CPU", f"{' and '.join(parts)} in decode, where their KV and weights are"
     if d.by_batch:
         yield "order", "batch by batch: the experts of one compute while the CPU attends to the next"
+    elif d.cpu_batches:
+        order = ["what surrounds attention is one op for several batches"] if d.together and d.num_batches > 1 else []
+        order += ["experts compute over prompts while the CPU attends to the others"] if _begins(plan) else []
+        yield from [("order", "; ".join(order))] if order else []
+
+
+def _begins(plan: Plan) -> bool:
+    """Whether experts compute over prompts apart from what decodes beside them."""
+    ops = (step.op for step in plan.steps["prefill"])
+    return plan.decision.rolling and any(
+        isinstance(op, Compute) and op.fn == "experts" and op.batch < ALL for op in ops
+    )
 
 
 def _table(rows: Iterable[Row]) -> Iterator[str]:

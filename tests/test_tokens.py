@@ -16,6 +16,7 @@ import torch
 from transformers import AutoTokenizer
 
 from asked import asked, decided, drawn, loaded, machine, plan_of, streaming_all, workload
+from klotski_compiler import report
 from klotski_compiler.cli.compile import main as klotski_compile
 from klotski_compiler.hardware import to_json
 from klotski_compiler.plan import Load, load
@@ -289,6 +290,7 @@ def test_residents_compute_over_prompts_while_the_cpu_attends(
     scopes = {line.split()[3] for line in plan.phases[1].lines if " experts " in line}
     prompts = num_batches // ages
     assert scopes == {"b*", f"b0:{prompts}", f"b{prompts}*"}
+    assert "experts compute over prompts while" in report.decision(plan)
     same(model, run(plan, model, tmp_path, device=device).rows)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from klotski_compiler.errors import PlanError
-from klotski_compiler.plan import ALL, Bind, Compute, Load, Plan, Step, Store, Wait, Workload
+from klotski_compiler.plan import ALL, Bind, Compute, Load, Plan, Step, Store, Wait, Workload, span
 from klotski_compiler.policies import POLICIES
 from klotski_compiler.verify import CHECKS, verify
 from plans import edited, tiny_plan, tiny_spec, with_step
@@ -163,6 +163,13 @@ def experts_by_batch() -> Plan:
     return edited(plan, decision=plan.decision.model_copy(update={"last_batch": 1}))
 
 
+def twice_over_some() -> Plan:
+    """A resident over all batches, and over the first two again in the place of the next op of experts."""
+    number, later = [n for n, step in enumerate(STEPS) if computes("experts")(step)][:2]
+    again = STEPS[number]._replace(op=replace(STEPS[number].op, batch=span(0, 2)))  # type: ignore[arg-type]
+    return with_step(PLAN, "decode", later, again)
+
+
 HIGHEST = max(PLAN.forecast.peak_bytes.values())
 SPOILED: dict[str, tuple[str, Callable[[], Plan]]] = {
     "a line is no step": ("text", lambda: garbled(" >x")),
@@ -192,6 +199,8 @@ SPOILED: dict[str, tuple[str, Callable[[], Plan]]] = {
     "a layer is left out": ("work", lambda: op_changed(computes("attention"), layer=1)),
     "an op lacks its weights": ("work", lambda: changed(computes("router"), lambda s: s._replace(op=replace(s.op, tensors=()), slots=()))),  # type: ignore[arg-type]
     "an expert misses a batch": ("work", lambda: op_changed(lambda s: computes("experts")(s) and s.op.batch == ALL, batch=0)),  # type: ignore[union-attr]
+    "an expert misses the last one": ("work", lambda: op_changed(lambda s: computes("experts")(s) and s.op.batch == ALL, batch=span(0, 2))),  # type: ignore[union-attr]
+    "an expert computes twice over some batches": ("work", twice_over_some),
     "the head is left out": ("work", lambda: without(computes("head"))),
     "no token is sampled": ("work", lambda: without(computes("sample"))),
     "a load is left out": ("residency", lambda: without(loads("expert"))),
