@@ -58,6 +58,8 @@ class Leaving:
         shape = self.shape
         there = list(filter(shape.has, range(shape.batches)))
         late, coming = [b for b in self.late if shape.has(b)], [b for b in sent if shape.has(b)]
+        if not late and not coming:  # nothing to wait for
+            return
         position = self.layer.kv_elements * self.cost.compute_bytes
         busy = []  # at both ends of the phase and in its middle: of the processor, and of what it may wait for
         for context in (shape.first_context, shape.middle_context, shape.last_context):
