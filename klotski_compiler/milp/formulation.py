@@ -16,11 +16,11 @@ Variables    resident[g.c], static[g.c], late[g.c]: experts that never move, are
              resident[head], resident[embedding]: modules; kv[g]: batches whose KV stays in the compute tier;
              spilling: whether any does not; streaming[k]: whether any module of a kind is not resident; attended[g]:
              batches, of those whose KV does not, that the CPU attends to; helping[g]: whether it computes experts;
-             binding[g]: whether any are bound late. All of these are integer, and totals over the layers of g. If all layers
+             binding[g]: whether any are bound late. All these are integer, and totals over the layers of g. If all layers
              are to be alike: each[v], the same per layer, for v the KV and the CPU's shares (of experts where those
              are few and large). begun[g.c]: residents that compute over prompts while the CPU attends to what decodes
-             beside them, for E_c more, of which S_c less is left to do then; as a share. prefetched_us[g.p]: link time
-             already done when a layer begins; period_us[g.p], period_us[end.p]: T.
+             beside them, for E_c more, of which S_c less is left to do then; it may be divided. prefetched_us[g.p]:
+             link time already done when a layer begins; period_us[g.p], period_us[end.p]: T.
 Objective    sum_p passes_p (sum_g N_g T[g.p] + T[end.p]) + time to load what is resident, once.
 
 Where experts live does not change compute times, so all of this is linear. Inequalities are written per layer; a row is

@@ -297,9 +297,8 @@ class Group:
             routing = self._routing.indices, self._routing.weights
             piece = self._piece(batch, ("router", "shared"), layer, rows, routing)
             piece(partial(self._route, layer, rows))
-        own = self._numbers(batch)
-        for scope in [other for other in self._assignments if not own.isdisjoint(self._numbers(other))]:
-            del self._assignments[scope]
+        for scope in [other for other in self._assignments if other == batch or min(other, batch) < 0]:
+            del self._assignments[scope]  # it has this batch, or may have it
         self._routed = layer
 
     @torch.inference_mode()
@@ -345,10 +344,7 @@ class Group:
 
     def _scope(self, batch: int) -> list[Batch]:
         """Of the batches that an op works on, those that are there."""
-        return [self.batches[number] for number in sorted(self._numbers(batch))]
-
-    def _numbers(self, batch: int) -> set[int]:
-        return self.batches.keys() & set(batches_of(batch, max(self.batches) + 1))
+        return [self.batches[n] for n in batches_of(batch, max(self.batches) + 1) if n in self.batches]
 
     def _only_last(self, layer: int) -> bool:
         """Whether of each prompt only the last token goes on after a layer's attention."""
