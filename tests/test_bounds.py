@@ -172,7 +172,7 @@ def test_what_is_late_in_rolling_order_is_bounded() -> None:
         slack.append((lowered.load_us + lowered.group_us) / least_us)
     assert min(slack) >= 1 - 1e-9, f"seed {slack.index(min(slack))}"
     # A router of all ages at once takes least, which is not what joint does with prompts; and attention to each age takes calls.
-    assert min(slack) < 1.3
+    assert min(slack) < 1.27
 
 
 def shared_schedule(policy_name: str, seed: int) -> tuple[Relaxation, Decision, Lowered]:
@@ -284,7 +284,7 @@ def test_batches_cost_ops_and_are_attended_to_whole() -> None:
     bound = Relaxation(cost, Workload(prompt_len=256, gen_len=64, num_sequences=8), {"gpu": 1 << 40, "host": 1 << 40})
     bound.room = lambda sequences: 1.1 * spec.nbytes  # type: ignore[method-assign]
     any_number, *each = (bound.least_us(1, 1, batches=n) for n in range(MOST_BATCHES + 2))
-    assert any_number * 1.02 < min(each)
+    assert any_number * 1.03 < min(each)
     assert bound.refined_us(1) >= min(each)
 
 
