@@ -437,7 +437,8 @@ def ids(lines: list[dict[str, str]]) -> dict[str, list[int]]:
 def test_real_routing_and_text(
     policy_name: str, trained: Resident, ids: dict[str, list[int]], same: Same, tmp_path: Path
 ) -> None:
-    prompts = list(ids.values())[::2]  # one of each kind
+    every = list(ids.values())
+    prompts = [*every[::2], *every[1::4]]  # of each kind, of some two: as many cohorts as rolling order has ages
     plan = compile_plan(asked(trained, policy_name, prompts))
     assert loaded(plan) & EXPERTS
     same(trained, run(plan, trained, tmp_path, prompts).rows)
