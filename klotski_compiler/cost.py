@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 
 from klotski_compiler.hardware import Hardware, Processor, matmul_us
 from klotski_compiler.model import Layer, ModelSpec, Module
-from klotski_compiler.plan import ALL, CPU, Bind, Compute, Load, Op, Store, Tensor, batches_of
+from klotski_compiler.plan import ALL, CPU, Bind, Compute, Load, Op, Store, Tensor, batches_of, span
 from klotski_compiler.routing import Routing
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -386,6 +386,12 @@ class Cost:
     def expert_us(self, layer: int, expert: int, tokens: int, processor: str = "") -> float:
         """One expert over its share of ``tokens`` routed tokens: expected cost, gather and scatter included."""
         return self._experts_us(layer, tokens, processor)[expert]
+
+    def expert_parts_us(self, layer: int, expert: int, shape: Shape, first: int) -> tuple[float, float, float]:
+        """One expert over the batches before ``first``, over the others, and over all of them at once."""
+        fed = [shape.fed_tokens(scope, self.spec.layers[layer]) for scope in (span(0, first), ALL - first, ALL)]
+        early, later, whole = (self.expert_us(layer, expert, tokens) for tokens in fed)
+        return early, later, whole
 
     @lru_cache(maxsize=4096)  # noqa: B019
     def _experts_us(self, number: int, tokens: int, processor: str) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ from itertools import chain, groupby, pairwise
 
 from klotski_compiler.cost import ALWAYS, Cost, Shape
 from klotski_compiler.leaving import Leaving, Scope
-from klotski_compiler.plan import ALL, CPU, Bind, Compute, Decision, Load, Op, Pages, Store, batches_of, span
+from klotski_compiler.plan import ALL, CPU, Bind, Compute, Decision, Load, Op, Pages, Store, batches_of
 from klotski_compiler.tensors import TensorTable
 
 URGENT = "urgent"  # a stream of small copies that must not queue behind whole experts on the same link
@@ -343,12 +343,9 @@ class Program:
     def worth_splitting(self, layer: int, experts: Iterable[int], first: int, idle_us: float) -> list[int]:
         """Of experts that are there, those to compute over the batches before ``first`` now, while the processor has nothing else to do for
         so long, and over the others later: where that saves more than it takes to read their weights twice."""
-        spec, number = self.spec.layers[layer], {t: self.table.all[t].index for t in experts}
-        scopes = (span(0, first), ALL - first, ALL)
-        chosen, left_us = list[int](), idle_us - 2 * self.cost.experts_op_us(spec)
-        tokens = [self.shape.fed_tokens(scope, spec) for scope in scopes]
-        for tensor, expert in number.items():
-            early, later, whole = (self.cost.expert_us(layer, expert, count) for count in tokens)
+        chosen, left_us = list[int](), idle_us - 2 * self.cost.experts_op_us(self.spec.layers[layer])
+        for tensor in experts:
+            early, later, whole = self.cost.expert_parts_us(layer, self.table.all[tensor].index, self.shape, first)
             if left_us > 0 and whole - later > max(0.0, early - left_us):
                 chosen.append(tensor)
                 left_us -= early

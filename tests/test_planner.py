@@ -277,9 +277,6 @@ def test_a_large_file_of_prompts_is_taken_in_rolling_order() -> None:
 # -------------------------------------------------------------------------- host memory that cannot hold all weights
 
 
-HOST = pytest.mark.parametrize("share", [0.1, 0.4])
-
-
 def crowded(name: str, share: float) -> tuple[int, int]:
     """Bytes of a GPU that must stream, and of a host that has room for ``share`` of the weights."""
     return least(True, "flexgen") + (1 << 20), int(share * SPEC.nbytes)

@@ -84,7 +84,7 @@ class Relaxation(Runs):
         if nothing fits."""
         low, high = self.sequences(first, last)
         # The states of a largest part are there at once; it has a batch at least.
-        several = [n for n in (most_parts, batches) if n and n != MOST_BATCHES + 1]
+        several = [n for n in (most_parts, batches if batches <= MOST_BATCHES else 0) if n]
         prompts, decoding = -(-low // min(several)) if several else 1, low if self.passes else 0
         states = [max(decoding, n * self.workload.prompt_len) for n in (1, prompts)]
         room = self.room(low) - state_bytes(self.cost.spec, states[1] - states[0], self.cost.dtype)

@@ -190,7 +190,7 @@ class Mixed(Relaxation):
             for i, (layer, q, count) in enumerate(self.experts):
                 here = partial(self._expert_us, layer, q, count, "")
                 prompts = self._fed(layer) if phase == "prefill" else 0
-                covering = sum(times * here(most * cohorts) for times, cohorts, _ in passes if cohorts) / SCALE_US
+                covering = sum(times * here(most * n) for times, n, _ in passes) / SCALE_US
                 more = sum(times * self._more_us(here, most, joining * prompts, n) for times, n, joining in passes if n)
                 terms[""] += covering
                 terms[f"parts[{phase}.{i}]"] = -covering

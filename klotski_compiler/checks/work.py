@@ -8,6 +8,8 @@ from functools import partial
 from klotski_compiler.checks.common import Fault, by_layer, computing, is_sent, scope_of
 from klotski_compiler.plan import ALL, Bind, Compute, Load, Phase, Plan, Step, batches_of
 
+SOME = ALL - 1  # stands for every batch whose experts were not computed over all at once
+
 
 def picks(plan: Plan) -> None:
     """Every expert is resident, static or late, picks range over the late ones, and each pick is bound once in a pass, after the
@@ -63,9 +65,6 @@ def work(plan: Plan) -> None:
     }
     for phase, steps in computing(plan):
         _Pass(plan, phase, course, experts).follow(steps)
-
-
-SOME = ALL - 1  # stands for every batch whose experts were not computed over all at once
 
 
 class _Pass:

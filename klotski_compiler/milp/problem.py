@@ -359,7 +359,7 @@ def _work(
     layer, unit = cost.spec.layers[number], decision.unit
     helped = cost.cpu_helps and shape.decoding
     tokens = shape.fed_tokens(ALL, layer)
-    first = 0 if shape.decoding or not cost.cpu_attends else shape.fresh
+    first = shape.first_decoding if cost.cpu_attends else 0
     begins = 0 < first < shape.batches and shape.scope_tokens(span(0, first)) > 0
     router = cost.mlp_us(layer, tokens)
     work = []
@@ -373,9 +373,9 @@ def _work(
         elsewhere = sum(cost.expert_us(number, e, tokens, CPU) for e in members) / len(members) if helped else 0.0
         more = begun = 0.0
         if begins:
-            each = [shape.fed_tokens(scope, layer) for scope in (span(0, first), ALL - first, ALL)]
-            early, later, whole = (sum(cost.expert_us(number, e, n) for e in members) / len(members) for n in each)
-            more, begun = early + later - whole, whole - later
+            each = [cost.expert_parts_us(number, e, shape, first) for e in members]
+            more = sum(early + later - at_once for early, later, at_once in each) / len(members)
+            begun = sum(at_once - later for _, later, at_once in each) / len(members)
         work.append(ClassWork(compute, late, elsewhere, more, begun))
     attention, around = cost.attentions_us(layer, shape, shape.middle_context), 0.0
     row, last = (_row(cost, layer, shape, decision, size, links) for size in (shape.batch_size, shape.last_batch))
