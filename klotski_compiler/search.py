@@ -52,6 +52,7 @@ ALONE = 0.05  # about what it costs that no unit travels while another computes:
 KEPT_FITTED = 4  # decisions per size whose micro-batches are fitted to the memory that they leave
 FITTING_GAIN = 0.1  # how much that may gain
 IMPROVEMENTS = 10  # decisions near the best one that are tried
+ANEW = ("any", "alike")  # how what has prefill in other parts is filled: what was best may not be any longer
 LAST_SHARES = (1.0, 2 / 3, 1 / 3)  # of the sequences that the CPU would attend to, how many its own batch may have
 LAST_STEPS = (0.8, 1.25)  # from one size of it to the next
 KEPT_SCORED = 2  # sizes per policy that are timed on short models
@@ -340,39 +341,57 @@ class Search(Fills):
     def improved(self, best: Rated) -> Rated:
         """The best of a decision and what is near it, by hill climbing on simulated time: how far ahead, in which units and in how many
         batches pays is a matter of bubbles, which the residency problem does not see."""
-        tried, left = {(shape_of(best.decision), best.kind)}, IMPROVEMENTS
-        climbing = True
-        while climbing:
-            climbing = False
+        tried, start = {(shape_of(best.decision), best.kind)}, None
+        while best is not start:
+            start = best
             for base, kind in self._near(best):
-                if not left or time.monotonic() > self.deadline:
-                    return best
+                if len(tried) > IMPROVEMENTS or time.monotonic() > self.deadline:
+                    break
                 if (shape_of(base), kind) in tried:
                     continue
                 tried.add((shape_of(base), kind))
-                left -= 1
-                with suppress(Infeasible):
-                    if not (decision := self.filled(best.policy, base, kind)):
-                        continue
-                    rate = self.estimate(best.policy, decision)
-                    if rate > best.tokens_per_s * (1 + WORTH):
-                        best, climbing = replace(best, tokens_per_s=rate, decision=decision, kind=kind), True
-                        break
-        return self._either_way(best)
+                if (best := self._better(best, base, kind)) is not start:
+                    break
+        for base, kind in chain(self._in_other_parts(best), self._either_way(best)):
+            if time.monotonic() > self.deadline:
+                break
+            best = self._better(best, base, kind)
+        return best
 
-    def _either_way(self, best: Rated) -> Rated:
-        """The better of a decision and the same one with what surrounds attention the other way: where a GPU waits for the CPU, calls cost
-        it nothing, and what is done batch by batch can be done earlier."""
-        d = best.decision
-        if d.num_batches == 1 or d.by_batch or not self.cost.cpu_attends:
-            return best
-        other = self.bare(best.policy, d, d.num_batches).model_copy(update={"together": not d.together})
+    def _better(self, best: Rated, base: Decision, kind: str) -> Rated:
+        """What sizes may be filled with, if that is better."""
         with suppress(Infeasible):
-            if decision := self.filled(best.policy, other, best.kind):
+            if decision := self.filled(best.policy, base, kind):
                 rate = self.estimate(best.policy, decision)
                 if rate > best.tokens_per_s * (1 + WORTH):
-                    return replace(best, tokens_per_s=rate, decision=decision)
+                    return replace(best, tokens_per_s=rate, decision=decision, kind=kind)
         return best
+
+    def _in_other_parts(self, best: Rated) -> Iterator[tuple[Decision, str]]:
+        """About the same sizes with prefill in twice or half as many parts, each with the same share in the CPU's own batch: what a part's
+        states take, weights and KV do not."""
+        d = best.decision
+        if d.rolling or not self.sizes_are_free or best.kind == "resident":
+            return
+        base, large = self.bare(best.policy, d, d.num_batches), d.part_batches - bool(d.last_batch)
+        for parts in (2 * d.prefill_groups, d.prefill_groups // 2):
+            if not 0 < parts <= d.num_batches:
+                continue
+            other = base.model_copy(update={"prefill_groups": parts})
+            if d.last_batch:
+                count, last = (max(1, round(n * d.prefill_groups / parts)) for n in (large, d.last_batch))
+                size = -(-(d.sequences // parts - last) // count)
+                small = {key: min(getattr(base, key), size) for key in ("attention_batch", "decode_batch")}
+                shape = {"num_batches": (count + 1) * parts, "batch_size": size, "last_batch": last}
+                other = other.model_copy(update=shape | small)
+            yield from ((other, kind) for kind in ANEW)
+
+    def _either_way(self, best: Rated) -> Iterator[tuple[Decision, str]]:
+        """A decision with what surrounds attention the other way: where a GPU waits for the CPU, calls cost it nothing, and what is done
+        batch by batch can be done earlier."""
+        d = best.decision
+        if d.num_batches > 1 and not d.by_batch and self.cost.cpu_attends:
+            yield self.bare(best.policy, d, d.num_batches).model_copy(update={"together": not d.together}), best.kind
 
     # --------------------------------------------------------------------------------------------------------- timing
 

@@ -56,26 +56,21 @@ class Relaxation(Runs):
     phases: tuple[str, ...] = ("load", "prefill", "decode")
 
     def refined_us(self, groups: int) -> float:
-        """``least_us`` of one number of groups, whatever the number of batches, with what prefill in parts takes: few parts keep the
-        states of many prompts at once, many read the weights as often. Intervals of their number are bounded; where one adds nothing,
-        the others need no look."""
-        least = self.least_us(groups, groups)
-        if self.cost.cpu_attends and self.passes and not isinf(least):
-            shared = inf
-            for batches in range(1, MOST_BATCHES + 2):
-                shared = min(shared, self.least_us(groups, groups, batches=batches))
-                if shared <= least * (1 + CLOSE):
-                    break
-            else:
-                least = max(least, shared)
-        found, parts, low = inf, 1, -(-self.workload.num_sequences // groups)
-        while not isinf(least):
-            found = min(found, self.least_us(groups, groups, parts, 2 * parts - 1))
-            if found <= least * (1 + CLOSE):
-                return least
-            if 2 * parts > low:
+        """``least_us`` of one number of groups, whatever the number of batches and of prefill's parts, each of which has a batch at least:
+        few parts keep the states of many prompts at once, many read the weights as often. Of parts, intervals are bounded. What is known of
+        either number by itself says which pairs need no look."""
+        least, low = self.least_us(groups, groups), -(-self.workload.num_sequences // groups)
+        if isinf(least):
+            return least
+        batches = {n: self.least_us(groups, groups, batches=n) for n in range(1, min(low, MOST_BATCHES + 1) + 1)}
+        parts = {2**i: self.least_us(groups, groups, 2**i, 2 ** (i + 1) - 1) for i in range(low.bit_length())}
+        pairs = [(max(batches[n], parts[p]), n, p) for n in batches for p in parts if p <= n or n > MOST_BATCHES]
+        found = inf
+        for known, n, p in sorted(pairs):
+            if known >= found or found <= least * (1 + CLOSE):
                 break
-            parts *= 2
+            most = 2 * p - 1 if n > MOST_BATCHES else min(n, 2 * p - 1)
+            found = min(found, max(known, self.least_us(groups, groups, p, most, n)))
         return max(least, found)
 
     def least_us(self, first: int, last: int, parts: int = 1, most_parts: int = 0, batches: int = 0) -> float:
@@ -96,6 +91,10 @@ class Relaxation(Runs):
         ]
         found = [answer.objective for answer in answers if answer.status != "infeasible"]
         return SCALE_US * min(found) * (1 - TOLERANCE) if found else inf
+
+    def attends(self, batches: int) -> bool:
+        """Whether the CPU may attend to some of a known number of batches."""
+        return bool(batches and self.passes and self.cost.cpu_attends)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -169,7 +168,7 @@ class Relaxation(Runs):
             row("host", host, upper=(self.budget["host"] - passing) / GIB)
         for j in range(self.spans):
             share(f"decode[{j}]", inf)
-        if batches:
+        if self.attends(batches):
             for run in range(1, RUNS + 1):
                 for phase in ("decode", *(f"decode[{j}]" for j in range(self.spans))):
                     share(f"attention[{phase}.{run}]", inf)
@@ -209,7 +208,7 @@ class Relaxation(Runs):
         cores, middle = self.cores_us(high), sum(self.contexts) / 2
         yield "decode", self.work(DECODE, decode, cores, self.passes, weights, staging, middle)
         yield "decode", self.beside(layers, cores, weights, most)
-        if batches:
+        if self.attends(batches):
             yield from self.attention("decode", first, low, batches, cores, ends, weights)
         for j in range(self.spans):
             begin, end, part = j / self.spans, (j + 1) / self.spans, 1 / self.spans
@@ -217,7 +216,7 @@ class Relaxation(Runs):
             passes, cores = self.passes * part, self.cores_us(high, (begin, end))
             yield f"decode[{j}]", self.work(DECODE, decode * part, cores, passes, weights, staging, context, part)
             yield f"decode[{j}]", self.beside(layers * part, cores, weights, most, part)
-            if batches:
+            if self.attends(batches):
                 yield from self.attention(f"decode[{j}]", first, low, batches, cores, ends * part, weights, part)
 
     def _batched_us(self, batches: int, tokens: float) -> float:
