@@ -103,7 +103,7 @@ def _resource(hardware: Hardware, plan: Plan, phase: str, op: Op) -> Resource | 
     if op.fn == "attend" and hardware.processors[op.stream].tier != "host":
         return None  # few calls, that are no fixed cost of their own, and keys and values
     match op.fn:
-        case "experts" | "dense" | "head":
+        case "experts" | "shared" | "dense" | "head":
             what = "matmul"
         case "router":
             what = "router"

@@ -480,7 +480,7 @@ class Cost:
         self, op: Compute, tensors: list[Tensor], shape: Shape, context: float, late: dict[int, list[int]]
     ) -> float:
         processor = self.hardware.processors[op.stream]
-        after = op.fn in ("router", "dense", "experts")
+        after = op.fn in ("router", "shared", "dense", "experts")
         tokens = shape.fed_tokens(op.batch, self.spec.layers[op.layer]) if after else shape.scope_tokens(op.batch)
         fixed = processor.op_us
         match op.fn:
@@ -498,7 +498,11 @@ class Cost:
             case "add":
                 return fixed + self.sums_us(tokens)
             case "router":
-                return self.router_us(self.spec.layers[op.layer], tokens)
+                named = any(tensors[i].kind == "shared" for i in op.tensors)
+                price = self.mlp_us if named else self.router_us
+                return price(self.spec.layers[op.layer], tokens)
+            case "shared":
+                return self.shared_us(self.spec.layers[op.layer], tokens)
             case "dense":
                 return self.dense_us(self.spec.layers[op.layer], tokens)
             case "experts":
@@ -522,14 +526,20 @@ class Cost:
 
     def mlp_us(self, layer: Layer, tokens: float) -> float:
         """What comes before the experts of a layer, or in their place: router and shared expert, or the dense MLP."""
+        return self.choice_us(layer, tokens) + self.shared_us(layer, tokens)
+
+    def choice_us(self, layer: Layer, tokens: float) -> float:
+        """Of that, what must be done before any expert is known: the router, or the dense MLP."""
         return (self.router_us if layer.expert else self.dense_us)(layer, tokens)
 
     def router_us(self, layer: Layer, tokens: float) -> float:
-        """Gate, then the shared expert (part of the same op)."""
-        parts = [m for m in (layer.router, layer.shared) if m]
-        fixed = self.processor.router_op_us + self.processor.op_us * (len(parts) - 1)
-        elementwise = self.elementwise_us(tokens * self.spec.hidden_size)
-        return fixed + elementwise + sum(self.module_us(m, tokens) for m in parts)
+        """Norm, gate and choice."""
+        gate = self.module_us(layer.router, tokens) if layer.router else 0.0
+        return self.processor.router_op_us + self.elementwise_us(tokens * self.spec.hidden_size) + gate
+
+    def shared_us(self, layer: Layer, tokens: float) -> float:
+        """The shared expert, if there is one."""
+        return self.processor.op_us + self.module_us(layer.shared, tokens) if layer.shared else 0.0
 
     def dense_us(self, layer: Layer, tokens: float) -> float:
         """The MLP of a dense layer."""

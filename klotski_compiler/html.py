@@ -38,7 +38,7 @@ _OF_FUNCTION = {
     **dict.fromkeys(("attention", "project", "attend", "output"), "attention"),
     **dict.fromkeys(("embed", "norm", "head", "sample"), "head"),
     "router": "router",
-    "dense": "dense",
+    **dict.fromkeys(("shared", "dense"), "dense"),
     "add": "exchange",
 }
 _OF_TENSOR = {

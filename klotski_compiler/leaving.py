@@ -48,6 +48,11 @@ class Leaving:
         self.by_last = {scope.last: scope for scope in self.scopes}
 
     @property
+    def final(self) -> Scope:
+        """The scope that leaves last."""
+        return self.by_last[(self.late or self.here)[-1]]
+
+    @property
     def in_turn(self) -> list[Scope]:
         """Scopes in the order in which their attention should begin: what the CPU waits for comes first."""
         return sorted(self.scopes, key=lambda scope: scope.first < self.together)

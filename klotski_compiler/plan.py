@@ -23,7 +23,7 @@ from klotski_compiler.errors import PlanError
 if TYPE_CHECKING:
     import networkx
 
-SCHEMA_VERSION = 9
+SCHEMA_VERSION = 10
 PAGE_BYTES = 4096
 ALL = -1  # the batch of an op that covers the whole group; -1 - n: all batches from number n on; see ``span``
 MOST_BATCHES = 1 << 16  # of a group
@@ -144,7 +144,8 @@ class Compute:
     the tier of the processor that the stream is named after.
 
     ``attention`` is a whole block of one batch; ``project``, ``attend`` (of one batch, on either processor) and ``output`` are its three
-    parts. ``experts`` on the CPU add into ``sums``, which ``add`` adds to the hidden states.
+    parts. ``router`` computes a layer's shared expert, too, where it names that; else ``shared`` does, later. ``experts`` on the CPU add
+    into ``sums``, which ``add`` adds to the hidden states.
     """
 
     stream: str
@@ -168,11 +169,11 @@ class Bind:
 
 Op = Load | Store | Compute | Bind
 FUNCTIONS = (
-    "embed", "attention", "project", "attend", "output", "router", "dense", "experts", "add", "norm", "head", "sample",
+    "embed", "attention", "project", "attend", "output", "router", "shared", "dense", "experts", "add", "norm", "head", "sample",
 )  # fmt: skip
 OVERWRITE = ("attention", "project", "router")
 """Functions that write where the experts of a layer find their input."""
-SEVERAL = ("project", "output", "router", "dense", "experts")
+SEVERAL = ("project", "output", "router", "shared", "dense", "experts")
 """Functions that may work on some batches in a row."""
 RULES = ("rank", "arrival", "predicted")
 

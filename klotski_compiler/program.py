@@ -89,6 +89,10 @@ class Program:
         """What the MLP part needs before its experts: router and shared expert, or the dense MLP."""
         return self._present(("router", layer, 0), ("shared", layer, 0), ("dense", layer, 0))
 
+    def shared_weights(self, layer: int) -> list[int]:
+        """The shared expert."""
+        return self._present(("shared", layer, 0))
+
     def resident_experts(self, layer: int) -> list[int]:
         """Experts that never move."""
         return self._present(*(("expert", layer, e) for e in self.decision.layers[layer].resident_experts))
@@ -158,7 +162,7 @@ class Program:
         context = self.shape.middle_context
         spec = self.spec.layers[layer]
         attention = self.cost.attentions_us(spec, self.shape, context) * batches / len(self.batches)
-        return attention + self.cost.mlp_us(spec, self.shape.fed_tokens(ALL, spec)) + self.cost.bind_us
+        return attention + self.cost.choice_us(spec, self.shape.fed_tokens(ALL, spec)) + self.cost.bind_us
 
     def _present(self, *keys: tuple[str, int, int]) -> list[int]:
         return [i for key in keys if (i := self.table.id(*key)) is not None]
@@ -325,9 +329,11 @@ class Program:
         """The output projection of what came back."""
         self.compute("output", layer, batch, *self.attention_weights(layer), *self._queries(batch))
 
-    def route(self, layer: int, batch: int = ALL) -> None:
-        """Router and shared expert, or the dense MLP, of one batch or of the whole group."""
-        self.compute("router" if self.is_moe(layer) else "dense", layer, batch, *self.router_weights(layer))
+    def route(self, layer: int, batch: int = ALL, shared: bool = True) -> None:
+        """Router and shared expert (or without that), or the dense MLP, of one batch or of the whole group."""
+        apart = () if shared else self.shared_weights(layer)
+        weights = [tensor for tensor in self.router_weights(layer) if tensor not in apart]
+        self.compute("router" if self.is_moe(layer) else "dense", layer, batch, *weights)
 
     def bind(self, layer: int, rule: str, first: int, count: int, batch: int = ALL) -> None:
         """Give picks their experts from what is routed so far."""

@@ -264,6 +264,18 @@ def test_what_is_decided_once_is_bounded_where_contexts_grow() -> None:
     assert rates == [SPANS, 0]
 
 
+def test_each_span_of_decode_pays_for_sharing_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At first the processor is what is waited for, later the disk: either is slowed down by the other in its own spans, too."""
+    spec, hardware = read_model("qwen1.5-moe-a2.7b"), read_hardware("dev-2core")
+    workload = Workload(prompt_len=128, gen_len=512, num_sequences=256)
+    relaxation = Relaxation(Cost(spec, hardware, uniform(spec), "bf16"), workload, {"host": spec.nbytes * 9 // 10})
+    paid = relaxation.refined_us(1)
+    shares = relaxation._shares(1, paid)
+    assert 0.9 < sum(shares) < 1 and shares == sorted(shares)
+    monkeypatch.setattr(Relaxation, "dragged", 0.0)
+    assert 1.01 < paid / relaxation.refined_us(1) < 1.1
+
+
 def test_parts_of_prefill_cost_memory_or_transfers() -> None:
     """States of many prompts at once, or weights that are read again: the refined bound knows both, and stays above the other."""
     spec = tiny_spec()

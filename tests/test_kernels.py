@@ -87,9 +87,16 @@ class Sequential:
                     for i in batches:
                         group.dense(layer, i)
                 continue
-            with self.bound(ModuleKey("router", layer), ModuleKey("shared", layer)):
+            shared = ModuleKey("shared", layer)
+            apart = (
+                self.scopes == [ALL] and shared in self.checkpoint.modules
+            )  # as an op of its own, once all are routed
+            with self.bound(ModuleKey("router", layer), *([] if apart else [shared])):
                 for i in batches:
-                    group.router(layer, i)
+                    group.router(layer, i, shared=not apart)
+            if apart:
+                with self.bound(shared):
+                    group.shared(layer, ALL)
             for expert in range(self.skeleton.num_experts(layer)):
                 parts = self.load(ModuleKey("expert", layer, expert))
                 for scope in self.scopes:

@@ -146,7 +146,7 @@ def least_period(
     plain.append(sum(x[3] for x, _, _ in work) / n * far_us(problem, g))
     plain.append(spilled * w.row.kv_load_us * (1 - w.kv_ahead) + router + all_experts)
     plain.append(unit / problem.lead * sum(a + b for a, b, _ in chain + late))
-    plain += [attention + router + path for path in paths(late)]
+    plain += [attention + router - w.shared_us + path for path in paths(late)]
     eager = [moved.get("attention", 0.0) + attention + router + all_experts, sum(moved.values()) + router + all_experts]
     eager += [sum(moved.values()) + path for path in paths(chain + late)]
     held = [-1e18]
@@ -375,7 +375,7 @@ def by_cbc(problem: Problem) -> float | None:
             model += t >= modules - ahead + router + experts
             model += problem.lead * t >= problem.unit * (streamed + pulp.lpSum(b for _, b, _ in chain + late_chain))
             clock(model, f"{g.name}_{phase}_all", chain + late_chain, modules - ahead, t)
-            clock(model, f"{g.name}_{phase}_late", late_chain, before, t)
+            clock(model, f"{g.name}_{phase}_late", late_chain, before - n * work.shared_us, t)
             done = before + pulp.lpSum(v * c.compute_us for v, (_, c) in zip(r, classes, strict=True))
             left = streamed + ahead - modules - n * problem.lead * load
             for link_us, compute_us, _ in chain + late_chain:

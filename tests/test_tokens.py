@@ -277,6 +277,25 @@ def test_what_surrounds_attention_is_one_op_or_several(
     same(model, run(plan, model, tmp_path, device=device).rows)
 
 
+@pytest.mark.parametrize("cpu_batches", [0, 2])
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2"])
+def test_a_shared_expert_that_nobody_waits_for(
+    family: str, cpu_batches: int, device: torch.device, models: Models, same: Same, tmp_path: Path
+) -> None:
+    """Those that leave attention last have it after the CPU's experts have begun; others, while the CPU attends, with the router."""
+    model = models(family)
+    if cpu_batches and family == "deepseek_v2":
+        pytest.skip("no CPU attends to a latent cache")
+    spec = replace(model.spec, compute_dtype="fp32")
+    decision = tiny_decision("joint", spec, "host", 4, cpu_batches=cpu_batches, together=cpu_batches > 0)
+    plan = plan_of(spec, "joint", decision, workload(PROMPTS, 7), True, attends=1e-3)
+    decode = plan.phase("decode").lines
+    routers, shared = ([line for line in decode if f" {fn} " in line] for fn in ("router", "shared"))
+    assert len(shared) == len(spec.moe_layers)
+    assert {"shared" in line for line in routers} == ({True, False} if cpu_batches else {False})
+    same(model, run(plan, model, tmp_path, device=device).rows)
+
+
 @pytest.mark.parametrize(("num_batches", "ages", "last"), [(4, 4, 0), (6, 3, 0), (4, 2, 1)])
 def test_residents_compute_over_prompts_while_the_cpu_attends(
     num_batches: int, ages: int, last: int, device: torch.device, models: Models, same: Same, tmp_path: Path

@@ -136,6 +136,12 @@ def without(wanted: Callable[[Step], bool]) -> Plan:
     return with_step(PLAN, "decode", first(PLAN, wanted), None)
 
 
+def shared_twice() -> Plan:
+    """A shared expert once more in the place of the layer's first experts."""
+    again = STEPS[first(PLAN, computes("shared"))]
+    return with_step(PLAN, "decode", first(PLAN, computes("experts")), again)
+
+
 def twice_bound() -> Plan:
     """A second bind of a layer in the place of its next expert compute."""
     number = first(PLAN, lambda s: isinstance(s.op, Bind))
@@ -201,6 +207,9 @@ SPOILED: dict[str, tuple[str, Callable[[], Plan]]] = {
     "an expert misses a batch": ("work", lambda: op_changed(lambda s: computes("experts")(s) and s.op.batch == ALL, batch=0)),  # type: ignore[union-attr]
     "an expert misses the last one": ("work", lambda: op_changed(lambda s: computes("experts")(s) and s.op.batch == ALL, batch=span(0, 2))),  # type: ignore[union-attr]
     "an expert computes twice over some batches": ("work", twice_over_some),
+    "a shared expert is dropped": ("work", lambda: without(computes("shared"))),
+    "a shared expert misses a batch": ("work", lambda: op_changed(computes("shared"), batch=span(0, 2))),
+    "a shared expert computes twice": ("work", shared_twice),
     "the head is left out": ("work", lambda: without(computes("head"))),
     "no token is sampled": ("work", lambda: without(computes("sample"))),
     "a load is left out": ("residency", lambda: without(loads("expert"))),

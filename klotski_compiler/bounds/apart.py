@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from heapq import heapify, heapreplace
 from itertools import pairwise
 from math import inf, isinf
 
@@ -57,26 +58,58 @@ class Relaxation(Runs):
 
     def refined_us(self, groups: int) -> float:
         """``least_us`` of one number of groups, whatever the number of batches and of prefill's parts, each of which has a batch at least:
-        few parts keep the states of many prompts at once, many read the weights as often. Of parts, intervals are bounded. What is known of
-        either number by itself says which pairs need no look."""
+        few parts keep the states of many prompts at once, many read the weights as often. Of parts, intervals are bounded. Then with what
+        sharing a memory costs in each of decode's spans: what takes no longer than some time takes no less than what is found for that."""
         least, low = self.least_us(groups, groups), -(-self.workload.num_sequences // groups)
         if isinf(least):
             return least
         batches = {n: self.least_us(groups, groups, batches=n) for n in range(1, min(low, MOST_BATCHES + 1) + 1)}
         parts = {2**i: self.least_us(groups, groups, 2**i, 2 ** (i + 1) - 1) for i in range(low.bit_length())}
-        pairs = [(max(batches[n], parts[p]), n, p) for n in batches for p in parts if p <= n or n > MOST_BATCHES]
-        found = inf
-        for known, n, p in sorted(pairs):
-            if known >= found or found <= least * (1 + CLOSE):
-                break
-            most = 2 * p - 1 if n > MOST_BATCHES else min(n, 2 * p - 1)
-            found = min(found, max(known, self.least_us(groups, groups, p, most, n)))
-        return max(least, found)
+        pairs = {(n, p): max(batches[n], parts[p]) for n in batches for p in parts if p <= n or n > MOST_BATCHES}
+        least = self._least_pair(groups, pairs, least * (1 + CLOSE))
+        if self.spans and self.dragged:
+            most = least * (1 + self.dragged / 2)
+            least = max(least, min(most, self._least_pair(groups, pairs, least, self._shares(groups, most))))
+        return least
 
-    def least_us(self, first: int, last: int, parts: int = 1, most_parts: int = 0, batches: int = 0) -> float:
+    def _least_pair(
+        self, groups: int, known: dict[tuple[int, int], float], enough: float, shares: Sequence[float] = ()
+    ) -> float:
+        """The least over numbers of batches and of parts, of which lower bounds are known: no more looks than needed, nor if one is no
+        more than ``enough``. shares: see ``program``."""
+        queue = [(us, False, *pair) for pair, us in known.items()]
+        heapify(queue)
+        while not queue[0][1] and (shares or queue[0][0] > enough):
+            us, _, n, p = queue[0]
+            most = 2 * p - 1 if n > MOST_BATCHES else min(n, 2 * p - 1)
+            heapreplace(queue, (max(us, self.least_us(groups, groups, p, most, n, shares)), True, n, p))
+        return queue[0][0]
+
+    def _shares(self, groups: int, most_us: float) -> list[float]:
+        """The least share of decode that each of its spans may take in so many groups, where all takes no more than ``most_us``."""
+        low, high = self.sequences(groups, groups)
+        model = self.program(groups, low, high, self.room(low))
+        rows = [*model.rows, Row("most", dict(model.objective), -inf, most_us / SCALE_US)]
+
+        def extreme(name: str, sign: float) -> float:
+            answer = Solver(Model(model.variables, rows, {name: sign})).relaxed()
+            return abs(answer.objective) if answer.status != "infeasible" else 0.0
+
+        whole = extreme("decode", -1.0) * (1 + TOLERANCE)
+        return [extreme(f"decode[{j}]", 1.0) / whole if whole else 0.0 for j in range(self.spans)]
+
+    def least_us(
+        self,
+        first: int,
+        last: int,
+        parts: int = 1,
+        most_parts: int = 0,
+        batches: int = 0,
+        shares: Sequence[float] = (),
+    ) -> float:
         """Lower bound on load plus all groups, for every number of groups in first .. last, and of prefill's parts from parts to
         most_parts (0: any); of so many batches, more than ``MOST_BATCHES`` standing for all that are more, or (0) of any number; infinite
-        if nothing fits."""
+        if nothing fits. shares: see ``program``."""
         low, high = self.sequences(first, last)
         # The states of a largest part are there at once; it has a batch at least.
         several = [n for n in (most_parts, batches if batches <= MOST_BATCHES else 0) if n]
@@ -86,9 +119,8 @@ class Relaxation(Runs):
         if room < 0:
             return inf
         places = (1, 2) if self.tier == "gpu" and self.budget["host"] < self.expert_bytes else (0,)
-        answers = [
-            Solver(self.program(first, low, high, room, staging, parts, batches)).relaxed() for staging in places
-        ]
+        models = (self.program(first, low, high, room, staging, parts, batches, shares) for staging in places)
+        answers = [Solver(model).relaxed() for model in models]
         found = [answer.objective for answer in answers if answer.status != "infeasible"]
         return SCALE_US * min(found) * (1 - TOLERANCE) if found else inf
 
@@ -107,13 +139,22 @@ class Relaxation(Runs):
         return -(-total // last), -(-total // first)
 
     def program(
-        self, first: int, low: int, high: int, room: float, staging: int = 0, parts: int = 1, batches: int = 0
+        self,
+        first: int,
+        low: int,
+        high: int,
+        room: float,
+        staging: int = 0,
+        parts: int = 1,
+        batches: int = 0,
+        shares: Sequence[float] = (),
     ) -> Model:
         """min load + sum over phases of T, subject to T >= the work of each resource, and to the memory of each tier.
 
         Variables, all shares of a weight i or of the KV cache: kept[i] in the compute tier, near[i] in host memory before a GPU
         (the rest lives on disk), cpu[i] computed there in decode; kept[kv], cpu[kv]. T of decode's spans: decode[j].
         staging: places of an expert in host memory on its way to a GPU; 0 where none is needed for sure. parts: of prefill, at least.
+        shares: of decode, that each span takes at least.
         """
         model = Model()
         links, on_gpu = self.cost.hardware.links, self.tier == "gpu"
@@ -181,7 +222,7 @@ class Relaxation(Runs):
             least = {f"decode[{j}]": NEGLIGIBLE / 8 - 1 for j in range(self.spans)}
             row("spans", {"decode": 1.0, **least}, lower=0.0)
         row("work[load]", {"load": 1.0} | times(-1.0, load), lower=0.0)
-        for family, (phases, resources) in enumerate(self.demands(first, low, high, weights, staging, batches)):
+        for family, (phases, resources) in enumerate(self.demands(first, low, high, weights, staging, batches, shares)):
             for number, terms in enumerate(resources):
                 row(
                     f"work[{phases}.{family}.{number}]",
@@ -191,38 +232,53 @@ class Relaxation(Runs):
         return model
 
     def demands(
-        self, first: int, low: int, high: int, weights: list[Weight], staging: int, batches: int
+        self,
+        first: int,
+        low: int,
+        high: int,
+        weights: list[Weight],
+        staging: int,
+        batches: int,
+        shares: Sequence[float],
     ) -> Iterator[tuple[str, list[Terms]]]:
         """What each resource must do in a phase, or in several together, by what is kept."""
         prefill, decode = self.compute_us(first, low, high)
         layers = self.passes * self._least(self._layers_us, 1, first, low, high)
+        before = self.passes * self._least(partial(self._before_us, max(1, batches)), 1, first, low, high)
         ends = decode - layers - self.passes * first * len(self.routed) * self.cost.processor.op_us
         if batches:  # of equal size they take least
-            ops = self.passes * self._least(partial(self._batched_us, batches), 1, first, low, high)
-            decode, layers = decode + ops - layers, ops
+            ops = partial(self._batched_us, self._mlps_us, batches)
+            decode += self.passes * self._least(ops, 1, first, low, high) - layers
             prompt = self.workload.prompt_len
             prefill -= self._least(self._prompts_us, prompt, first, low, high)
             prefill += self._least(lambda n: batches * self._prompts_us(n / batches), prompt, first, low, high)
         most = 1.0 if batches else self.most(high)
-        yield "prefill", self.work(PREFILL, prefill, (0.0, inf), 0.0, weights, staging)
+        joined = self.work(PREFILL, prefill, (0.0, inf), 0.0, weights, staging)
+        yield "prefill", self.shared(joined, joined)
         cores, middle = self.cores_us(high), sum(self.contexts) / 2
-        yield "decode", self.work(DECODE, decode, cores, self.passes, weights, staging, middle)
-        yield "decode", self.beside(layers, cores, weights, most)
+        whole = self.work(DECODE, decode, cores, self.passes, weights, staging, middle)
+        yield "decode", self.shared(whole, whole)
+        yield "decode", self.beside(before, cores, weights, most)
         if self.attends(batches):
             yield from self.attention("decode", first, low, batches, cores, ends, weights)
         for j in range(self.spans):
             begin, end, part = j / self.spans, (j + 1) / self.spans, 1 / self.spans
             context = (begin + end) / 2 * (self.contexts[1] - self.contexts[0]) + self.contexts[0]
             passes, cores = self.passes * part, self.cores_us(high, (begin, end))
-            yield f"decode[{j}]", self.work(DECODE, decode * part, cores, passes, weights, staging, context, part)
-            yield f"decode[{j}]", self.beside(layers * part, cores, weights, most, part)
+            own = self.work(DECODE, decode * part, cores, passes, weights, staging, context, part)
+            yield f"decode[{j}]", self.shared(own, whole, shares[j] if shares else 0.0)
+            yield f"decode[{j}]", self.beside(before * part, cores, weights, most, part)
             if self.attends(batches):
                 yield from self.attention(f"decode[{j}]", first, low, batches, cores, ends * part, weights, part)
 
-    def _batched_us(self, batches: int, tokens: float) -> float:
-        """What is before the experts of all layers, with attention in so many batches."""
+    def _before_us(self, batches: int, tokens: float) -> float:
+        """What is before all experts, with attention in so many batches."""
+        return self._batched_us(self._choices_us, batches, tokens)
+
+    def _batched_us(self, mlps_us: Callable[[float], float], batches: int, tokens: float) -> float:
+        """What attention in so many batches takes in all layers, and what comes after it."""
         attention = sum(count * self._batches_us(layer, tokens, batches) for layer, count in self.layers)
-        return attention + self._mlps_us(tokens)
+        return attention + mlps_us(tokens)
 
     def most(self, high: int) -> float:
         """The share of sequences that all but a few are."""
@@ -264,8 +320,7 @@ class Relaxation(Runs):
         """What link, processor, CPU, link back and disk do in passes of a kind, by what is kept.
 
         other_us: of the processor, beside experts and cached keys and values. cores_us: reading those, here and on the CPU. passes: in
-        which a sequence decodes, 0 for prefill. context: positions seen then. part: of the kind's passes; a part leaves out what
-        sharing a memory costs, which is a matter of whole phases.
+        which a sequence decodes, 0 for prefill. context: positions seen then. part: of the kind's passes.
         """
         total, links = self.workload.num_sequences, self.cost.hardware.links
         read = total * passes * (context - 1) * self.kv_position if passes else 0.0  # the new position is not sent
@@ -302,18 +357,28 @@ class Relaxation(Runs):
                 far_us = weight.far_bytes[kind] * part * (disk_us + (link_us if staging == 1 else 0.0))
                 far[""] += far_us
                 far |= {f"kept[{i}]": -far_us, f"near[{i}]": -far_us}
-        shared = (enter, compute, cpu) if part < 1 else self._shared(enter, compute, cpu)
-        return [*shared, leave, far]
+        return [enter, compute, cpu, leave, far]
 
-    def _shared(self, enter: Terms, compute: Terms, cpu: Terms) -> tuple[Terms, Terms, Terms]:
-        """The link into the compute tier, its processor and the CPU, each with what sharing host memory costs it (``Cost.drag``)."""
+    @property
+    def dragged(self) -> float:
+        """The most that sharing host memory may cost (``Cost.drag``)."""
         into, cost = self.cost.links[0], self.cost
+        return max(cost.drag(CPU, into), cost.drag(into, CPU)) if CPU in cost.hardware.processors else 0.0
+
+    def shared(self, own: Sequence[Terms], whole: Sequence[Terms], share: float = 1.0) -> list[Terms]:
+        """What a part of a phase takes of the link into the compute tier, of its processor and of the CPU, each with what sharing host
+        memory costs it, and of the others.
+
+        whole: all of the phase, of which the part takes at least ``share``. With C in the part and L in the phase busy alone, t and T the
+        times of both, and s the slowdown: t >= C (1 + s L / T), which for L <= T implies t >= C + s / (1 + s) L t / T (``Cost.drag``)."""
+        into, cost = self.cost.links[0], self.cost
+        enter, compute, cpu, *others = own
         if CPU not in cost.hardware.processors:
-            return enter, compute, cpu
-        beside = compute if cost.processor_name == CPU else cpu
-        slower = plus(beside, times(cost.drag(CPU, into), enter))
-        link = plus(enter, times(cost.drag(into, CPU), beside))
-        return (link, slower, cpu) if beside is compute else (link, compute, slower)
+            return [*own]
+        here = 1 if cost.processor_name == CPU else 2
+        link = plus(enter, times(share * cost.drag(into, CPU), whole[here]))
+        slower = plus(own[here], times(share * cost.drag(CPU, into), whole[0]))
+        return [link, *((slower, cpu) if here == 1 else (compute, slower)), *others]
 
     # -------------------------------------------------------------------------------------------------------- memory
 

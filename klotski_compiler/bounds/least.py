@@ -148,7 +148,7 @@ class Least:
         return 4 * self.cost.processor.op_us + self.cost.embed_us(tokens, resident=self.tier == "host")
 
     def _layers_us(self, tokens: float) -> float:
-        """Of that, what is before the experts of all layers."""
+        """Of that, what is before the experts of all layers, and shared ones."""
         return self._projections_us(tokens) + self._mlps_us(tokens)
 
     def _projections_us(self, tokens: float) -> float:
@@ -167,6 +167,10 @@ class Least:
     def _mlps_us(self, tokens: float) -> float:
         """Router and shared expert, or the dense MLP, in all layers: an op may work on all batches."""
         return sum(count * self.cost.mlp_us(layer, tokens) for layer, count in self.layers)
+
+    def _choices_us(self, tokens: float) -> float:
+        """Of that, what nothing else of the MLP comes before: all but shared experts."""
+        return sum(count * self.cost.choice_us(layer, tokens) for layer, count in self.layers)
 
     def _projected_us(self, layer: Layer, tokens: float) -> float:
         return self.cost.processor.attention_op_us + self.cost.projections_us(layer, tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise, zip_longest
 from math import inf
@@ -11,6 +11,7 @@ from klotski_compiler.bounds.apart import Relaxation
 from klotski_compiler.bounds.least import DECODE, PREFILL, SCALE_US, Weight
 from klotski_compiler.cost import Cost
 from klotski_compiler.milp.formulation import Model, Row, Terms, Variable, plus
+from klotski_compiler.model import Layer
 from klotski_compiler.plan import Workload
 
 BESIDE = 2  # a further kind of passes: those in which others join, for what decodes in them
@@ -89,12 +90,28 @@ class Mixed(Relaxation):
         cohort = -(-sequences // self.ages[1])
         return cohort * self.workload.prompt_len + sequences - cohort
 
-    def least_us(self, first: int, last: int, parts: int = 1, most_parts: int = 0, batches: int = 0) -> float:
+    def least_us(
+        self,
+        first: int,
+        last: int,
+        parts: int = 1,
+        most_parts: int = 0,
+        batches: int = 0,
+        shares: Sequence[float] = (),
+    ) -> float:
         """Lower bound on everything, for ``first`` to ``last`` sequences at once; infinite where cohorts would be less than one."""
         return super().least_us(first, last) if self.ages[0] <= last else inf
 
     def program(
-        self, first: int, low: int, high: int, room: float, staging: int = 0, parts: int = 1, batches: int = 0
+        self,
+        first: int,
+        low: int,
+        high: int,
+        room: float,
+        staging: int = 0,
+        parts: int = 1,
+        batches: int = 0,
+        shares: Sequence[float] = (),
     ) -> Model:
         """With late: the share, by sequences, of what decodes beside what joins or late that is late; late[kept], late[cpu]: of all
         positions that are seen so, those that are seen late and kept, or late by the CPU."""
@@ -116,7 +133,14 @@ class Mixed(Relaxation):
         return model
 
     def demands(
-        self, first: int, low: int, high: int, weights: list[Weight], staging: int, batches: int
+        self,
+        first: int,
+        low: int,
+        high: int,
+        weights: list[Weight],
+        staging: int,
+        batches: int,
+        shares: Sequence[float],
     ) -> Iterator[tuple[str, list[Terms]]]:
         """Joining passes with what decodes beside them, those between, those after with what is late, and all of them together."""
         other_us, cores_us = (*self._passes_us(high), 0.0), ((0.0, inf), *self._cores_us(high), (0.0, inf))
@@ -125,6 +149,7 @@ class Mixed(Relaxation):
             self.work(kind, other_us[kind], cores_us[kind], n, weights, staging, seen[kind] / n if n else 0.0)
             for kind, n in enumerate(passes)
         ]
+        work = [self.shared(own, own) for own in work]
         early, late = self.early_and_late(other_us[BESIDE], cores_us[BESIDE], weights)
         beside = self.experts_beside(cores_us[BESIDE][1], low, high) if self.cost.cpu_attends else []
         for phase, attends, _ in beside:
@@ -132,7 +157,12 @@ class Mixed(Relaxation):
         more = [[{}, parts] for _, _, parts in beside] or [[], []]
         yield "prefill", added(added(work[PREFILL], early), more[0])
         yield "decode", work[DECODE]
-        yield "decode", self.beside(self._layered_us(high)[DECODE], cores_us[DECODE], weights, self.most(high))
+        yield (
+            "decode",
+            self.beside(
+                self._layered_us(high, self.cost.choice_us)[DECODE], cores_us[DECODE], weights, self.most(high)
+            ),
+        )
         yield "after", added(added(work[AFTER], late), more[1])
         yield "prefill decode after", [plus(*resource) for resource in zip(*work, strict=True)]
 
@@ -172,7 +202,7 @@ class Mixed(Relaxation):
             },
             {"cpu[kv]": cpu, "late[cpu]": -cpu},
         )
-        return self._shared(*early), self._shared(*late)
+        return self.shared(early, early), self.shared(late, late)
 
     def experts_beside(self, core_us: float, low: int, high: int) -> list[tuple[str, Terms, Terms]]:
         """Of joining passes and of those after them: the CPU's attention together with the GPU's experts that cover nearly all that
@@ -263,9 +293,9 @@ class Mixed(Relaxation):
         """Most sequences of a cohort."""
         return -(-high // self.ages[0])
 
-    def _layered_us(self, high: int) -> tuple[float, float, float]:
-        """The same of what is before experts: no op of attention works on sequences of two ages, but in decode one may do what surrounds it
-        for all."""
+    def _layered_us(self, high: int, mlp_us: Callable[[Layer, float], float]) -> tuple[float, float, float]:
+        """The same of attention and of what comes after it: no op of attention works on sequences of two ages, but in decode one may do
+        what surrounds it for all."""
         total, prompt, cohort = self.workload.num_sequences, self.workload.prompt_len, self._cohort(high)
         alone = total * self._projections_us(cohort) / cohort
         if self.cost.cpu_attends:
@@ -273,7 +303,7 @@ class Mixed(Relaxation):
         joining = total * self._prompts_us(cohort * prompt) / cohort
         attention = joining, self.between * alone, (self.passes - self.between) * alone
         fed = (
-            tuple(count * us for us in self._each_us(partial(self.cost.mlp_us, layer), high, self._fed(layer)))
+            tuple(count * us for us in self._each_us(partial(mlp_us, layer), high, self._fed(layer)))
             for layer, count in self.layers
         )
         join, between, beside = map(sum, zip(attention, *fed, strict=True))
@@ -283,7 +313,7 @@ class Mixed(Relaxation):
         """Least work of the processor beside experts and cached keys and values."""
         head = self.workload.num_sequences * self.cost.module_us(self.cost.spec.head, high) / high
         ends = self._each_us(self._once_us, high, self.workload.prompt_len)
-        layers = self._layered_us(high)
+        layers = self._layered_us(high, self.cost.mlp_us)
         times = head + self.pairs_us(), self.between * head, (self.passes - self.between) * head
         join, between, beside = (sum(parts) for parts in zip(ends, layers, times, strict=True))
         return join, between, beside

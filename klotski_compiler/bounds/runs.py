@@ -82,7 +82,7 @@ class Runs(Least):
         longer), as a function of the CPU's share. split_us: of a layer's experts, batch by batch."""
         cost, size, layers = self.cost, low / batches, len(self.cost.spec.layers)
         times = first * self.passes * part * layers / SCALE_US
-        layer_us = min(self._batches_us(layer, low, batches) + cost.mlp_us(layer, low) for layer, _ in self.layers)
+        layer_us = min(self._batches_us(layer, low, batches) + cost.choice_us(layer, low) for layer, _ in self.layers)
         inside = (1 - 1 / run) * split_us * part * layers / SCALE_US if len(self.routed) == layers else 0.0
         core_here, core_cpu = cores_us[0] / SCALE_US, cores_us[1] / SCALE_US
         here = times * layer_us + core_here + inside
@@ -96,7 +96,9 @@ class Runs(Least):
         around_us = cost.transfer_us(cost.links[1], query_bytes(cost.spec, there, cost.dtype))
         around_us += cost.transfer_us(cost.links[0], mixed_bytes) + cost.hardware.processors[CPU].op_us
         if run == 1 or len(self.layers) == 1:  # first and last part of layers that differ may take less
-            around_us += min(self._projected_us(layer, there) + cost.mlp_us(layer, there) for layer, _ in self.layers)
+            around_us += min(
+                self._projected_us(layer, there) + cost.choice_us(layer, there) for layer, _ in self.layers
+            )
         around = times / run * around_us
         if batches == 1:
             return [(max(here - core_here, around + core_cpu) - here, here)]

@@ -61,6 +61,7 @@ def work(plan: Plan) -> None:
             for t in (*found["expert", layer], *found["pick", layer])
             if t.kind == "pick" or t.index not in chosen.late
         )
+        | {t.id for t in found["shared", layer]}
         for layer, chosen in enumerate(plan.decision.layers)
     }
     for phase, steps in computing(plan):
@@ -96,9 +97,12 @@ class _Pass:
     def _compute(self, op: Compute) -> str:
         if op.fn == "experts":
             return self._experts(op)
+        if op.fn == "shared":
+            return self._shared(op)
         if op.fn in ("norm", "head", "sample"):
             return self._end(op)
-        if set(op.tensors) != (needs := self.needs(op)):
+        shared = self._shared_in(op) if op.fn == "router" else set[int]()  # or an op of its own does that
+        if set(op.tensors) - shared != (needs := self.needs(op)):
             return f"{op.fn} needs {', '.join(self.plan.names[t] for t in sorted(needs)) or 'no tensor'}"
         if op.fn == "add":
             self.owed.discard(op.layer)
@@ -120,13 +124,12 @@ class _Pass:
             self.stands[batch] += 1
             if op.fn == "router":
                 self.waiting[op.layer] += 1
-        return ""
+        return self._meet(op, shared)
 
     def _experts(self, op: Compute) -> str:
-        here, decision = self.place.get(("experts", op.layer)), self.plan.decision
+        decision = self.plan.decision
         some = [] if op.batch == ALL else scope_of(op.batch, self.phase)
-        routed = all(self.stands[batch] == here for batch in some)
-        if here is None or not (routed if some else self.waiting.get(op.layer, 0) == self.phase.batches):
+        if not self._routed(op.layer, some):
             return f"a batch is not yet routed in L{op.layer}, or has left it"
         if some and decision.last_batch and not decision.rolling:
             return "works on some batches, where batches of several sizes are there: the bound counts on ops over all of them"
@@ -135,6 +138,27 @@ class _Pass:
         computed = {t for t in op.tensors if self.plan.tensors[t].kind in ("expert", "pick")}
         if unknown := computed - self.experts[op.layer]:
             return f"{self.plan.names[min(unknown)]} is no expert that L{op.layer} computes by that name"
+        return self._meet(op, computed)
+
+    def _shared(self, op: Compute) -> str:
+        if not self._routed(op.layer, [] if op.batch == ALL else scope_of(op.batch, self.phase)):
+            return f"a batch is not yet routed in L{op.layer}, or has left it"
+        if not op.tensors or set(op.tensors) != self._shared_in(op):
+            return f"does not name the shared expert of L{op.layer}, and nothing else"
+        return self._meet(op, set(op.tensors))
+
+    def _routed(self, layer: int, some: Sequence[int]) -> bool:
+        """Whether some batches, or (none) all of them, stand before a layer's experts."""
+        here = self.place.get(("experts", layer))
+        routed = all(self.stands[batch] == here for batch in some)
+        return here is not None and (routed if some else self.waiting.get(layer, 0) == self.phase.batches)
+
+    def _shared_in(self, op: Compute) -> set[int]:
+        return {t for t in op.tensors if self.plan.tensors[t].kind == "shared" and t in self.experts[op.layer]}
+
+    def _meet(self, op: Compute, computed: set[int]) -> str:
+        """Notes that the op's batches have met these experts, which they must not have before."""
+        some = [] if op.batch == ALL else scope_of(op.batch, self.phase)
         # A set per batch, one of all batches' sets together, and one of what is for all at once, so that no such op asks every batch.
         for scope in (ALL, *some) if some else (ALL, SOME):
             if twice := computed & self.met.get((op.layer, scope), set()):
@@ -176,8 +200,9 @@ class _Pass:
 
 
 _READ_BY = {
-    "embed": ("embedding",), "attention": ("attention", "kv"), "router": ("router", "shared"), "dense": ("dense",), "norm": ("norm",),
+    "embed": ("embedding",), "attention": ("attention", "kv"), "router": ("router",), "dense": ("dense",), "norm": ("norm",),
     "project": ("attention", "query"), "attend": ("kv", "query"), "output": ("attention", "query"), "add": ("sums",),
+    "shared": ("shared",),
 }  # fmt: skip
 PARTS = ("project", "attend", "output")
 

@@ -2,13 +2,13 @@
 
 Sets         g layer groups (of N_g equal layers), c expert classes of a group in compute order (of m_c experts per
              layer), p phases (prefill, decode), k modules (attention, router, shared, dense), t tiers.
-Parameters   of one layer and pass: A attention, R router or dense MLP, B binding what is late (0 where nothing is),
-             C_c one expert's compute, L one expert's link time, l_c its expected link time after the router, M_k a
-             module's link time, V and W link time of one batch's KV in and out; in decode beside a GPU also P_c one
-             expert's compute on the CPU and, of one batch that the CPU attends to, H its time there (with what the
-             GPU does around it) and K the time it spares the GPU (W', H', K': of a last batch that is the CPU's in
-             all layers); n = batches of the group without that one, b = lead (expert slots), u = unit (experts per
-             load), s slot bytes.
+Parameters   of one layer and pass: A attention, R router or dense MLP, Z of that a shared expert, B binding what is late
+             (0 where nothing is), C_c one expert's compute, L one expert's link time, l_c its expected link time after
+             the router, M_k a module's link time, V and W link time of one batch's KV in and out; in decode beside a
+             GPU also P_c one expert's compute on the CPU and, of one batch that the CPU attends to, H its time there
+             (with what the GPU does around it) and K the time it spares the GPU (W', H', K': of a last batch that is
+             the CPU's in all layers); n = batches of the group without that one, b = lead (expert slots), u = unit
+             (experts per load), s slot bytes.
 Variables    resident[g.c], static[g.c], late[g.c]: experts that never move, are streamed by name, are bound after the
              router; cpu[g.c]: experts that the CPU computes in decode (in prefill they are streamed by name);
              disk[g.c]: of the static ones, those that live on disk although the machine has host memory between: it
@@ -248,6 +248,10 @@ class Formulation:
         """R + B: what the GPU does between attention and experts."""
         return plus({"": g.count * work.router_us}, self.binds_us(g, work))
 
+    def shared_us(self, g: Group, work: LayerWork) -> Terms:
+        """Z, which is part of R: the shared expert."""
+        return {"": g.count * work.shared_us}
+
     def cpu_us(self, g: Group, work: LayerWork) -> Terms:
         """sum_c P_c cpu[g.c] and, if there is any, the exchange."""
         experts = {f"cpu[{g.name}.c{c}]": cost.cpu_us for c, cost in enumerate(work.classes)}
@@ -264,9 +268,9 @@ class Formulation:
         return {"": g.count * here, f"attended[{g.name}]": -work.row.spared_us}
 
     def attentions(self, g: Group, phase: str, work: LayerWork) -> Iterator[tuple[str, Terms]]:
-        """What the experts wait for: A + R on the GPU and, where KV is spilled and the CPU attends, H and what the GPU does around
-        it."""
-        yield "", plus(self.attention_us(g, work), {"": g.count * work.router_us})
+        """What the experts wait for, but for a shared one: A + R on the GPU and, where KV is spilled and the CPU attends, H and what the
+        GPU does around it."""
+        yield "", plus(self.attention_us(g, work), {"": g.count * (work.router_us - work.shared_us)})
         if work.row.cpu_attend_us:
             around = {"": g.count * work.around_us} if self.problem.last else {}
             each = work.around_us / self.problem.batches if not around else 0.0
@@ -413,9 +417,9 @@ class Formulation:
         self._period("processor", g, phase, plus(*terms))
 
     def cpu_processor(self, g: Group, phase: str, work: LayerWork) -> None:
-        """T >= A + R + sum_c P_c cpu[g.c]: the router speaks first;  with H in the place of A + R, and then also  T >= H + B + experts -
-        sum_c S_c begun[g.c]: the router waits for what the CPU attends to;  and  T >= H + sum_c P_c cpu[g.c] + what the link slows
-        that down."""
+        """T >= A + R - Z + sum_c P_c cpu[g.c]: the router speaks first;  with H in the place of A + R - Z, and then also  T >= H + B + Z +
+        experts - sum_c S_c begun[g.c]: the router waits for what the CPU attends to;  and  T >= H + sum_c P_c cpu[g.c] + what the link
+        slows that down."""
         if not self.helped(phase) and not work.row.cpu_attend_us:
             return
         computes = self.cpu_us(g, work) if self.helped(phase) else {}
@@ -423,7 +427,7 @@ class Formulation:
             self._period(f"cpu.experts{part}", g, phase, plus(attention, computes))
             if part:
                 done = times(-1.0, self.begun_us(g, work))
-                after = plus(self.binds_us(g, work), self.experts_us(g, phase, work), done)
+                after = plus(self.binds_us(g, work), self.shared_us(g, work), self.experts_us(g, phase, work), done)
                 self._period("cpu.attention", g, phase, plus(attention, after))
         slowed = times(self.problem.drag[0], self.linked_us(g, phase, work))
         self._period("cpu", g, phase, plus(self.attend_us(g, work), computes, slowed))
@@ -472,8 +476,8 @@ class Formulation:
             self._period(f"deadlines.{name}", g, phase, plus(start, path))
 
     def late_deadlines(self, g: Group, phase: str, work: LayerWork) -> None:
-        """T >= A + R + B + late loads up to i + computes from i on, for every late class i: the router speaks first. With A + R, and
-        where the CPU attends with H in their place."""
+        """T >= A + R - Z + B + late loads up to i + computes from i on, for every late class i: the router speaks first. With A + R - Z,
+        and where the CPU attends with H in their place."""
         for part, start in self.attentions(g, phase, work):
             for name, path in _paths([step for step in self.steps(g, phase, work) if step.late]):
                 self._period(f"late_deadlines.{name}{part}", g, phase, plus(start, self.binds_us(g, work), path))
@@ -488,7 +492,7 @@ class Formulation:
         """T >= A + R + B + residents + computes up to i + loads from i on - b L + prefetched - M, for every class i.
 
         Until class i is computed at most b further experts fit; what is left, and what the next layer wants to find,
-        comes after. With A + R, and where the CPU attends with H in their place.
+        comes after. With A + R, and where the CPU attends with H + Z in their place.
         """
         steps = self.steps(g, phase, work)
         held = {"": -g.count * self.problem.lead * g.expert.load_us}
@@ -497,7 +501,7 @@ class Formulation:
             for i in range(len(steps)):
                 path = plus(*(s.compute for s in steps[:i]), *(s.load for s in steps[i:]))
                 done = times(-1.0, self.begun_us(g, work)) if part else {}
-                before = plus(attention, self.binds_us(g, work), done)
+                before = plus(attention, self.binds_us(g, work), self.shared_us(g, work), done)
                 self._period(f"slot_order.{steps[i].name}{part}", g, phase, plus(found, before, path))
 
     def slot_time(self, g: Group, phase: str, work: LayerWork) -> None:

@@ -68,7 +68,7 @@ class LayerWork:
 
     bind_us: binding what is late, if anything is. around_us: what the GPU does before and after all that the CPU attends to:
     the first batch's projections, the last one's output and router. exchange_us: what any expert on the CPU takes beside its
-    work: its input's way there, its output's back."""
+    work: its input's way there, its output's back. shared_us: of router_us, the shared expert, for which nobody waits."""
 
     attention_us: float
     router_us: float
@@ -79,6 +79,7 @@ class LayerWork:
     kv_ahead: float
     around_us: float = 0.0
     exchange_us: float = 0.0
+    shared_us: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,7 +362,7 @@ def _work(
     tokens = shape.fed_tokens(ALL, layer)
     first = shape.first_decoding if cost.cpu_attends else 0
     begins = 0 < first < shape.batches and shape.scope_tokens(span(0, first)) > 0
-    router = cost.mlp_us(layer, tokens)
+    router, shared = cost.mlp_us(layer, tokens), cost.shared_us(layer, tokens)
     work = []
     for members in classes:
         compute = sum(cost.expert_us(number, e, tokens) for e in members) / len(members)
@@ -382,7 +383,7 @@ def _work(
     if row.cpu_attend_us:
         sequences = shape.last_batch or shape.batch_size
         whole = shape.scope_tokens(ALL - shape.first_decoding) if shape.together else sequences
-        around = cost.project_us(layer, whole) + cost.output_us(layer, whole) + router
+        around = cost.project_us(layer, whole) + cost.output_us(layer, whole) + router - shared
         small = query_bytes(cost.spec, sequences, cost.dtype)
         around += cost.transfer_us(links[1], small) + cost.transfer_us(links[0], small)
     exchange = 0.0
@@ -390,7 +391,7 @@ def _work(
         exchange = cost.transfer_us(links[1], rows_bytes(cost.spec, tokens, cost.dtype)) + cost.sums_us(tokens)
         exchange += cost.transfer_us(links[0], sums_bytes(cost.spec, tokens, cost.dtype))
     ahead = min(1.0, SPILL_SLOTS / shape.batches)
-    return LayerWork(attention, router, cost.bind_us, tuple(work), row, last, ahead, around, exchange)
+    return LayerWork(attention, router, cost.bind_us, tuple(work), row, last, ahead, around, exchange, shared)
 
 
 def _row(cost: Cost, layer: Layer, shape: Shape, decision: Decision, size: int, links: tuple[str, str]) -> RowWork:

@@ -130,7 +130,7 @@ def _compute_cells(
         case "embed":
             reads.append("tokens")
             written += hidden
-        case "attention" | "project" | "output" | "dense" | "add":
+        case "attention" | "project" | "output" | "shared" | "dense" | "add":
             written += hidden
         case "router":
             written += hidden

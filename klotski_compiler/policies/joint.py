@@ -39,22 +39,33 @@ def build(p: Program) -> None:
     for layer in p.layers:
         queue.advance(layer)
         leaving, begun = p.leaving(layer), list[int]()
+        shared = shared_apart(p, layer)
         for batch in p.attend_with_cpu(layer, leaving):
             if batch in leaving.by_last:
-                p.route(layer, leaving.by_last[batch].number)
+                scope = leaving.by_last[batch]
+                p.route(layer, scope.number, shared=not shared or scope is not leaving.final)
             queue.attended(layer, batch)
             if leaving.here[-1:] == [batch] and p.is_moe(layer):
                 begun = begin_experts(p, queue, layer, leaving)
-        queue.release(*p.attention_weights(layer), *p.router_weights(layer))
+        queue.release(*p.attention_weights(layer), *(t for t in p.router_weights(layer) if t not in shared))
         if p.is_moe(layer):
             p.bind(layer, "rank", 0, len(p.picks(layer)))
             queue.bound = layer
             p.experts_on_cpu(layer)
             queue.advance(layer)
+            if shared:
+                p.compute("shared", layer, leaving.final.number, *shared)
+                queue.release(*shared)
             experts(p, queue, layer, begun, leaving.together)
             p.add_sums(layer)
     queue.advance(len(p.layers))
     p.logits(queue.next_page)
+
+
+def shared_apart(p: Program, layer: int) -> list[int]:
+    """A shared expert that the last batches to leave attention go through only when the router has spoken of them: where somebody waits
+    for its word."""
+    return p.shared_weights(layer) if p.picks(layer) or p.cpu_experts(layer) else []
 
 
 def begin_experts(p: Program, queue: Queue, layer: int, leaving: Leaving) -> list[int]:

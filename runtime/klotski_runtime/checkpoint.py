@@ -69,6 +69,7 @@ class ModuleKey(NamedTuple):
 
 
 EMBEDDING, NORM, HEAD = ModuleKey("embedding"), ModuleKey("norm"), ModuleKey("head")
+SHARED = "shared_expert"  # how the names of a layer's shared expert and of its gate begin, within the MLP
 
 
 @dataclass(frozen=True, slots=True)
@@ -415,4 +416,4 @@ def _key(live: str, model: Any) -> ModuleKey:
         return ModuleKey("dense", layer)
     if rest.startswith("mlp.experts."):
         return ModuleKey("expert", layer)
-    return ModuleKey("shared" if rest.startswith("mlp.shared_expert") else "router", layer)
+    return ModuleKey("shared" if rest.startswith(f"mlp.{SHARED}") else "router", layer)

@@ -460,7 +460,9 @@ class PhaseRunner:
             case "add":
                 group.add(self._exchange(step.slots[0], self.engine.skeleton.wide_dtype))
             case "router":
-                group.router(op.layer, op.batch)
+                group.router(op.layer, op.batch, any(self.tensors[t].kind == "shared" for t in op.tensors))
+            case "shared":
+                group.shared(op.layer, op.batch)
             case "dense":
                 group.dense(op.layer, op.batch)
             case "experts":

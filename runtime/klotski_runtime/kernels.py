@@ -290,16 +290,22 @@ class Group:
             part.ends.finish(part.hidden, part.regions)
 
     @torch.inference_mode()
-    def router(self, layer: int, batch: int) -> None:
+    def router(self, layer: int, batch: int, shared: bool = True) -> None:
         """wide <- h + base and x <- the experts' input, where h is x; notes the experts and weights of each token of one batch, or of
-        several (``plan.batches_of``); in the last layer of each prompt's last token."""
+        several (``plan.batches_of``); in the last layer of each prompt's last token. shared: with what the shared expert adds."""
         for rows in self._fed(layer, batch):
             routing = self._routing.indices, self._routing.weights
-            piece = self._piece(batch, ("router", "shared"), layer, rows, routing)
-            piece(partial(self._route, layer, rows))
+            piece = self._piece(batch, ("router", "shared") if shared else ("router",), layer, rows, routing)
+            piece(partial(self._route, layer, rows, shared))
         for scope in [other for other in self._assignments if other == batch or min(other, batch) < 0]:
             del self._assignments[scope]  # it has this batch, or may have it
         self._routed = layer
+
+    @torch.inference_mode()
+    def shared(self, layer: int, batch: int) -> None:
+        """wide += the shared expert of x, of batches that ``router`` has been through without it."""
+        for rows in self._fed(layer, batch):
+            self._piece(batch, ("shared",), layer, rows, ())(partial(self._share, layer, rows))
 
     @torch.inference_mode()
     def dense(self, layer: int, batch: int) -> None:
@@ -317,10 +323,12 @@ class Group:
         where = [part.data_ptr() for part in (self._x, self._wide, *others)]
         return self._graphs.find((kinds, layer, rows.start, rows.stop, *where, *weights), Piece)
 
-    def _route(self, layer: int, rows: slice) -> None:
+    def _route(self, layer: int, rows: slice, shared: bool) -> None:
         hidden, routing = self._x[rows], self._routing
-        routed = self._skeleton.moe_block(layer, hidden)
-        self._wide[rows].copy_(hidden).add_(routed.base)
+        routed = self._skeleton.moe_block(layer, hidden, shared)
+        self._wide[rows].copy_(hidden)
+        if shared:
+            self._wide[rows].add_(routed.base)
         hidden.copy_(routed.x)
         if routing.indices.shape != (len(self._x), routed.indices.shape[1]):
             shape = len(self._x), routed.indices.shape[1]
@@ -328,6 +336,9 @@ class Group:
             routing.weights = torch.empty(shape, dtype=self._wide.dtype, device=self._device)
         routing.indices[rows] = routed.indices.int()
         routing.weights[rows] = routed.weights.to(self._wide.dtype)
+
+    def _share(self, layer: int, rows: slice) -> None:
+        self._wide[rows].add_(self._skeleton.shared_block(layer, self._x[rows]))
 
     def _feed(self, layer: int, rows: slice) -> None:
         hidden = self._x[rows]

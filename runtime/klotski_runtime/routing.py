@@ -83,8 +83,8 @@ class Listening(Skeleton):
         super().__init__(config, compute_dtype)  # type: ignore[arg-type]
         self.heard: list[torch.Tensor] = []
 
-    def moe_block(self, layer: int, hidden: torch.Tensor) -> Routed:
-        routed = super().moe_block(layer, hidden)
+    def moe_block(self, layer: int, hidden: torch.Tensor, shared: bool = True) -> Routed:
+        routed = super().moe_block(layer, hidden, shared)
         self.heard.append(routed.indices)
         return routed
 

@@ -26,7 +26,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from klotski_compiler.errors import ConfigError
 from klotski_runtime.attention import GROUPED, SINKS
-from klotski_runtime.checkpoint import EMBEDDING, ModuleKey, read_config
+from klotski_runtime.checkpoint import EMBEDDING, SHARED, ModuleKey, read_config
 from klotski_runtime.kv import KvShape
 from klotski_runtime.wide import Widener
 from klotski_runtime.workers import Workers
@@ -117,6 +117,11 @@ class _Remembering(Cache):
 def _nothing(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """Zeros in the shape of the module's product; the memory of one row stands for all."""
     return x.new_zeros(module.out_features).expand(*x.shape[:-1], -1)
+
+
+def _adds_nothing(x: torch.Tensor) -> torch.Tensor:
+    """A zero in place of what a module makes of x."""
+    return x.new_zeros(1)
 
 
 @contextmanager
@@ -370,15 +375,27 @@ class Skeleton:
                 stack.enter_context(_set(part.__dict__, "forward", partial(_nothing, part)))
             self.attention(layer, hidden, None, positions, angles, _Remembering(cache))
 
-    def moe_block(self, layer: int, hidden: torch.Tensor) -> Routed:
-        """Norm, router and shared experts of ``hidden`` [r, hidden], without the residual and the routed experts."""
+    def moe_block(self, layer: int, hidden: torch.Tensor, shared: bool = True) -> Routed:
+        """Norm, router and shared experts (or without those) of ``hidden`` [r, hidden], without the residual and the routed experts."""
         part = self._layers[layer]
-        out = part.mlp(part.post_attention_layernorm(hidden)[None])
+        with ExitStack() as stack:
+            for name, module in () if shared else part.mlp.named_children():
+                if name.startswith(SHARED):
+                    stack.enter_context(_set(module.__dict__, "forward", _adds_nothing))
+            out = part.mlp(part.post_attention_layernorm(hidden)[None])
         base = out[0] if isinstance(out, tuple) else out
         experts = part.mlp.experts
         x, indices, weights = experts.captured
         experts.captured = None
         return Routed(x, base[0], indices, weights)
+
+    def shared_block(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """What the shared experts of a layer add for the experts' input ``x`` [r, hidden]."""
+        parts = {name: module for name, module in self._layers[layer].mlp.named_children() if name.startswith(SHARED)}
+        gate = parts.pop(f"{SHARED}_gate", None)
+        (expert,) = parts.values()
+        out: torch.Tensor = expert(x[None])[0]
+        return out if gate is None else functional.sigmoid(gate(x)) * out
 
     def dense_block(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """Norm and MLP of ``hidden`` [r, hidden] in a dense layer, without the residual."""
