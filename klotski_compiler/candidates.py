@@ -37,6 +37,7 @@ LAUNCH_SHARE = 0.25  # of such a matmul's time that launching the next, which go
 LEAST_BATCH, BATCH_TOKENS = 8, 4096  # sequences of a batch, or prompt tokens: fewer leave a processor little to do
 UNEVEN = 1.1  # passes from a sequence's first to the last that its cohort is given, over those that it needs, at most
 MOST_AGES = 32  # batches of different age
+FEWEST_AHEAD = 2  # batches whose KV is on its way or waits: attention brings that of the next one by itself
 MANY_EXPERTS = 8000  # a model of more: loads bring twice as much, for the sake of the plan's length
 
 
@@ -260,13 +261,14 @@ class Candidates:
         base = self.base(policy(name).EXPERTS, num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups)
         kept = {
             size: getattr(d, size)
-            for size in ("attention_batch", "decode_batch", "expert_rows", "rolling", "pages", "together")
+            for size in ("attention_batch", "decode_batch", "expert_rows", "rolling", "pages", "kv_ahead", "together")
         } | ({"last_batch": d.last_batch} if num_batches == d.num_batches else {})
         shared = 0 if policy(name).EXPERTS == "solved" else min(d.cpu_batches, num_batches)
         return base.model_copy(update={**kept, "cpu_batches": shared})
 
     def neighbours(self, name: str, d: Decision) -> Iterator[Decision]:
-        """The same sizes with twice or half as many slots, with twice or half as many batches, in units of twice or half the size."""
+        """The same sizes with twice or half as many slots, with twice or half as many batches, in units of twice or half the size; with KV
+        of a batch more or less on its way, where it is sent."""
         base = self.bare(name, d, d.num_batches)
         most = 2 * self.finest
         for lead in (2 * d.lead, d.lead // 2):
@@ -285,6 +287,9 @@ class Candidates:
         for unit in (d.unit // 2, 2 * d.unit):
             if 1 <= unit <= d.lead // 2:
                 yield base.model_copy(update={"unit": unit, "pages": base.pages if unit == 1 else 1})
+        for ahead in (d.kv_ahead + 1, d.kv_ahead - 1) if d.sends_kv(self.tier) else ():
+            if FEWEST_AHEAD <= ahead <= d.num_batches:
+                yield base.model_copy(update={"kv_ahead": ahead})
 
     @cached_property
     def most_pages(self) -> int:
@@ -333,7 +338,17 @@ def fitted_sizes(d: Decision) -> tuple[int, ...]:
 
 def shape_of(d: Decision) -> tuple[int, ...]:
     """What two decisions must share to be the same candidate."""
-    return d.num_batches, d.batch_size, d.last_batch, d.lead, d.unit, d.prefill_groups, d.rolling, d.together
+    return (
+        d.num_batches,
+        d.batch_size,
+        d.last_batch,
+        d.lead,
+        d.unit,
+        d.prefill_groups,
+        d.rolling,
+        d.together,
+        d.kv_ahead,
+    )
 
 
 def largest(limit: int, fits: Callable[[int], bool]) -> int:

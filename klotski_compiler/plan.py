@@ -351,8 +351,9 @@ class Decision(_Record):
     after another, at equal distances over the life of a sequence, each in a pass in which the others decode, rather than all before the
     first decode pass. attention_batch, decode_batch: sequences whose attention runs at once in prefill and in decode. expert_rows:
     tokens per matmul of an expert, router or dense MLP at most. cpu_batches: batches, the last ones, whose decode attention the CPU
-    computes where the KV lives. together: whether what surrounds decode attention is one op for several batches, which takes a GPU fewer
-    calls; in between it attends to one after the other. by_batch: whether decode computes experts batch by batch, those of one
+    computes where the KV lives. kv_ahead: batches whose KV, where a link brings it, may be on its way or wait for attention. together:
+    whether what surrounds decode attention is one op for several batches, which takes a GPU fewer calls; in between it attends to one
+    after the other. by_batch: whether decode computes experts batch by batch, those of one
     while the CPU attends to the next.
     hot: experts per layer that are prefetched before the router speaks. embedding: whether its rows are
     resident where the CPU computes; a GPU reads them from host memory.
@@ -369,6 +370,7 @@ class Decision(_Record):
     decode_batch: int
     expert_rows: int
     cpu_batches: int = 0
+    kv_ahead: int = 2
     together: bool = False
     by_batch: bool = False
     hot: int
@@ -427,6 +429,11 @@ class Decision(_Record):
         share = self.cpu_batches if chosen.cpu_batches is None else chosen.cpu_batches
         away = self.away(layer) if chosen.kv == "host" and share else []
         return away[max(0, len(away) - share) :]
+
+    def sends_kv(self, compute_tier: str) -> bool:
+        """Whether in any layer a link brings the KV of a batch that decodes."""
+        layers = (layer for layer, chosen in enumerate(self.layers) if chosen.kv != compute_tier)
+        return any(len(self.away(layer)) > len(self.attended(layer)) for layer in layers)
 
     @property
     def sequences(self) -> int:

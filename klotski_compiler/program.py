@@ -18,7 +18,6 @@ from klotski_compiler.tensors import TensorTable
 
 URGENT = "urgent"  # a stream of small copies that must not queue behind whole experts on the same link
 HEAD_SLOTS = 2  # pages of a streamed head: one computes while the next arrives
-KV_AHEAD = 2  # batches whose KV may be on its way or wait for attention, in a policy that looks so far ahead
 
 
 def staging_slots(decision: Decision) -> int:
@@ -155,7 +154,7 @@ class Program:
         """Which batches leave a layer's attention together."""
         late = [batch for batch in self.batches if self.on_cpu(layer, batch)]
         sent = list(filter(self.shape.has, self.sent_batches(layer)))
-        return Leaving(self.cost, self.shape, self.spec.layers[layer], late, sent[KV_AHEAD:], may_choose)
+        return Leaving(self.cost, self.shape, self.spec.layers[layer], late, sent[self.decision.kv_ahead :], may_choose)
 
     def until_bound_us(self, layer: int, batches: int) -> float:
         """What the compute tier's processor takes until a layer's late experts are known, with so many batches still to attend to."""

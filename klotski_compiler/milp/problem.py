@@ -20,7 +20,6 @@ from klotski_compiler.workspace import workspace
 WORTH_WAITING = 0.995  # an expert that is touched with a higher probability is never bound late
 EXACT_EXPERTS = 16  # up to so many experts, a class holds equally popular ones only
 MAX_CLASSES = 8
-SPILL_SLOTS = 3  # KV blocks in flight once any layer spills: read ahead, in use, written back
 SPANS, GROWN = 3, 1.5  # decode whose context grows by more than that factor is priced in so many spans
 LAST_SLOTS = 2  # of what only the CPU attends to, while prefill writes it back
 HEAD_SLOTS = 2  # pages of a streamed head
@@ -249,7 +248,7 @@ def build(
         head_slots=_head_slots(cost, decision, workload, pages),
         embedding=item(cost.spec.embedding),
         norm_bytes=item(cost.spec.norm).slot_bytes,
-        spill_bytes=SPILL_SLOTS * max(kv),
+        spill_bytes=_spill_slots(decision) * max(kv),
         last_spill_bytes=LAST_SLOTS * max(last_kv),
         may_spill=may_spill and back in cost.hardware.links,
         compute_tier=cost.hardware.compute_tier,
@@ -390,8 +389,13 @@ def _work(
     if helped and layer.expert:
         exchange = cost.transfer_us(links[1], rows_bytes(cost.spec, tokens, cost.dtype)) + cost.sums_us(tokens)
         exchange += cost.transfer_us(links[0], sums_bytes(cost.spec, tokens, cost.dtype))
-    ahead = min(1.0, SPILL_SLOTS / shape.batches)
+    ahead = min(1.0, _spill_slots(decision) / shape.batches)
     return LayerWork(attention, router, cost.bind_us, tuple(work), row, last, ahead, around, exchange, shared)
+
+
+def _spill_slots(decision: Decision) -> int:
+    """KV blocks in flight once any layer spills: read ahead, and in use or written back."""
+    return decision.kv_ahead + 1
 
 
 def _row(cost: Cost, layer: Layer, shape: Shape, decision: Decision, size: int, links: tuple[str, str]) -> RowWork:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from klotski_compiler.leaving import Leaving
 from klotski_compiler.plan import ALL, CPU, Bind, Load, span
 from klotski_compiler.policies import moe_lightning
-from klotski_compiler.program import HEAD_SLOTS, KV_AHEAD, URGENT, Evict, Program, staging_slots
+from klotski_compiler.program import HEAD_SLOTS, URGENT, Evict, Program, staging_slots
 
 ONE_BATCH = False
 EXPERTS = "solved"
@@ -163,13 +163,13 @@ class Queue:
     """Loads of one pass in order of need, followed by those that open the next pass, written as soon as they can travel.
 
     Modules travel one layer ahead; named experts while slots last; late ones once their router has spoken; keys and values
-    ``KV_AHEAD`` batches ahead. Experts from disk are fetched while staging slots last, and let others pass until they have come so far.
+    ``kv_ahead`` batches ahead. Experts from disk are fetched while staging slots last, and let others pass until they have come so far.
     Each kind keeps its order, and what cannot travel yet lets the other kinds pass.
     """
 
     def __init__(self, p: Program) -> None:
         self.p, self.clock, self.bound, self.layer, self.todo = p, Clock(p), -1, 0, len(p.batches)
-        self.free, self.free_kv, self.free_pages = p.decision.lead, KV_AHEAD, HEAD_SLOTS
+        self.free, self.free_kv, self.free_pages = p.decision.lead, p.decision.kv_ahead, HEAD_SLOTS
         self.opening: deque[Unit] = deque()  # of the next pass: what fits before its first release
         self.queues: dict[str, deque[Unit]] = {kind: deque() for kind in ("module", "kv", "named", "far", "late")}
         self.fetched: deque[Unit] = deque()
