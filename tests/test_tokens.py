@@ -262,6 +262,19 @@ def test_prefill_in_parts_beside_a_gpu(device: torch.device, models: Models, sam
     same(model, run(plan, model, tmp_path, device=device).rows)
 
 
+@pytest.mark.parametrize("ahead", [2, 3])
+def test_keys_and_values_sent_ahead(
+    ahead: int, device: torch.device, models: Models, same: Same, tmp_path: Path
+) -> None:
+    """Of so many batches at once, each in a slot of its own in the GPU's memory."""
+    model = models("mixtral")
+    plan = decided(model, "joint", "host", 7, gpu=True, num_batches=4, kv_ahead=ahead)
+    kv = {t.id for t in plan.tensors if t.kind == "kv"}
+    loads = ((s.slots[0], s.op.tensors[0]) for s in plan.steps["decode"] if isinstance(s.op, Load) and s.slots)
+    assert len({slot for slot, tensor in loads if tensor in kv}) == ahead
+    same(model, run(plan, model, tmp_path, device=device).rows)
+
+
 @pytest.mark.parametrize("rolling", [False, True])
 @pytest.mark.parametrize("together", [False, True])
 def test_what_surrounds_attention_is_one_op_or_several(
