@@ -51,7 +51,7 @@ WORTH_ROLLING = 0.005  # what rolling order must gain: phases apart are simpler,
 ALONE = 0.05  # about what it costs that no unit travels while another computes: the relaxed problem does not see it
 KEPT_FITTED = 4  # decisions per size whose micro-batches are fitted to the memory that they leave
 FITTING_GAIN = 0.1  # how much that may gain
-IMPROVEMENTS = 16  # decisions near the best one that are tried
+IMPROVEMENTS = {False: 10, True: 16}  # decisions near the best one that are tried; more where what is near is not alike
 ANEW = ("any", "alike")  # how what has prefill in other parts is filled: what was best may not be any longer
 LAST_SHARES = (1.0, 2 / 3, 1 / 3)  # of the sequences that the CPU would attend to, how many its own batch may have
 LAST_STEPS = (0.8, 1.25)  # from one size of it to the next
@@ -84,6 +84,11 @@ class Search(Fills):
         self.deadline = time.monotonic() + request.time_limit_s
         self._least: dict[tuple[int, bool], float] = {}
 
+    @property
+    def is_rugged(self) -> bool:
+        """Of many small experts, or where they live on three tiers, several sizes are about as good, and what is near them is not."""
+        return not self.is_large and (self.most_pages > 1 or self.finest > EXACT_EXPERTS)
+
     def timed(self, name: str) -> list[Rated]:
         """A policy's best candidates by estimated speed. Raises Infeasible."""
         if policy(name).ONE_BATCH and (self.request.num_batches or 1) > 1:
@@ -106,9 +111,7 @@ class Search(Fills):
                 rated += self._rated(name, base)
         if solved and (kept := self.all_kept(plain)):  # with buffers as they come, everything may fit
             rated.append(Rated(self.estimate(name, kept), name, kept, "resident"))
-        # Of many small experts, or where they live on three tiers, several sizes are about as good, and what is near them is not.
-        rugged = not self.is_large and (self.most_pages > 1 or self.finest > EXACT_EXPERTS)
-        starts = best_of_orders(rated) + (second_of(rated) if rugged else []) if solved else []
+        starts = best_of_orders(rated) + (second_of(rated) if self.is_rugged else []) if solved else []
         rated += [self.improved(start) for start in starts]
         rated.sort(key=lambda r: -r.tokens_per_s)
         kept_whole = self.retimed(by_order(rated)) if solved else rated[:KEPT_WHOLE]
@@ -345,7 +348,7 @@ class Search(Fills):
         while best is not start:
             start = best
             for base, kind in self._near(best):
-                if len(tried) > IMPROVEMENTS or time.monotonic() > self.deadline:
+                if len(tried) > IMPROVEMENTS[self.is_rugged] or time.monotonic() > self.deadline:
                     break
                 if (shape_of(base), kind) in tried:
                     continue
@@ -371,7 +374,7 @@ class Search(Fills):
         """About the same sizes with prefill in twice or half as many parts, each with the same share in the CPU's own batch: what a part's
         states take, weights and KV do not."""
         d = best.decision
-        if d.rolling or not self.sizes_are_free or best.kind == "resident":
+        if d.rolling or not (self.is_rugged and self.sizes_are_free) or best.kind == "resident":
             return
         base, large = self.bare(best.policy, d, d.num_batches), d.part_batches - bool(d.last_batch)
         for parts in (2 * d.prefill_groups, d.prefill_groups // 2):
