@@ -88,9 +88,8 @@ class Sequential:
                         group.dense(layer, i)
                 continue
             shared = ModuleKey("shared", layer)
-            apart = (
-                self.scopes == [ALL] and shared in self.checkpoint.modules
-            )  # as an op of its own, once all are routed
+            # As an op of its own, once all are routed.
+            apart = self.scopes == [ALL] and shared in self.checkpoint.modules
             with self.bound(ModuleKey("router", layer), *([] if apart else [shared])):
                 for i in batches:
                     group.router(layer, i, shared=not apart)

@@ -157,12 +157,8 @@ class Mixed(Relaxation):
         more = [[{}, parts] for _, _, parts in beside] or [[], []]
         yield "prefill", added(added(work[PREFILL], early), more[0])
         yield "decode", work[DECODE]
-        yield (
-            "decode",
-            self.beside(
-                self._layered_us(high, self.cost.choice_us)[DECODE], cores_us[DECODE], weights, self.most(high)
-            ),
-        )
+        before = self._layered_us(high, self.cost.choice_us)[DECODE]
+        yield "decode", self.beside(before, cores_us[DECODE], weights, self.most(high))
         yield "after", added(added(work[AFTER], late), more[1])
         yield "prefill decode after", [plus(*resource) for resource in zip(*work, strict=True)]
 

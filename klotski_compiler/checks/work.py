@@ -124,7 +124,7 @@ class _Pass:
             self.stands[batch] += 1
             if op.fn == "router":
                 self.waiting[op.layer] += 1
-        return self._meet(op, shared)
+        return self._meet(op, shared) if shared else ""
 
     def _experts(self, op: Compute) -> str:
         decision = self.plan.decision
