@@ -86,7 +86,7 @@ class Fills(Candidates):
         spec, room = self.request.spec, self.capacity(OURS, base, reserve)[self.tier]
         modules = [getattr(layer, kind) for layer in spec.layers for kind in MODULES]
         experts = sum(layer.num_experts * slot_bytes(layer.expert) for layer in spec.layers if layer.expert)
-        need = experts + sum(map(slot_bytes, filter(None, modules))) + sum(self._kv_bytes(base))
+        need = experts + sum(map(slot_bytes, filter(None, modules))) + sum(self.kv_bytes_of(base))
         need += slot_bytes(spec.head) + slot_bytes(spec.norm)
         if self.tier != "gpu" or need > room or base.last_batch:
             return None
@@ -102,7 +102,7 @@ class Fills(Candidates):
 
     def _stream_all(self, name: str, base: Decision) -> Decision:
         """Nothing resident, KV where it takes the least of the compute tier, experts on disk where that is possible."""
-        spilled = self.least_kv_bytes(base) < sum(self._kv_bytes(base))
+        spilled = self.least_kv_bytes(base) < sum(self.kv_bytes_of(base))
         kv = {"gpu": "host", "host": "disk"}[self.tier] if spilled else self.tier
         far = self.tier == "gpu" and policy(name).EXPERTS != "picks"
         layers = (
@@ -146,7 +146,7 @@ class Fills(Candidates):
 
     def least_kv_bytes(self, base: Decision) -> int:
         """KV of one layer's batches in flight, or all of it where that is less."""
-        cache = self._kv_bytes(base)
+        cache = self.kv_bytes_of(base)
         in_flight = SPILLED_BATCHES * max(cache) * base.batch_size // base.sequences
         return min(sum(cache), in_flight)
 
@@ -163,7 +163,7 @@ class Fills(Candidates):
         unit, large = base.unit * max(sizes["expert"]), max(map(max, sizes.values()))
         return count * max(unit, small + (min(large, max(unit, LOAD_BYTES)) if large > LOAD_BYTES else 0))
 
-    def _kv_bytes(self, base: Decision) -> list[int]:
+    def kv_bytes_of(self, base: Decision) -> list[int]:
         """KV of the whole group in each layer."""
         workload, dtype = self.request.workload, self.request.dtype
         positions, spec = workload.prompt_len + workload.gen_len, self.request.spec
@@ -223,7 +223,7 @@ class Fills(Candidates):
     def greedy(self, name: str, base: Decision, capacity: dict[str, int]) -> Decision:
         """Ours for policies whose paper states no fill: KV, then routers, attention, shared experts, then popular experts."""
         spec, free = self.request.spec, capacity[self.tier]
-        cache, kv_tier = self._kv_bytes(base), self.tier
+        cache, kv_tier = self.kv_bytes_of(base), self.tier
         if sum(cache) > free or (
             self.tier == "gpu" and (base.cpu_batches or getattr(policy(name), "KV", "") == "host")
         ):

@@ -76,6 +76,12 @@ class Lowered:
         return sum(phase.times.total_us for name, phase in self.phases.items() if name != "load")
 
     @property
+    def busiest_us(self) -> float:
+        """What prefill and decode of one full group take at least: each its busiest stream, or its longest chain of ops."""
+        work = (phase for name, phase in self.phases.items() if name != "load")
+        return sum(max(phase.critical_us, *phase.times.busy_us.values()) for phase in work)
+
+    @property
     def slowest_us(self) -> float:
         """The longest pass in which sequences decode."""
         phases = [p for p in self.phases.values() if p.shape.batches and p.shape.decodes(p.shape.batches - 1)]

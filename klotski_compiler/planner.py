@@ -13,6 +13,7 @@ from klotski_compiler.explain import explained
 from klotski_compiler.garbage import uncollected
 from klotski_compiler.plan import Candidate, Plan
 from klotski_compiler.policies import OURS, POLICIES
+from klotski_compiler.polish import polished
 from klotski_compiler.record import record
 from klotski_compiler.reorder import reordered
 from klotski_compiler.search import Best, Rated, Request, Search
@@ -52,7 +53,7 @@ def compile_plan(request: Request, progress: Callable[[str, float], None] | None
                 break
             except Infeasible as refusal:
                 raise explained(request, refusal) from None
-    best[0] = reordered(search, best[0])
+    best[0] = reordered(search, polished(search, best[0]))
     plan = record(search, best[0], candidates(best, timed, refusals))
     verify(plan)
     return plan

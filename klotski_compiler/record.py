@@ -64,7 +64,6 @@ def forecast(search: Search, decision: Decision, lowered: Lowered) -> Forecast:
     for link in links:
         links[link] = sum(p.link_bytes[link] * (1 if name == "load" else groups) for name, p in lowered.phases.items())
     rate = search.rate(lowered)
-    bound_us = sum(max(p.critical_us, *p.times.busy_us.values()) for p in work.values())
     rolling = (False, True) if request.workload.gen_len > 1 else (False,)
     bounds = {
         MIXED if order else APART: bound_tokens_per_s(search.cost, request.workload, request.budgets, order)
@@ -77,7 +76,7 @@ def forecast(search: Search, decision: Decision, lowered: Lowered) -> Forecast:
         load_us=round(lowered.load_us),
         pass_us={name: round(phase.times.pass_us) for name, phase in work.items()},
         phase_us={name: round(phase.times.total_us) for name, phase in work.items()},
-        bound_us=round(groups * bound_us),
+        bound_us=round(groups * lowered.busiest_us),
         tokens_per_s=rate,
         bound_tokens_per_s=ceiling,
         gap=ceiling / rate - 1,

@@ -201,7 +201,7 @@ class Search(Fills):
             bar = (
                 max((b.tokens_per_s for b in whole if b.policy == OURS), default=0.0) if rated.policy == OURS else best
             )
-            if self._steps(rated.decision) <= WHOLE_STEPS and rated.tokens_per_s < bar:
+            if self.steps(rated.decision) <= WHOLE_STEPS and rated.tokens_per_s < bar:
                 continue  # it was timed whole: others cannot win, ours not be better than it is known to be
             known = [b.policy for b in whole]
             behind = rated.policy == OURS and bar < best * (1 - TIE)
@@ -402,7 +402,7 @@ class Search(Fills):
         """Tokens per second, timed on distinct layer periods: what L layers take from what 2 and 4 of them take, or 4 and 8 where one
         expert more or less makes layers differ."""
         moe = self.request.spec.moe_layers
-        if self._steps(decision) <= WHOLE_STEPS or len(moe) <= 2 * SAMPLED:
+        if self.steps(decision) <= WHOLE_STEPS or len(moe) <= 2 * SAMPLED:
             return self.rate(lower(self.cost, name, decision, self.request.workload, quick=True))
         runs, sampled = [], SAMPLED if self.finest > EXACT_EXPERTS else 2 * SAMPLED
         for size in (sampled, 2 * sampled):
@@ -439,13 +439,13 @@ class Search(Fills):
         """The fastest of many estimates is the one that errs most: where that takes little, they are timed whole."""
         found = list[Rated]()
         for one in rated:
-            if WHOLE_STEPS < self._steps(one.decision) <= RETIMED_STEPS and time.monotonic() < self.deadline:
+            if WHOLE_STEPS < self.steps(one.decision) <= RETIMED_STEPS and time.monotonic() < self.deadline:
                 lowered = lower(self.cost, one.policy, one.decision, self.request.workload, quick=True)
                 one = replace(one, tokens_per_s=self.rate(lowered))
             found.append(one)
         return sorted((r for r in found if r.tokens_per_s > 0), key=lambda r: -r.tokens_per_s)
 
-    def _steps(self, decision: Decision) -> float:
+    def steps(self, decision: Decision) -> float:
         """About how many ops a pass has."""
         return self.num_experts / decision.unit + 4 * decision.num_batches * len(self.request.spec.layers)
 
