@@ -14,7 +14,19 @@ COMPILER, RUNTIME = ROOT / "klotski_compiler", ROOT / "runtime" / "klotski_runti
 SOLVERS = ("ortools", "networkx", "pulp", "highspy")
 NEEDS_SOLVERS = tuple(
     f"klotski_compiler.{name}"
-    for name in ("milp", "bounds", "fill", "search", "explain", "record", "reorder", "planner", "sweep", "cli.compile")
+    for name in (
+        "milp",
+        "bounds",
+        "fill",
+        "search",
+        "explain",
+        "record",
+        "polish",
+        "reorder",
+        "planner",
+        "sweep",
+        "cli.compile",
+    )
 )
 
 HIDE = """
