@@ -79,7 +79,7 @@ def _near(search: Search, d: Decision, free_bytes: int, seen: set[State]) -> Ite
                 layers[number] = change.of(search, d, number)
             states = {(n, _kind(layer)) for n, layer in enumerate(layers) if layer is not d.layers[n]}
             if not states <= seen:
-                batches = max(layer.cpu_batches or 0 for layer in layers)
+                batches = max(d.cpu_batches if layer.cpu_batches is None else layer.cpu_batches for layer in layers)
                 changed = d.model_copy(update={"layers": tuple(layers), "cpu_batches": batches})
                 yield Changed(changed, change, each_bytes, states)
 

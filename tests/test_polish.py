@@ -95,6 +95,13 @@ def test_memory_that_is_left_over_is_used() -> None:
         assert (sum(len(layer.resident_experts) for layer in after.layers) > kept) == more
 
 
+def test_what_all_layers_take_from_the_decision_stays() -> None:
+    search, decision = searching(), decided("host", cpu=2).model_copy(update={"cpu_batches": 2})
+    assert all(layer.cpu_batches is None for layer in decision.layers)
+    near = polish._near(search, decision, 0, set())
+    assert {one.decision.cpu_batches for one in near if not isinstance(one.change, polish.Attend)} == {2}
+
+
 def test_a_layer_that_keeps_the_others_waiting_is_mended() -> None:
     search, decision = searching(), decided("gpu", cpu=3)
     tight = searching(best_of(search, decision).lowered.peak_bytes["gpu"])
