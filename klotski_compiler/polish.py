@@ -26,6 +26,7 @@ WORTH = 0.0001  # of the time, that a change must save
 HOPELESS = 0.01  # of the time, that a change would cost if it did what it did elsewhere: it is not tried
 FINE = 64  # parts of a layer's experts, one of which goes elsewhere at once
 MOST_STEPS = 100_000  # ops of a pass that are timed, in all tries together
+IDLE_STEPS = 45_000  # the same, in tries that gain nothing since one did
 Kind = Hashable  # what alike layers share
 State = tuple[int, Kind]  # of one layer
 HOMES = ("resident_experts", "static", "late", "cpu")  # of experts; further on, one that is often picked costs more
@@ -38,13 +39,13 @@ def polished(search: Search, best: Best) -> Best:
     if best.lowered.busiest_us > (1 - WAITING) * best.lowered.group_us:
         return best
     d, seen, gains = best.decision, set[State](), dict[Change, float]()
-    now, free_bytes = _timed(search, d)
+    (now, free_bytes), idle = _timed(search, d), 0.0
     for _ in range(int(MOST_STEPS / search.steps(d))):
         near = list(_near(search, d, free_bytes, seen))
         hopes = [gains.get(one.change, 0.0) * len(one.states) for one in near]
-        if max(hopes, default=-inf) < -HOPELESS or monotonic() > search.deadline:
+        if max(hopes, default=-inf) < -HOPELESS or idle > IDLE_STEPS or monotonic() > search.deadline:
             break
-        one = near[hopes.index(max(hopes))]
+        one, idle = near[hopes.index(max(hopes))], idle + search.steps(d)
         rate, left_bytes = _timed(search, one.decision)
         if left_bytes < 0 and one.each_bytes and len(one.states) > 1:
             free_bytes += left_bytes  # other slots are needed in other numbers, too: in fewer layers it may fit
@@ -52,7 +53,7 @@ def polished(search: Search, best: Best) -> Best:
         seen |= one.states
         gains[one.change] = (rate / now - 1) / len(one.states)
         if rate > now * (1 + WORTH):
-            d, now, free_bytes = one.decision, rate, left_bytes
+            d, now, free_bytes, idle = one.decision, rate, left_bytes, 0.0
     if d is best.decision:
         return best
     lowered = lower(search.cost, OURS, d, search.request.workload)
@@ -75,7 +76,7 @@ def _near(search: Search, d: Decision, free_bytes: int, seen: set[State]) -> Ite
         for change in _changes(search):
             each_bytes = change.takes_bytes(search, d, alike[0])
             layers = list(d.layers)
-            for number in alike[: free_bytes // each_bytes] if each_bytes else alike:
+            for number in alike[: max(0, free_bytes) // each_bytes] if each_bytes else alike:
                 layers[number] = change.of(search, d, number)
             states = {(n, _kind(layer)) for n, layer in enumerate(layers) if layer is not d.layers[n]}
             if not states <= seen:

@@ -51,7 +51,11 @@ WORTH_ROLLING = 0.005  # what rolling order must gain: phases apart are simpler,
 ALONE = 0.05  # about what it costs that no unit travels while another computes: the relaxed problem does not see it
 KEPT_FITTED = 4  # decisions per size whose micro-batches are fitted to the memory that they leave
 FITTING_GAIN = 0.1  # how much that may gain
-IMPROVEMENTS = {False: 10, True: 16}  # decisions near the best one that are tried; more where what is near is not alike
+IMPROVEMENTS, MORE_IMPROVEMENTS = (
+    10,
+    16,
+)  # decisions near the best one that are tried; more where what is near is not alike
+IMPROVEMENTS_OF_LARGE = 4  # of a model each of which takes a second or more
 ANEW = ("any", "alike")  # how what has prefill in other parts is filled: what was best may not be any longer
 LAST_SHARES = (1.0, 2 / 3, 1 / 3)  # of the sequences that the CPU would attend to, how many its own batch may have
 LAST_STEPS = (0.8, 1.25)  # from one size of it to the next
@@ -345,10 +349,11 @@ class Search(Fills):
         """The best of a decision and what is near it, by hill climbing on simulated time: how far ahead, in which units and in how many
         batches pays is a matter of bubbles, which the residency problem does not see."""
         tried, start = {(shape_of(best.decision), best.kind)}, None
+        most = MORE_IMPROVEMENTS if self.is_rugged else IMPROVEMENTS_OF_LARGE if self.is_large else IMPROVEMENTS
         while best is not start:
             start = best
             for base, kind in self._near(best):
-                if len(tried) > IMPROVEMENTS[self.is_rugged] or time.monotonic() > self.deadline:
+                if len(tried) > most or time.monotonic() > self.deadline:
                     break
                 if (shape_of(base), kind) in tried:
                     continue

@@ -21,7 +21,7 @@ from klotski_compiler.cli.compile import main as klotski_compile
 from klotski_compiler.hardware import to_json
 from klotski_compiler.plan import Load, load
 from klotski_compiler.planner import compile_plan
-from klotski_compiler.policies import POLICIES, policy
+from klotski_compiler.policies import OURS, POLICIES, policy
 from klotski_runtime.cli.run import main as klotski_run
 from klotski_runtime.engine import Row
 from klotski_runtime.skeleton import CACHE
@@ -189,7 +189,10 @@ def test_a_model_of_one_or_two_layers(
     model = models(family, num_hidden_layers=layers)
     compiled = (POLICIES.index(policy_name) + layers) % 2
     plan = compile_plan(asked(model, policy_name, PROMPTS)) if compiled else decided(model, policy_name, "disk")
-    assert loaded(plan) & EXPERTS
+    if (
+        policy_name != OURS or layers > 1
+    ):  # ours keeps all experts of one layer in the room that streaming them would take
+        assert loaded(plan) & EXPERTS
     same(model, run(plan, model, tmp_path).rows)
 
 
