@@ -51,10 +51,8 @@ WORTH_ROLLING = 0.005  # what rolling order must gain: phases apart are simpler,
 ALONE = 0.05  # about what it costs that no unit travels while another computes: the relaxed problem does not see it
 KEPT_FITTED = 4  # decisions per size whose micro-batches are fitted to the memory that they leave
 FITTING_GAIN = 0.1  # how much that may gain
-IMPROVEMENTS, MORE_IMPROVEMENTS = (
-    10,
-    16,
-)  # decisions near the best one that are tried; more where what is near is not alike
+IMPROVEMENTS = 10  # decisions near the best one that are tried
+MORE_IMPROVEMENTS = 16  # the same where what is near is not alike
 IMPROVEMENTS_OF_LARGE = 4  # of a model each of which takes a second or more
 ANEW = ("any", "alike")  # how what has prefill in other parts is filled: what was best may not be any longer
 LAST_SHARES = (1.0, 2 / 3, 1 / 3)  # of the sequences that the CPU would attend to, how many its own batch may have
