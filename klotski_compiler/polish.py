@@ -40,6 +40,8 @@ def polished(search: Search, best: Best) -> Best:
         return best
     d, seen, gains = best.decision, set[State](), dict[Change, float]()
     (now, free_bytes), idle = _timed(search, d), 0.0
+    if not now:  # timed quickly, its passes may seem a little longer than --max-latency
+        return best
     for _ in range(int(MOST_STEPS / search.steps(d))):
         near = list(_near(search, d, free_bytes, seen))
         hopes = [gains.get(one.change, 0.0) * len(one.states) for one in near]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -143,3 +144,10 @@ def test_no_time_is_spent_beyond_what_is_allowed(monkeypatch: pytest.MonkeyPatch
     search.deadline = 0.0
     assert polished(search, best) is best
     assert tries[0] == 1
+
+
+def test_what_seems_to_be_beyond_the_latency_ceiling_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    search = searching()
+    best = best_of(search, decided("gpu", cpu=3))
+    monkeypatch.setattr(search, "request", replace(search.request, max_latency_s=1e-9))
+    assert polished(search, best) is best

@@ -189,9 +189,8 @@ def test_a_model_of_one_or_two_layers(
     model = models(family, num_hidden_layers=layers)
     compiled = (POLICIES.index(policy_name) + layers) % 2
     plan = compile_plan(asked(model, policy_name, PROMPTS)) if compiled else decided(model, policy_name, "disk")
-    if (
-        policy_name != OURS or layers > 1
-    ):  # ours keeps all experts of one layer in the room that streaming them would take
+    # Ours keeps all experts of one layer in the room that streaming them would take.
+    if policy_name != OURS or layers > 1:
         assert loaded(plan) & EXPERTS
     same(model, run(plan, model, tmp_path).rows)
 
