@@ -152,20 +152,23 @@ class Shape:
 
     def scope_tokens(self, batch: int) -> int:
         """Tokens that one op works on: of one batch, or of those of several that are there."""
+        return self._tokens(batch, self.tokens)
+
+    def fed_tokens(self, batch: int, layer: Layer) -> int:
+        """Of these, what goes on after the layer's attention."""
+        return self._tokens(batch, 1 if layer.last else self.tokens)
+
+    @lru_cache(maxsize=4096)  # noqa: B019 - shapes are few
+    def _tokens(self, batch: int, each: int) -> int:
+        """Tokens of a scope whose fresh sequences bring so many each."""
         if batch >= 0:
-            return self.size_of(batch) * self.tokens_of(batch)
+            return self.size_of(batch) * (each if batch < self.fresh else 1)
         scope = batches_of(batch, self.batches)
         first, end = max(scope.start, self.no_more), min(scope.stop, self.batches - self.not_yet)
         if end <= first:
             return 0
         fresh = max(first, min(end, self.fresh))
-        return self._sequences(first, end) + (self.tokens - 1) * self._sequences(first, fresh)
-
-    def fed_tokens(self, batch: int, layer: Layer) -> int:
-        """Of these, what goes on after the layer's attention."""
-        if not layer.last:
-            return self.scope_tokens(batch)
-        return replace(self, tokens=1).scope_tokens(batch)
+        return self._sequences(first, end) + (each - 1) * self._sequences(first, fresh)
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,6 +226,12 @@ class Cost:
             tuple(round(min(1.0, layer.top_k * p), PICKED_DIGITS) for p in shares)
             for layer, shares in zip(self.spec.layers, self.routing.popularity, strict=True)
         )
+
+    @cached_property
+    def kinds(self) -> tuple[int, ...]:
+        """For each layer the number of its kind: those alike have equal parts, and experts that are picked alike."""
+        known = dict[tuple[Layer, tuple[float, ...]], int]()
+        return tuple(known.setdefault(pair, len(known)) for pair in zip(self.spec.layers, self.picked, strict=True))
 
     @lru_cache(maxsize=4096)  # noqa: B019 - one Cost lives as long as its compilation
     def experts(self, layer: int, tokens: int) -> tuple[tuple[float, float], ...]:
@@ -385,7 +394,7 @@ class Cost:
 
     def expert_us(self, layer: int, expert: int, tokens: int, processor: str = "") -> float:
         """One expert over its share of ``tokens`` routed tokens: expected cost, gather and scatter included."""
-        return self._experts_us(layer, tokens, processor)[expert]
+        return self.experts_us(layer, tokens, processor)[expert]
 
     def expert_parts_us(self, layer: int, expert: int, shape: Shape, first: int) -> tuple[float, float, float]:
         """One expert over the batches before ``first``, over the others, and over all of them at once."""
@@ -394,7 +403,7 @@ class Cost:
         return early, later, whole
 
     @lru_cache(maxsize=4096)  # noqa: B019
-    def _experts_us(self, number: int, tokens: int, processor: str) -> tuple[float, ...]:
+    def experts_us(self, number: int, tokens: int, processor: str = "") -> tuple[float, ...]:
         """The same for every expert of a layer; those that are equally popular are priced once."""
         layer, shares = self.spec.layers[number], self.experts(number, tokens)
         each = {share: self._expert_us(layer, *share, processor) for share in set(shares)}
@@ -430,29 +439,30 @@ class Cost:
         """Expected time of an op at ``context`` cached positions. ``late[layer]``: the experts that picks range over,
         most popular first, so that pick r is priced as the r-th of them. What is for a batch that is not there takes no time."""
         match op:
+            case Compute():
+                there = op.batch == ALL or any(map(shape.has, batches_of(op.batch, shape.batches)))
+                return self._compute_us(op, tensors, shape, context, late) if there else 0.0
             case Load() | Store():
-                first = tensors[op.tensors[0]]
-                if first.kind in ("kv", "query") and not shape.has(first.index):
-                    return 0.0
+                kind = tensors[op.tensors[0]].kind
                 nbytes = self.moved_bytes(op, tensors, shape, context, late)
-                if first.kind == "kv":
+                if kind == "kv":
                     return self.kv_us(op.link, nbytes)
                 return self.transfer_us(op.link, nbytes) + (self._arrival_us(op.link) if nbytes > 0 else 0.0)
             case Bind():
                 return self.bind_us
-            case Compute():
-                there = op.batch == ALL or any(map(shape.has, batches_of(op.batch, shape.batches)))
-                return self._compute_us(op, tensors, shape, context, late) if there else 0.0
 
     def moved_bytes(
         self, op: Load | Store, tensors: list[Tensor], shape: Shape, context: float, late: dict[int, list[int]]
     ) -> float:
         """Bytes that a load or store is expected to move: KV up to the current position, late experts if touched."""
-        total = 0.0
-        for tensor in (tensors[t] for t in op.tensors):
-            if tensor.kind in ("kv", "query") and not shape.has(tensor.index):
+        total, pages = 0.0, op.pages if isinstance(op, Load) else None
+        for tensor in [tensors[t] for t in op.tensors]:
+            kind = tensor.kind
+            if kind == "expert":
+                total += tensor.moved_bytes(pages)
+            elif kind in ("kv", "query") and not shape.has(tensor.index):
                 continue
-            if tensor.kind == "kv":
+            elif kind == "kv":
                 new = shape.tokens_of(tensor.index)
                 positions = shape.context_of(tensor.index, context) - new if isinstance(op, Load) else new
                 total += (
@@ -461,19 +471,19 @@ class Cost:
                     * self.spec.layers[tensor.layer].kv_elements
                     * self.compute_bytes
                 )
-            elif tensor.kind == "query" and isinstance(op, Load):
+            elif kind == "query" and isinstance(op, Load):
                 total += (
                     shape.size_of(tensor.index)
                     * max(x.attention_flops for x in self.spec.layers)
                     // 4
                     * self.compute_bytes
                 )
-            elif tensor.kind == "pick":
+            elif kind == "pick":
                 expert = late[tensor.layer][tensor.index]
                 fed = shape.fed_tokens(ALL, self.spec.layers[tensor.layer])
                 total += tensor.nbytes * self.experts(tensor.layer, fed)[expert][1]
             else:
-                total += tensor.moved_bytes(op.pages if isinstance(op, Load) else None)
+                total += tensor.moved_bytes(pages)
         return total
 
     def _compute_us(
@@ -506,16 +516,19 @@ class Cost:
             case "dense":
                 return self.dense_us(self.spec.layers[op.layer], tokens)
             case "experts":
-                chosen = [
-                    late[op.layer][t.index] if t.kind == "pick" else t.index
-                    for t in (tensors[i] for i in op.tensors)
-                    if t.kind in ("expert", "pick")
-                ]
-                own = sum(self.expert_us(op.layer, e, tokens, op.stream) for e in chosen)
+                each, own = self.experts_us(op.layer, tokens, op.stream), 0.0
+                for tensor in [tensors[i] for i in op.tensors]:
+                    if tensor.kind == "expert":
+                        own += each[tensor.index]
+                    elif tensor.kind == "pick":
+                        own += each[late[op.layer][tensor.index]]
                 return own + self.experts_op_us(self.spec.layers[op.layer], op.stream)
             case "head":
-                pages = sum(t.kind == "head" for t in tensors)
-                return fixed + self.module_us(self.spec.head, shape.sequences) / pages
+                page = tensors[op.tensors[0]]
+                end = page.id + 1  # its pages follow one another, and something follows them
+                while tensors[end].kind == "head":
+                    end += 1
+                return fixed + self.module_us(self.spec.head, shape.sequences) / (end - page.id + page.index)
             case "embed":
                 return fixed + self.embed_us(tokens, bool(op.tensors))
         return fixed

@@ -42,21 +42,22 @@ def execute(steps: Sequence[Step], passes: int, backend: Backend[Event]) -> None
     The last pass opens no other, but its loads for the next one still wait and signal: others rely on the order they carry on.
     """
     signalled = {wait.op for step in steps for wait in step.waits}
+    issued = [
+        (number, step, isinstance(step.op, Load) and step.op.wraps, number in signalled, backend.stream(step.op.stream))
+        for number, step in enumerate(steps)
+    ]
+    opening = [entry for entry in issued if entry[2]]
     before: dict[int, Event] = {}
     for at in range(-1, passes):
         if at >= 0 and not backend.begin(at):
             break
         events: dict[int, Event] = {}
-        for number, step in enumerate(steps):
-            wraps = isinstance(step.op, Load) and step.op.wraps
-            if at == -1 and not wraps:
-                continue
-            stream = backend.stream(step.op.stream)
-            for wait in step.waits:
-                if (event := (before if wait.back else events).get(wait.op)) is not None:
+        for number, step, wraps, signals, stream in opening if at == -1 else issued:
+            for awaited, back in step.waits:
+                if (event := (before if back else events).get(awaited)) is not None:
                     stream.wait(event)
             if not (wraps and at == passes - 1):
                 stream.run(number, step, at)
-            if number in signalled:
+            if signals:
                 events[number] = stream.record()
         before = events

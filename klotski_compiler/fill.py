@@ -175,7 +175,7 @@ class Fills(Candidates):
         policy whose residency is solved, without those of modules and head, which the problem counts where it streams them."""
         base = self.base(policy(name).EXPERTS, 1 if policy(name).ONE_BATCH else 2, 1, lead, unit, 1)
         cut, cost = self.short(base.model_copy(update={"head_pages": head_pages, "embedding": False}), SAMPLED)
-        trial = lower(cost, name, cut, Workload(prompt_len=2, gen_len=4, num_sequences=2))
+        trial = lower(cost, name, cut, Workload(prompt_len=2, gen_len=4, num_sequences=2), timed=False)
         apart = (*MODULES, "head") if policy(name).EXPERTS == "solved" else ()
         most = dict[str, int]()
         for phase in trial.phases.values():
@@ -254,8 +254,8 @@ class Fills(Candidates):
             LayerDecision(
                 resident=tuple(sorted(kinds, key=MODULES.index)),
                 resident_experts=tuple(sorted(here)),
-                static=tuple(e for e in old.static if e not in here),
-                late=tuple(e for e in old.late if e not in here),
+                static=tuple([e for e in old.static if e not in here]) if here else old.static,
+                late=tuple([e for e in old.late if e not in here]) if here else old.late,
                 kv=kv_tier,
             )
             for kinds, old, here in zip(resident, base.layers, kept, strict=True)

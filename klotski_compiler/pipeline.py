@@ -123,26 +123,31 @@ def shapes(decision: Decision, workload: Workload) -> tuple[Shape, Shape]:
 
 
 def lower(
-    cost: Cost, policy_name: str, decision: Decision, workload: Workload, dump_after: str = "", quick: bool = False
+    cost: Cost,
+    policy_name: str,
+    decision: Decision,
+    workload: Workload,
+    dump_after: str = "",
+    quick: bool = False,
+    timed: bool = True,
 ) -> Lowered:
     """Run all passes. Raises PlanError where the policy's program is not sound.
 
-    quick: time three positions only; leave out the critical path, link bytes, and the load of residents but for its time.
-    dump_after: the pass after which to keep the program's text.
+    quick: time three positions only; leave out the times of ops, the critical path, link bytes, and the load of residents but for its time.
+    timed: else nothing is: only what has which slot is found out. dump_after: the pass after which to keep the program's text.
     """
     compute_tier = cost.hardware.compute_tier
     table = TensorTable(cost.spec, decision, workload, cost.dtype, compute_tier)
-    fixed, fixed_slots = _permanent(table, compute_tier)
+    fixed, arena = _permanent(table, compute_tier)
     placed = [(tensor, slot) for (_, tensor), slot in fixed.items()]
     out = Lowered(table.all, [], placed, {}, workspace(cost, decision, workload), {}, 0)
-    arena = Arena(fixed_slots)
 
     load_shape = Shape("load", 1, 0, 0, 0, 0, 0, 1)
     loads = _residents(table, fixed, staging_slots(decision))
     if quick:
         out.phases["load"] = _rough_load(cost, table, load_shape, loads)
     else:
-        out.phases["load"] = _phase(cost, table, load_shape, loads, fixed, arena, out)
+        out.phases["load"] = _phase(cost, table, load_shape, loads, fixed, arena, out, timed=timed)
     rounds = Rounds(decision.cohorts(workload.num_sequences), decision.prefill_groups) if decision.rolling else None
     for shape in shapes(decision, workload):
         if shape.passes == 0:
@@ -150,21 +155,28 @@ def lower(
         program = Program(cost, table, shape)
         policy(policy_name).build(program)
         out.phases[shape.name] = _phase(
-            cost, table, shape, program.finish(), fixed, arena, out, program.late, dump_after, quick, rounds
+            cost, table, shape, program.finish(), fixed, arena, out, program.late, dump_after, quick, timed, rounds
         )
     out.slots = arena.slots
     out.groups = 1 if decision.rolling else decision.rounds(workload.num_sequences)
-    for tier in sorted({slot.tier for slot in arena.slots} | set(out.workspace)):
-        end = max((s.offset + s.nbytes for s in arena.slots if s.tier == tier), default=0)
-        out.peak_bytes[tier] = end + sum(out.workspace.get(tier, {}).values())
+    for tier in sorted(arena.most.keys() | out.workspace.keys()):
+        out.peak_bytes[tier] = arena.most[tier] + sum(out.workspace.get(tier, {}).values())
     return out
 
 
 @dataclass(slots=True)
 class Arena:
-    """Slots with offsets: permanent ones first; the phases then share the room after them, one phase at a time."""
+    """Slots with offsets: permanent ones first; the phases then share the room after them, one phase at a time.
+
+    permanent: where that room begins in each tier. most: where what any phase needs ends.
+    """
 
     slots: list[Slot]
+    permanent: Counter[str]
+    most: Counter[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.most = Counter(self.permanent)
 
     def phase(
         self,
@@ -176,11 +188,7 @@ class Arena:
     ) -> list[tuple[int, int]]:
         """Lay out what one phase needs after the permanent slots: host slots that many tensors pass through, exchanges by tier, pools,
         states. Returns (tensor, slot) of what keeps its place."""
-        end = Counter[str]()
-        for slot in self.slots:
-            if slot.id < self.permanent:
-                end[slot.tier] = max(end[slot.tier], slot.offset + slot.nbytes)
-        found = []
+        end, found = Counter(self.permanent), []
         for nbytes in staging:
             self._add("host", end, nbytes)
         for where, tensor in exchanged:
@@ -193,19 +201,15 @@ class Arena:
         for state in states:
             found.append((state.id, len(self.slots)))
             self._add(tier, end, align_up(state.nbytes))
+        self.most |= end
         return found
-
-    permanent: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.permanent = len(self.slots)
 
     def _add(self, tier: str, end: Counter[str], nbytes: int) -> None:
         self.slots.append(Slot(len(self.slots), tier, end[tier], nbytes))
         end[tier] += nbytes
 
 
-def _permanent(table: TensorTable, compute_tier: str) -> tuple[dict[tuple[str, int], int], list[Slot]]:
+def _permanent(table: TensorTable, compute_tier: str) -> tuple[dict[tuple[str, int], int], Arena]:
     """Slots that are never reused: residents in the compute tier, and everything else in host memory where that is its home, or that
     of all its pages but the last."""
     fixed: dict[tuple[str, int], int] = {}
@@ -213,15 +217,16 @@ def _permanent(table: TensorTable, compute_tier: str) -> tuple[dict[tuple[str, i
     end = Counter[str]()
     resident = set(table.resident)
     for tensor in table.all:
-        tier = compute_tier if tensor.id in resident else tensor.home
-        near = table.near(tensor) if tier != compute_tier else None
-        tier = "host" if near else tier
+        tier, near = compute_tier if tensor.id in resident else tensor.home, None
+        if tier == "disk" and (near := table.near(tensor)):
+            tier = "host"
         if tensor.kind == "pick" or (tier != compute_tier and tier != "host"):
             continue
+        room = tensor.room(near)
         fixed[tier, tensor.id] = len(slots_)
-        slots_.append(Slot(len(slots_), tier, end[tier], tensor.room(near)))
-        end[tier] += tensor.room(near)
-    return fixed, slots_
+        slots_.append(Slot(len(slots_), tier, end[tier], room))
+        end[tier] += room
+    return fixed, Arena(slots_, end)
 
 
 def _residents(table: TensorTable, fixed: dict[tuple[str, int], int], staging: int) -> list[Op | Evict]:
@@ -302,6 +307,7 @@ def _phase(
     late: dict[int, list[int]] | None = None,
     dump_after: str = "",
     quick: bool = False,
+    timed: bool = True,
     rounds: Rounds | None = None,
 ) -> LoweredPhase:
     states = [table.state(shape.name, shape.scope_tokens(ALL))] if shape.tokens else []
@@ -313,6 +319,9 @@ def _phase(
     ops, pools = slots(entries, table.all, kept, processors, first + len(exchanged))
     renumbered = _renumber(ops, pools, first + len(exchanged))
     placed = arena.phase(staging, exchanged, pools, states, cost.hardware.compute_tier)
+    if not timed:
+        steps = [Step(op, into, sources, (), 0, 0) for op, into, sources in renumbered]
+        return LoweredPhase(shape, steps, PhaseTimes(0, 0, []), placed, 0, Counter())
     # With no pass between the rounds these follow one another as passes of one phase, in which KV changes hands.
     place = table.decision.place if rounds and shape.stride == 1 else None
     replays = rounds.count if rounds and place else shape.passes
@@ -327,7 +336,8 @@ def _phase(
     ):
         prices.slower = slower
         times = prices.timed(quick)
-    steps = [s._replace(start_us=round(a), end_us=round(b)) for s, (a, b) in zip(steps, times.steps, strict=True)]
+    if not quick:
+        steps = [s._replace(start_us=round(a), end_us=round(b)) for s, (a, b) in zip(steps, times.steps, strict=True)]
     if dump_after:
         out.dumps[shape.name] = _dump(dump_after, entries, steps, [t.name for t in table.all])
     chain = 0.0 if quick else critical_us(cells, prices.middle())
@@ -433,9 +443,8 @@ def _renumber(ops: list[Placed], pools: Sequence[Pool], first: int) -> list[Plac
     order = {old: first + new for new, old in enumerate(m for pool in pools for m in pool.members)}
     for new, pool in zip(_ranges(pools, first), pools, strict=True):
         pool.members = new
-    return [
-        Placed(p.op, tuple(order.get(s, s) for s in p.slots), tuple(order.get(s, s) for s in p.sources)) for p in ops
-    ]
+    now = order.get
+    return [Placed(op, tuple([now(s, s) for s in to]), tuple([now(s, s) for s in source])) for op, to, source in ops]
 
 
 def _ranges(pools: Sequence[Pool], first: int) -> list[list[int]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -114,8 +113,7 @@ class Slot(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------------ ops
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(NamedTuple):
     """Bring tensors one hop over ``link``. On a compute stream it is a synchronous copy. ``wraps``: for the next pass.
 
     pages: of each tensor, if it is not all of it. In the compute tier pages come into one slot, in order, the first one first; on
@@ -129,8 +127,7 @@ class Load:
     pages: Pages | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Store:
+class Store(NamedTuple):
     """Take tensors (KV, or what goes to the CPU) one hop away from the compute tier over ``link``."""
 
     stream: str
@@ -138,8 +135,7 @@ class Store:
     tensors: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Compute:
+class Compute(NamedTuple):
     """Run ``fn`` of a layer (-1: outside the layers) on one batch, on ``ALL`` or (``SEVERAL``) on several in a row, with ``tensors`` in
     the tier of the processor that the stream is named after.
 
@@ -155,8 +151,7 @@ class Compute:
     tensors: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Bind:
+class Bind(NamedTuple):
     """Give picks ``first .. first + count - 1`` of a layer their experts, by ``rule``, from what is routed so far (5.3)."""
 
     stream: str
@@ -164,7 +159,7 @@ class Bind:
     batch: int
     rule: str
     first: int
-    count: int
+    count: int  # type: ignore[assignment]  # the field's own word; nobody counts in a record
 
 
 Op = Load | Store | Compute | Bind
@@ -438,7 +433,8 @@ class Decision(_Record):
     @property
     def sequences(self) -> int:
         """Sequences of one batch group."""
-        return sum(map(self.size_of, range(self.num_batches)))
+        lasts = self.num_batches // self.part_batches if self.last_batch else 0
+        return self.num_batches * self.batch_size + lasts * (self.last_batch - self.batch_size)
 
     @property
     def batches(self) -> str:

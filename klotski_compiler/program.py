@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import lru_cache
 from itertools import chain, groupby, pairwise
+from typing import NamedTuple
 
 from klotski_compiler.cost import ALWAYS, Cost, Shape
 from klotski_compiler.leaving import Leaving, Scope
@@ -26,8 +28,7 @@ def staging_slots(decision: Decision) -> int:
     return 2 if decision.pages > 1 else min(2, max(1, decision.lead // decision.unit))
 
 
-@dataclass(frozen=True, slots=True)
-class Evict:
+class Evict(NamedTuple):
     """These tensors, or these pages of them, need their slot in ``tier`` no longer. Consumed by the slots pass."""
 
     tier: str
@@ -164,7 +165,8 @@ class Program:
         return attention + self.cost.choice_us(spec, self.shape.fed_tokens(ALL, spec)) + self.cost.bind_us
 
     def _present(self, *keys: tuple[str, int, int]) -> list[int]:
-        return [i for key in keys if (i := self.table.id(*key)) is not None]
+        ids = self.table.ids
+        return [ids[key] for key in keys if key in ids]
 
     # --------------------------------------------------------------------------------------------------------- verbs
 
@@ -451,8 +453,13 @@ class Program:
                 self.entries.append(Store(self.processor if sync else link, link, (tensor,)))
             self.entries.append(Evict(self.compute_tier, (tensor,)))
 
-    def _hops(self, home: str) -> list[str]:
-        """Links from a tensor's home to the compute tier."""
-        path = ["disk", "host", "gpu"]
-        stops = path[path.index(home) : path.index(self.compute_tier) + 1]
-        return [f"{a}>{b}" for a, b in pairwise(stops)]
+    def _hops(self, home: str) -> tuple[str, ...]:
+        return hops(home, self.compute_tier)
+
+
+@lru_cache
+def hops(home: str, compute_tier: str) -> tuple[str, ...]:
+    """Links from a tensor's home to the compute tier."""
+    path = ["disk", "host", "gpu"]
+    stops = path[path.index(home) : path.index(compute_tier) + 1]
+    return tuple(f"{a}>{b}" for a, b in pairwise(stops))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from types import ModuleType
 
 from klotski_compiler.cost import Cost, Shape
@@ -13,22 +14,30 @@ from klotski_compiler.tensors import MODULES
 
 def rough_us(cost: Cost, policy: ModuleType, decision: Decision, workload: Workload) -> float:
     """The whole workload, from the first weight byte on."""
-    rounds = decision.rounds(workload.num_sequences)
-    return load_us(cost, decision) + rounds * sum(
-        shape.passes * _pass_us(cost, policy, decision, shape) for shape in shapes(decision, workload) if shape.passes
-    )
+    rounds, kinds = decision.rounds(workload.num_sequences), _kinds(cost, decision)
+    phases = (shape for shape in shapes(decision, workload) if shape.passes)
+    total = sum(shape.passes * _pass_us(cost, policy, decision, shape, kinds) for shape in phases)
+    return load_us(cost, decision) + rounds * total
 
 
 def busiest_us(cost: Cost, decision: Decision, workload: Workload) -> float:
     """The whole workload as the work of each phase's busiest stream in all layers together: about what no schedule takes less than."""
     groups = decision.cohorts(workload.num_sequences) if decision.rolling else decision.rounds(workload.num_sequences)
-    total = load_us(cost, decision)
+    total, kinds = load_us(cost, decision), _kinds(cost, decision)
     for shape in shapes(decision, workload):
         work = Counter[str]()
-        for number, chosen in enumerate(decision.layers):
-            work.update(layer_work(cost, decision, number, chosen, shape))
+        known = {first: layer_work(cost, decision, first, decision.layers[first], shape) for first in set(kinds)}
+        for first in kinds:
+            work.update(known[first])
         total += groups * shape.passes * max(work.values())
     return total
+
+
+def _kinds(cost: Cost, decision: Decision) -> list[int]:
+    """For each layer the first one that is like it, and decided alike."""
+    firsts = dict[tuple[int, LayerDecision], int]()
+    layers = enumerate(zip(cost.kinds, decision.layers, strict=True))
+    return [firsts.setdefault(pair, number) for number, pair in layers]
 
 
 def load_us(cost: Cost, decision: Decision) -> float:
@@ -47,16 +56,11 @@ def load_us(cost: Cost, decision: Decision) -> float:
     return 1e6 * nbytes / disk.bandwidth_bytes_per_s + loads * cost.load_op_us("disk>host")
 
 
-def _pass_us(cost: Cost, policy: ModuleType, decision: Decision, shape: Shape) -> float:
-    total, known = 0.0, dict[tuple[object, ...], float]()
-    for number, chosen in enumerate(decision.layers):
-        layer, shares = cost.spec.layers[number], cost.picked[number]
-        key = layer, chosen, shares
-        if key not in known:
-            work = layer_work(cost, decision, number, chosen, shape)
-            serial = getattr(policy, "OVERLAPS", True) is False
-            known[key] = sum(work.values()) if serial else max(work.values())
-        total += known[key]
+def _pass_us(cost: Cost, policy: ModuleType, decision: Decision, shape: Shape, kinds: Sequence[int]) -> float:
+    busy = max if getattr(policy, "OVERLAPS", True) else sum
+    works = {first: layer_work(cost, decision, first, decision.layers[first], shape) for first in set(kinds)}
+    known = {first: busy(work.values()) for first, work in works.items()}
+    total = sum(known[first] for first in kinds)
     link, _ = cost.links
     head = cost.module_us(cost.spec.head, shape.sequences)
     streamed = cost.transfer_us(link, cost.spec.head.nbytes) if decision.head_pages else 0.0
@@ -102,7 +106,9 @@ def layer_work(cost: Cost, decision: Decision, number: int, chosen: LayerDecisio
         else 0.0
     )
     here = (*chosen.resident_experts, *named, *chosen.late[:loaded])
-    work[cost.processor_name] += sum(cost.expert_us(number, e, tokens) for e in here)
-    apart = (*(chosen.cpu if helped else ()), *chosen.late[loaded:])
-    work[CPU] += sum(cost.expert_us(number, e, tokens, CPU) for e in apart)
+    here_us = cost.experts_us(number, tokens)
+    work[cost.processor_name] += sum([here_us[e] for e in here])
+    if apart := (*(chosen.cpu if helped else ()), *chosen.late[loaded:]):
+        there_us = cost.experts_us(number, tokens, CPU)
+        work[CPU] += sum([there_us[e] for e in apart])
     return work

@@ -76,7 +76,7 @@ def simulate(
 
     Op times are affine in the position and pass time is their maximum along paths, hence convex: the mean over a span of positions
     is at most the mean of its ends. Spans are halved until that is close enough, each point settled by replaying it. ``quick``:
-    three points, and no bubbles.
+    three points, no times of ops, no bubbles.
     """
     middle = _settled(steps, passes, compute, durations(0.5), quick)
     if passes == 1 or sum(durations(1.0)) - sum(durations(0.0)) < NEGLIGIBLE * middle.pass_us:
@@ -191,14 +191,16 @@ def _settled(
         for number, step in enumerate(steps):
             work[step.op.stream] += duration_us[number]  # type: ignore[assignment]
         settled = max(settled, *work.values())
-    total = max(end for _, end in clock.log.values()) + (passes - shown) * settled
-    begin = min(clock.log[middle, n][0] for n in range(len(steps)) if (middle, n) in clock.log)
-    spans = [clock.log.get((middle, n), (begin, begin)) for n in range(len(steps))]
-    times = [(start - begin, end - begin) for start, end in spans]
+    total = max([end for _, end in clock.log.values()]) + (passes - shown) * settled
     busy, bubble = Counter[str](), Counter[str]()
     for number, step in enumerate(steps):
         busy[step.op.stream] += duration_us[number] * passes  # type: ignore[assignment]
-    for cause, idle in () if quick else bubbles(steps, clock.log, shown, compute).items():
+    if quick:
+        return PhaseTimes(total, settled, [], busy, bubble)
+    begin = min(clock.log[middle, n][0] for n in range(len(steps)) if (middle, n) in clock.log)
+    spans = [clock.log.get((middle, n), (begin, begin)) for n in range(len(steps))]
+    times = [(start - begin, end - begin) for start, end in spans]
+    for cause, idle in bubbles(steps, clock.log, shown, compute).items():
         bubble[cause] += idle * passes / shown  # type: ignore[assignment]
     return PhaseTimes(total, settled, times, busy, bubble)
 

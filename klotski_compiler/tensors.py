@@ -52,7 +52,7 @@ class TensorTable:
     all: list[Tensor] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)
     exchanged: list[tuple[str, int]] = field(default_factory=list)  # (tier, tensor)
-    _ids: dict[tuple[str, int, int], int] = field(default_factory=dict)
+    ids: dict[tuple[str, int, int], int] = field(default_factory=dict)  # of (kind, layer, index)
 
     def __post_init__(self) -> None:
         spec, decision = self.spec, self.decision
@@ -72,9 +72,10 @@ class TensorTable:
                 if module := getattr(layer, kind):
                     self._module(kind, number, 0, module, kind in chosen.resident)
             if layer.expert:
+                far, here = frozenset(chosen.on_disk), frozenset(chosen.resident_experts)
                 for expert in range(layer.num_experts):
-                    home = "disk" if expert in chosen.on_disk else ""
-                    self._module("expert", number, expert, layer.expert, expert in chosen.resident_experts, home)
+                    home = "disk" if expert in far else ""
+                    self._module("expert", number, expert, layer.expert, expert in here, home)
                 for pick in range(len(chosen.late)):
                     self._module("pick", number, pick, layer.expert, False)
             away = set(decision.away(number))
@@ -110,14 +111,10 @@ class TensorTable:
     ) -> None:
         weights_home = home or ("disk" if self.compute_tier == "host" else "host")
         tensor = Tensor(len(self.all), kind, layer, index, nbytes, segments, weights_home)
-        self._ids[kind, layer, index] = tensor.id
+        self.ids[kind, layer, index] = tensor.id
         self.all.append(tensor)
         if resident:
             self.resident.append(tensor.id)
-
-    def id(self, kind: str, layer: int = -1, index: int = 0) -> int | None:
-        """The tensor's id, or None where the model or the decision has no such tensor."""
-        return self._ids.get((kind, layer, index))
 
     def near(self, tensor: Tensor) -> Pages | None:
         """Of a tensor that lives on disk, what host memory before a GPU keeps nonetheless; None: all that lives there, or nothing."""

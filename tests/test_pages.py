@@ -158,7 +158,7 @@ def as_whole(wanted: Callable[[Load], bool]) -> Plan:
     number = index(wanted)
     step = JOINT.steps["decode"][number]
     assert isinstance(step.op, Load)
-    return with_step(JOINT, "decode", number, step._replace(op=replace(step.op, pages=None)))
+    return with_step(JOINT, "decode", number, step._replace(op=step.op._replace(pages=None)))
 
 
 SPOILED: dict[str, Callable[[], Plan]] = {

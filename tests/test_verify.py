@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -98,7 +97,12 @@ def on_another_processor() -> Plan:
 
 
 def op_changed(wanted: Callable[[Step], bool], **fields: object) -> Plan:
-    return changed(wanted, lambda step: step._replace(op=replace(step.op, **fields)))  # type: ignore[arg-type]
+    return changed(wanted, lambda step: with_op(step, **fields))
+
+
+def with_op(step: Step, **fields: object) -> Step:
+    op: Any = step.op
+    return step._replace(op=op._replace(**fields))
 
 
 def other_slot(step: Step) -> Step:
@@ -172,8 +176,7 @@ def experts_by_batch() -> Plan:
 def twice_over_some() -> Plan:
     """A resident over all batches, and over the first two again in the place of the next op of experts."""
     number, later = [n for n, step in enumerate(STEPS) if computes("experts")(step)][:2]
-    again = STEPS[number]._replace(op=replace(STEPS[number].op, batch=span(0, 2)))  # type: ignore[arg-type]
-    return with_step(PLAN, "decode", later, again)
+    return with_step(PLAN, "decode", later, with_op(STEPS[number], batch=span(0, 2)))
 
 
 HIGHEST = max(PLAN.forecast.peak_bytes.values())
@@ -203,7 +206,7 @@ SPOILED: dict[str, tuple[str, Callable[[], Plan]]] = {
     "a pick is dropped": ("work", lambda: without(lambda s: computes("experts")(s) and "pick" in step_kinds(s))),
     "a batch is left out": ("work", lambda: op_changed(lambda s: computes("attention")(s) and s.op.batch == 2, batch=1)),  # type: ignore[union-attr]
     "a layer is left out": ("work", lambda: op_changed(computes("attention"), layer=1)),
-    "an op lacks its weights": ("work", lambda: changed(computes("router"), lambda s: s._replace(op=replace(s.op, tensors=()), slots=()))),  # type: ignore[arg-type]
+    "an op lacks its weights": ("work", lambda: changed(computes("router"), lambda s: with_op(s, tensors=())._replace(slots=()))),
     "an expert misses a batch": ("work", lambda: op_changed(lambda s: computes("experts")(s) and s.op.batch == ALL, batch=0)),  # type: ignore[union-attr]
     "an expert misses the last one": ("work", lambda: op_changed(lambda s: computes("experts")(s) and s.op.batch == ALL, batch=span(0, 2))),  # type: ignore[union-attr]
     "an expert computes twice over some batches": ("work", twice_over_some),
@@ -234,7 +237,7 @@ def test_a_cache_must_be_written_where_it_lives() -> None:
     number = next(n for n, s in enumerate(SPILLED.steps["decode"]) if isinstance(s.op, Store))
     step = SPILLED.steps["decode"][number]
     assert isinstance(step.op, Store)
-    astray = step._replace(op=replace(step.op, link="gpu>disk"))
+    astray = with_op(step, link="gpu>disk")
     assert caught(with_step(SPILLED, "decode", number, astray)) == "residency"
 
 

@@ -95,6 +95,7 @@ class _Memory:
 
     def __init__(self, plan: Plan, phase: Phase) -> None:
         self.plan, self.phase = plan, phase
+        self.tensors, self.names, self.tiers = plan.tensors, plan.names, [slot.tier for slot in plan.slots]
         self.permanent = {slot: tensor for tensor, slot in plan.placed}
         # Before the load phase no weight is anywhere but at home; a KV cache needs only its place, as what is exchanged does.
         self.content = {
@@ -118,7 +119,7 @@ class _Memory:
 
     def begin(self, at: int) -> bool:
         # A pick means another expert in every pass: what is left of it is of no use.
-        self.content = {slot: t for slot, t in self.content.items() if self.plan.tensors[t].kind != "pick"}
+        self.content = {slot: t for slot, t in self.content.items() if self.tensors[t].kind != "pick"}
         return True
 
     def wait(self, event: None) -> None:
@@ -143,17 +144,17 @@ class _Memory:
     def _read(self, tensors: Sequence[int], slots: Sequence[int], tier: str, pages: Pages | None = None) -> str:
         for tensor, slot in zip(tensors, slots, strict=True):
             if slot == NOWHERE:
-                if self.plan.tensors[tensor].home != tier:
-                    return f"reads {self.plan.names[tensor]} where it lives, which is not {tier}"
+                if self.tensors[tensor].home != tier:
+                    return f"reads {self.names[tensor]} where it lives, which is not {tier}"
                 continue
             if self.content.get(slot) != tensor:
                 held = self.content.get(slot)
-                name = "nothing" if held is None else self.plan.names[held]
-                return f"reads {self.plan.names[tensor]} in slot {slot}, which holds {name}"
+                name = "nothing" if held is None else self.names[held]
+                return f"reads {self.names[tensor]} in slot {slot}, which holds {name}"
             if (part := self.parts.get(slot)) and not (pages and _within(pages, part)):
-                return f"reads {self.plan.names[tensor]} in slot {slot}, of which that holds {part.text} only"
-            if self.plan.slots[slot].tier != tier:
-                return f"reads slot {slot} in {tier}, but it is in {self.plan.slots[slot].tier}"
+                return f"reads {self.names[tensor]} in slot {slot}, of which that holds {part.text} only"
+            if self.tiers[slot] != tier:
+                return f"reads slot {slot} in {tier}, but it is in {self.tiers[slot]}"
         return ""
 
     def _load(self, op: Load, step: Step) -> str:
@@ -161,17 +162,17 @@ class _Memory:
         if step.sources and (why := self._read(op.tensors, step.sources, source, op.pages)):
             return why
         for number, slot in zip(op.tensors, step.slots, strict=True):
-            tensor = self.plan.tensors[number]
+            tensor = self.tensors[number]
             home = "disk" if self.phase.name == LOAD else tensor.home  # at first there is only the checkpoint
             if not step.sources and home != source:
                 return f"brings {tensor.name} from {source}, but it lives in {home}"
             # Only the binding knows the source of a pick; every other tensor that memory holds has a slot there.
             if not step.sources and source != "disk" and tensor.kind != "pick":
                 return f"brings {tensor.name} from {source} without naming its slot there"
-            if self.plan.slots[slot].tier != target:
-                return f"brings {tensor.name} to {target}, but slot {slot} is in {self.plan.slots[slot].tier}"
+            if self.tiers[slot] != target:
+                return f"brings {tensor.name} to {target}, but slot {slot} is in {self.tiers[slot]}"
             if slot in self.permanent and (self.phase.name != LOAD or self.permanent[slot] != number):
-                return f"writes {tensor.name} over {self.plan.names[self.permanent[slot]]}, which is resident in slot {slot}"
+                return f"writes {tensor.name} over {self.names[self.permanent[slot]]}, which is resident in slot {slot}"
             if op.wraps and tensor.kind in ("pick", "kv"):
                 return f"brings {tensor.name} for the next pass, before its expert or contents are known"
             if why := self._arrive(number, slot, op.pages):
@@ -180,8 +181,8 @@ class _Memory:
 
     def _arrive(self, number: int, slot: int, pages: Pages | None) -> str:
         """A tensor, or some pages of it, comes into a slot: in the compute tier all of them in order, each once."""
-        tensor = self.plan.tensors[number]
-        gathers = pages is not None and self.plan.slots[slot].tier == self.plan.compute_tier
+        tensor = self.tensors[number]
+        gathers = pages is not None and self.tiers[slot] == self.plan.compute_tier
         if why := _misfit(self.plan, number, slot, None if gathers else pages):
             return why
         held, same = self.parts.pop(slot, None), self.content.get(slot) == number
@@ -200,7 +201,7 @@ class _Memory:
     def _store(self, op: Store, step: Step) -> str:
         source, target = self.ends[op.link]
         for number in op.tensors:
-            tensor = self.plan.tensors[number]
+            tensor = self.tensors[number]
             if tensor.home not in (target, "none"):
                 return f"writes {tensor.name} to {target}, but it lives in {tensor.home}"
             if not step.sources and tensor.kind != "rows":

@@ -64,7 +64,8 @@ def _out_of_range(plan: Plan, phase: Phase, step: Step) -> str:
     op = step.op
     if op.stream not in plan.streams:
         return f"stream {op.stream} is not among {', '.join(plan.streams)}"
-    if any(not 0 <= slot < len(plan.slots) for slot in (*step.slots, *step.sources) if slot != NOWHERE):
+    places = *step.slots, *step.sources
+    if places and not NOWHERE <= min(places) <= max(places) < len(plan.slots):
         return f"names a slot beyond the {len(plan.slots)} of the plan"
     if NOWHERE in step.slots and any(
         slot == NOWHERE and plan.tensors[t].kind != "pick"

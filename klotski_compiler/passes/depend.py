@@ -37,31 +37,41 @@ class KvCell(NamedTuple):
     batch: int
 
 
+class Edges(NamedTuple):
+    """What the ops of an unrolled sequence must follow. after: for each of its places, earlier ones, in order."""
+
+    order: list[Instance]
+    after: list[list[int]]
+
+
 def depend(
     ops: Sequence[Placed], cells: Sequence[Cells], passes: int, place: Callable[[int, int], int] | None = None
-) -> dict[Instance, list[Instance]]:
-    """For every op of the unrolled sequence, the earlier ones that it must follow (on whatever stream), in order. place: where KV
-    changes hands from pass to pass, the batch in whose place that of a batch is then."""
-    writer: dict[Cell, Instance] = {}
-    readers: dict[Cell, list[Instance]] = {}
-    edges: dict[Instance, list[Instance]] = {}
-    for instance in unrolled(ops, passes):
-        reads, writes = cells[instance[1]]
+) -> Edges:
+    """For every op of the unrolled sequence, the earlier ones that it must follow (on whatever stream). place: where KV changes hands from
+    pass to pass, the batch in whose place that of a batch is then."""
+    writer: dict[Cell, int] = {}
+    readers: dict[Cell, list[int]] = {}
+    edges = Edges(list(unrolled(ops, passes)), [])
+    for now, (copy, number) in enumerate(edges.order):
+        reads, writes = cells[number]
         if place:
-            reads, writes = ([_in_place(cell, place, instance[0]) for cell in side] for side in (reads, writes))
-        before: set[Instance] = set()
+            reads, writes = ([_in_place(cell, place, copy) for cell in side] for side in (reads, writes))
+        before: set[int] = set()
         for cell in reads:
             if cell in writer:
                 before.add(writer[cell])
-            readers.setdefault(cell, []).append(instance)
+            if cell in readers:
+                readers[cell].append(now)
+            else:
+                readers[cell] = [now]
         for cell in writes:
             if cell in writer:
                 before.add(writer[cell])
-            before.update(readers.get(cell, ()))
-            writer[cell] = instance
-            readers[cell] = []
-        before.discard(instance)
-        edges[instance] = sorted(before)
+            if cell in readers:
+                before.update(readers.pop(cell))
+            writer[cell] = now
+        before.discard(now)
+        edges.after.append(sorted(before))
     return edges
 
 
@@ -73,30 +83,31 @@ def cells_of(
     placed: Placed, tensors: Sequence[Tensor], batches: int, homes: Mapping[int, Tensor] = MappingProxyType({})
 ) -> Cells:
     """What an op reads and what it writes. homes: the KV that lives in a slot."""
-    reads, written = _cells_of(placed, tensors, batches)
-
-    def named(cell: Cell) -> Cell:
-        kv = homes.get(cell) if isinstance(cell, int) else None
-        return KvCell("kv", kv.layer, kv.index) if kv else cell
-
-    return [named(cell) for cell in reads], [named(cell) for cell in written]
+    cells = _cells_of(placed, tensors, batches)
+    if homes and not homes.keys().isdisjoint((*placed.slots, *placed.sources)):
+        for side in cells:
+            side[:] = [
+                KvCell("kv", homes[cell].layer, homes[cell].index) if isinstance(cell, int) and cell in homes else cell
+                for cell in side
+            ]
+    return cells
 
 
 def _cells_of(placed: Placed, tensors: Sequence[Tensor], batches: int) -> Cells:
-    op, reads, written = placed.op, list[Cell](), list[Cell]()
+    op, reads, written = placed.op, list[Cell](placed.sources), list[Cell]()
     match op:
+        case Compute():
+            _compute_cells(op, placed, tensors, batches, reads, written)
         case Load():
-            reads += placed.sources
             written += placed.slots
-            for tensor in (tensors[t] for t in op.tensors):
+            for tensor in [tensors[t] for t in op.tensors]:
                 if tensor.kind == "pick":
                     reads.append(("bound", tensor.layer, tensor.index))
                 elif tensor.kind == "kv" and not placed.sources:
                     reads.append(KvCell("spilled", tensor.layer, tensor.index))
         case Store():
-            reads += placed.sources
             written += placed.slots
-            for tensor in (tensors[t] for t in op.tensors):
+            for tensor in [tensors[t] for t in op.tensors]:
                 if tensor.kind == "rows":
                     reads.append("input")
                 elif not placed.slots:
@@ -106,23 +117,22 @@ def _cells_of(placed: Placed, tensors: Sequence[Tensor], batches: int) -> Cells:
             if op.rule != "predicted":
                 reads += [("routed", op.layer, batch) for batch in scope]
             written += [("bound", op.layer, pick) for pick in range(op.first, op.first + op.count)]
-        case Compute():
-            _compute_cells(op, placed, tensors, batches, reads, written)
     return reads, written
 
 
 def _compute_cells(
     op: Compute, placed: Placed, tensors: Sequence[Tensor], batches: int, reads: list[Cell], written: list[Cell]
 ) -> None:
-    scope = list(batches_of(op.batch, batches))
+    scope = batches_of(op.batch, batches)
     hidden: list[Cell] = [("hidden", batch) for batch in scope]
     for number, slot in zip(op.tensors, placed.slots, strict=True):
         tensor = tensors[number]
+        kind = tensor.kind
         if slot != NOWHERE:
-            (written if writes(op.fn, tensor.kind) else reads).append(slot)
-            if tensor.kind == "query":
+            (written if writes(op.fn, kind) else reads).append(slot)
+            if kind == "query":
                 reads.append(slot)  # the way through host memory is one chain
-        if tensor.kind == "pick":
+        if kind == "pick":
             reads.append(("bound", tensor.layer, tensor.index))
     if op.fn in OVERWRITE:
         written.append("input")

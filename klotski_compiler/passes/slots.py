@@ -7,10 +7,10 @@ longest, so that a load waits for the oldest reader. Tensors of one kind share a
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from typing import NamedTuple
 
 from klotski_compiler.errors import PlanError
 from klotski_compiler.plan import NOWHERE, Bind, Compute, Load, Op, Pages, Tensor
@@ -19,8 +19,7 @@ from klotski_compiler.program import Evict
 FOREVER = 1 << 60
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
+class Placed(NamedTuple):
     """An op with its slots and sources, as a ``Step`` has them."""
 
     op: Op
@@ -63,9 +62,12 @@ def slots(
     count = first
 
     def pool_of(tier: str, tensor: Tensor, pages: Pages | None = None) -> Pool:
-        kind = "expert" if tensor.kind == "pick" else tensor.kind
-        pool = pools.setdefault((tier, kind), Pool(tier, kind))
-        pool.nbytes = max(pool.nbytes, tensor.room(pages))
+        key = tier, "expert" if tensor.kind == "pick" else tensor.kind
+        pool = pools.get(key)
+        if pool is None:
+            pool = pools[key] = Pool(*key)
+        if (room := tensor.room(pages)) > pool.nbytes:
+            pool.nbytes = room
         return pool
 
     def take(pool: Pool, start: int, end: int) -> int:
@@ -87,7 +89,7 @@ def slots(
     tail: dict[tuple[str, int, int], int] = {}
     for start, entry in enumerate(entries):
         if isinstance(entry, Load) and entry.wraps:
-            tier, pages = entry.link.split(">")[1], entry.pages
+            tier, pages = target_of(entry.link), entry.pages
             for tensor in entry.tensors if pages is None or pages.first == 0 else ():
                 # passes through: staged on its way, and gone within this pass
                 if (staged(tier, pages), tensor, start) in ends:
@@ -104,68 +106,70 @@ def slots(
     placed: list[Placed] = []
     for start, entry in enumerate(entries):
         if isinstance(entry, Evict):
+            tier = staged(entry.tier, entry.pages)
             for tensor in entry.tensors:
-                del where[staged(entry.tier, entry.pages), tensor]
+                del where[tier, tensor]
             continue
         if isinstance(entry, Bind):
             placed.append(Placed(entry, (), ()))
             continue
         if isinstance(entry, Load):
-            source, target = entry.link.split(">")
-            pages, first = entry.pages, entry.tensors[0]
-            here, there = staged(source, pages), staged(target, pages)
-            if (here, first) not in where:
-                here = source
-            if (there, first) not in fixed and (there, first, start) not in ends:
-                there = target
-            sources = tuple(where[here, t] for t in entry.tensors if (here, t) in where)
+            source, _, target = entry.link.partition(">")
+            pages, here, there = entry.pages, source, target
+            if pages:
+                here, there, first = staged(source, pages), staged(target, pages), entry.tensors[0]
+                here = here if (here, first) in where else source
+                there = there if (there, first) in fixed or (there, first, start) in ends else target
             for tensor in entry.tensors:
-                if (there, tensor, start) in tail:
-                    where[there, tensor] = tail[there, tensor, start]
+                key, lifetime = (there, tensor), (there, tensor, start)
+                if lifetime in tail:
+                    where[key] = tail[lifetime]
                     continue
-                begun = pages and pages.first and there == target and (there, tensor) in where
-                if begun or (there, tensor) in fixed:
+                if key in fixed or (pages and pages.first and there == target and key in where):  # or has been begun
                     continue
-                end = ends.get((there, tensor, start), FOREVER)
+                end = ends.get(lifetime, FOREVER)
                 if end == FOREVER:
                     raise PlanError("slots", f"{tensors[tensor].name} is loaded and never evicted from {target}")
-                where[there, tensor] = take(
-                    pool_of(target, tensors[tensor], pages if there != target else None), start, end
-                )
-            placed.append(Placed(entry, tuple(where[there, t] for t in entry.tensors), sources))
+                part = pages if there != target else None
+                where[key] = take(pool_of(target, tensors[tensor], part), start, end)
+            sources = tuple([where[here, t] for t in entry.tensors if (here, t) in where])
+            placed.append(Placed(entry, tuple([where[there, t] for t in entry.tensors]), sources))
             continue
         tier, target = (processors[entry.stream], "") if isinstance(entry, Compute) else entry.link.split(">")
-        found = tuple(where.get((tier, t), NOWHERE) for t in entry.tensors)
-        for number, slot in zip(entry.tensors, found, strict=True):
-            # What the CPU computes of late experts, and what it is sent of hidden states, needs no slot to be found.
-            if (
-                slot == NOWHERE
-                and not (tensors[number].kind == "pick" and tier == "host")
-                and tensors[number].kind != "rows"
-            ):
-                raise PlanError("slots", f"{entry.stream} op reads {tensors[number].name}, which is not in {tier}")
+        found = tuple([where.get((tier, t), NOWHERE) for t in entry.tensors])
+        if NOWHERE in found:
+            for number, slot in zip(entry.tensors, found, strict=True):
+                kind = tensors[number].kind
+                # What the CPU computes of late experts, and what it is sent of hidden states, needs no slot to be found.
+                if slot == NOWHERE and not (kind == "pick" and tier == "host") and kind != "rows":
+                    raise PlanError("slots", f"{entry.stream} op reads {tensors[number].name}, which is not in {tier}")
         if isinstance(entry, Compute):
             placed.append(Placed(entry, found, ()))
         else:
-            into = tuple(where[target, t] for t in entry.tensors if (target, t) in where)
-            placed.append(Placed(entry, into, tuple(slot for slot in found if slot != NOWHERE)))
+            into = tuple([where[target, t] for t in entry.tensors if (target, t) in where])
+            placed.append(Placed(entry, into, tuple([slot for slot in found if slot != NOWHERE])))
     return placed, [pools[key] for key in sorted(pools)]
+
+
+def target_of(link: str) -> str:
+    """The tier in which a link ends."""
+    return link.rpartition(">")[2]
 
 
 def _lifetimes(entries: Sequence[Op | Evict]) -> dict[tuple[str, int, int], int]:
     """(tier, tensor, position of its load or -1 for one carried over) -> position of the eviction that ends it."""
-    opened: dict[tuple[str, int], int] = defaultdict(lambda: -1)
+    opened: dict[tuple[str, int], int] = {}
     ends: dict[tuple[str, int, int], int] = {}
     for position, entry in enumerate(entries):
         if isinstance(entry, Load):
-            tier = entry.link.split(">")[1]
+            tier, pages = target_of(entry.link), entry.pages
             for tensor in entry.tensors:
-                if entry.pages:
-                    opened[staged(tier, entry.pages), tensor] = position
-                if not entry.pages or entry.pages.first == 0:
+                if pages:
+                    opened[staged(tier, pages), tensor] = position
+                if not pages or pages.first == 0:
                     opened[tier, tensor] = position
         elif isinstance(entry, Evict):
             place = staged(entry.tier, entry.pages)
             for tensor in entry.tensors:
-                ends[place, tensor, opened[place, tensor]] = position
+                ends[place, tensor, opened.get((place, tensor), -1)] = position
     return ends

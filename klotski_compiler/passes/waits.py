@@ -8,32 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from klotski_compiler.passes.depend import Instance
+from klotski_compiler.passes.depend import Edges
 from klotski_compiler.passes.slots import Placed
 from klotski_compiler.plan import Wait
 
 
-def waits(ops: Sequence[Placed], edges: dict[Instance, list[Instance]]) -> list[tuple[Wait, ...]]:
+def waits(ops: Sequence[Placed], edges: Edges) -> list[tuple[Wait, ...]]:
     """The waits of every op. The first pass and the later ones may differ; an op keeps the union, which is right for both."""
-    names = sorted({placed.op.stream for placed in ops})
-    lane = [names.index(placed.op.stream) for placed in ops]
-    order = {instance: position for position, instance in enumerate(edges)}
-    clocks: dict[Instance, list[int]] = {}
-    last: list[list[int]] = [[-1] * len(names) for _ in names]
+    streams = {name: place for place, name in enumerate(dict.fromkeys(placed.op.stream for placed in ops))}
+    lane = [streams[placed.op.stream] for placed in ops]
+    last: list[list[int]] = [[-1] * len(streams) for _ in streams]
+    clocks: list[list[int]] = []
     kept: list[set[Wait]] = [set() for _ in ops]
-    for instance, before in edges.items():
-        copy, number = instance
+    for now, ((copy, number), before) in enumerate(zip(*edges, strict=True)):
         own = lane[number]
         clock = list(last[own])
         for earlier in reversed(before):
-            stream = lane[earlier[1]]
-            if clock[stream] >= order[earlier]:
+            passed, other = edges.order[earlier]
+            stream = lane[other]
+            if clock[stream] >= earlier:
                 continue
-            for index, seen in enumerate(clocks[earlier]):
-                if seen > clock[index]:
-                    clock[index] = seen
+            clock = list(map(max, clock, clocks[earlier]))
             if stream != own:
-                kept[number].add(Wait(earlier[1], copy - earlier[0]))
-        clock[own] = order[instance]
-        clocks[instance] = last[own] = clock
+                kept[number].add(Wait(other, copy - passed))
+        clock[own] = now
+        last[own] = clock
+        clocks.append(clock)
     return [tuple(sorted(w)) for w in kept]

@@ -44,8 +44,8 @@ def prefetch(p: Program, layer: int) -> None:
 
 def decide(cost: Cost, decision: Decision) -> Decision:
     """Prefetch as many experts of a layer as a decode pass is expected to ask for."""
-    asked = [
-        sum(cost.experts(number, decision.sequences)[e][1] for e in chosen.late)
-        for number, chosen in enumerate(decision.layers)
-    ]
+    asked, tokens = list[float](), decision.sequences
+    for number, chosen in enumerate(decision.layers):
+        touched = cost.experts(number, tokens)
+        asked.append(sum(touched[e][1] for e in chosen.late))
     return decision.model_copy(update={"hot": max(decision.hot, round(max(asked)))})

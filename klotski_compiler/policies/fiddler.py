@@ -27,8 +27,9 @@ def decide(cost: Cost, decision: Decision) -> Decision:
         if layer.expert is None:
             layers.append(chosen)
             continue
+        touched, link_us = cost.experts(number, tokens), cost.transfer_us("host>gpu", layer.expert.nbytes)
+        here_us, there_us = cost.experts_us(number, tokens), cost.experts_us(number, tokens, CPU)
         for expert in chosen.late:
-            sent_us = cost.experts(number, tokens)[expert][1] * cost.transfer_us("host>gpu", layer.expert.nbytes)
-            cheaper += cost.expert_us(number, expert, tokens, CPU) < sent_us + cost.expert_us(number, expert, tokens)
+            cheaper += there_us[expert] < touched[expert][1] * link_us + here_us[expert]
         layers.append(chosen.model_copy(update={"cpu_picks": cheaper}))
     return decision.model_copy(update={"layers": tuple(layers)})

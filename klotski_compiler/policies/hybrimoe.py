@@ -59,14 +59,14 @@ def decide(cost: Cost, decision: Decision) -> Decision:
         return decision
     layers, tokens = [], decision.sequences
     for number, (layer, chosen) in enumerate(zip(cost.spec.layers, decision.layers, strict=True)):
-        front, back, gpu_us, link_us, cpu_us = 0, len(chosen.late), 0.0, 0.0, 0.0
-        gpu_us = sum(cost.expert_us(number, e, tokens) for e in chosen.resident_experts)
-        while front < back and layer.expert:
-            load_us = cost.experts(number, tokens)[chosen.late[front]][1] * cost.transfer_us(
-                "host>gpu", layer.expert.nbytes
-            )
-            there_us = max(gpu_us, link_us + load_us) + cost.expert_us(number, chosen.late[front], tokens)
-            here_us = cpu_us + cost.expert_us(number, chosen.late[back - 1], tokens, CPU)
+        front, back, link_us, cpu_us = 0, len(chosen.late), 0.0, 0.0
+        touched, nbytes = cost.experts(number, tokens), layer.expert.nbytes if layer.expert else 0
+        on_gpu, on_cpu = cost.experts_us(number, tokens), cost.experts_us(number, tokens, CPU)
+        gpu_us = sum(on_gpu[e] for e in chosen.resident_experts)
+        while front < back:
+            load_us = touched[chosen.late[front]][1] * cost.transfer_us("host>gpu", nbytes)
+            there_us = max(gpu_us, link_us + load_us) + on_gpu[chosen.late[front]]
+            here_us = cpu_us + on_cpu[chosen.late[back - 1]]
             if here_us < there_us:
                 back, cpu_us = back - 1, here_us
             else:

@@ -131,7 +131,7 @@ class Clock:
     def arrival(self, tensors: Sequence[int]) -> float:
         """When these have come as far as they have been sent."""
         self._catch_up()
-        return max(self.ready.get(t, 0.0) for t in tensors)
+        return max([self.ready.get(t, 0.0) for t in tensors])
 
     def cpu_ahead_us(self) -> float:
         """How much longer the CPU has to do than the processor."""
@@ -139,24 +139,27 @@ class Clock:
         return self.now[CPU] - self.now[self.p.processor]
 
     def _catch_up(self) -> None:
-        for entry in self.p.entries[self.read :]:
+        ready, now, entries = self.ready, self.now, self.p.entries
+        for number in range(self.read, len(entries)):
+            entry = entries[number]
             if isinstance(entry, Evict):
                 if entry.tier != self.p.compute_tier:
-                    self.staging.append(max(self.ready.get(t, 0.0) for t in entry.tensors))
+                    self.staging.append(max([ready.get(t, 0.0) for t in entry.tensors]))
                 continue
-            if isinstance(entry, Load) and entry.wraps:
-                continue
-            after = 0.0
-            if isinstance(entry, Load) and entry.link == self.p.cost.links[0]:
-                after = self.now[self.p.processor]
-            elif isinstance(entry, Load):
-                after = self.staging.popleft() if self.staging else 0.0
+            begin = now.get(entry.stream, 0.0)
+            if isinstance(entry, Load):
+                if entry.wraps:
+                    continue
+                if entry.link == self.p.cost.links[0]:
+                    begin = max(begin, now[self.p.processor])
+                elif self.staging:
+                    begin = max(begin, self.staging.popleft())
             used = () if isinstance(entry, Bind) else entry.tensors
-            begin = max(self.now.get(entry.stream, 0.0), after, *(self.ready.get(t, 0.0) for t in used))
-            self.now[entry.stream] = end = begin + self.p.expected_us(entry)
-            if not isinstance(entry, Bind):
-                self.ready |= dict.fromkeys(entry.tensors, end)
-        self.read = len(self.p.entries)
+            end = max([begin, *[ready.get(t, 0.0) for t in used]]) + self.p.expected_us(entry)
+            now[entry.stream] = end
+            for tensor in used:
+                ready[tensor] = end
+        self.read = len(entries)
 
 
 class Queue:
@@ -204,10 +207,11 @@ class Queue:
         yield from (Unit(layer, "kv", (batch,)) for batch in p.sent_batches(layer))
         yield from (Unit(layer, "module", (tensor,)) for tensor in p.router_weights(layer))
         named = p.static_experts(layer)
+        place = {expert: number for number, expert in enumerate(named)}
         near, far = ([e for e in named if p.is_far(e) == there] for there in (False, True))
         streamed = [Unit(layer, "named", tuple(unit), len(unit)) for unit in units(near, p.decision.unit)]
         streamed += [Unit(layer, "far", tuple(unit), len(unit)) for unit in units(far, p.decision.unit)]
-        yield from sorted(streamed, key=lambda unit: named.index(unit.tensors[0]))
+        yield from sorted(streamed, key=lambda unit: place[unit.tensors[0]])
         yield from (Unit(layer, "late", tuple(unit), len(unit)) for unit in units(p.picks(layer), p.decision.unit))
 
     def advance(self, layer: int, waiting: bool = False) -> None:
@@ -216,7 +220,7 @@ class Queue:
             self.layer, self.todo = layer, len(self.p.batches)
         self._fetch()
         while ready := [queue[0] for queue in self._sendable(waiting) if queue and self._may_go(queue[0])]:
-            unit = min(ready, key=lambda unit: unit.order)
+            unit = min(ready, key=by_need)
             (self.fetched if unit.kind == "far" else self.queues[unit.kind]).popleft()
             self._write(unit)
             self._fetch()
@@ -258,7 +262,8 @@ class Queue:
             return unit.layer <= self.bound and unit.slots <= self.free
         if unit.kind == "module":
             return True
-        return unit.slots + self._kept(unit.layer) <= self.free and not self._delays(unit)
+        spare = self.free - unit.slots
+        return spare >= 0 and spare >= self._kept(unit.layer) and not self._delays(unit)
 
     def _delays(self, unit: Unit) -> bool:
         """Whether a load for the next layer would keep the link from the late experts of this one longer than it would rest until those
@@ -305,6 +310,11 @@ class Queue:
         """A page of the head has been computed: its slot is free."""
         self.free_pages += 1
         self.advance(self.layer)
+
+
+def by_need(unit: Unit) -> int:
+    """What is needed first goes first."""
+    return unit.order
 
 
 class Unit(NamedTuple):
