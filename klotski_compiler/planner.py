@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
+from typing import Any, TypeVar
 
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.explain import explained
@@ -22,8 +23,10 @@ from klotski_compiler.verify import verify
 __all__ = ["Request", "compile_plan"]
 
 WORTH_A_PROCESS = (
-    200  # experts of a model for which searching takes longer than to begin a process and to hand over what it found
+    200  # experts of a model: searching takes longer than to begin a process and to hand over what it found
 )
+
+Found = TypeVar("Found")
 
 
 @uncollected()
@@ -32,15 +35,13 @@ def compile_plan(request: Request, progress: Callable[[str, float], None] | None
     search = Search(request)
     names = POLICIES if request.policy == "auto" else (request.policy,)
     while True:
-        timed: list[Rated] = []
-        refusals: dict[str, Infeasible] = {}
-        for number, (name, found) in enumerate(_side_by_side(search, names)):
+        found: dict[str, list[Rated] | Infeasible] = {}
+        for name, rated in _side_by_side(search, names):
             if progress:
-                progress(name, number / len(names))
-            if isinstance(found, Infeasible):
-                refusals[name] = found
-            else:
-                timed += found
+                progress(name, len(found) / len(names))
+            found[name] = rated
+        refusals = {name: rated for name in names if isinstance(rated := found[name], Infeasible)}
+        timed = [one for name in names if not isinstance(rated := found[name], Infeasible) for one in rated]
         timed += search.borrowed(timed)
         try:
             best = search.whole_best(timed, refusals)
@@ -60,26 +61,53 @@ def compile_plan(request: Request, progress: Callable[[str, float], None] | None
 
 
 def _side_by_side(search: Search, names: Sequence[str]) -> Iterator[tuple[str, list[Rated] | Infeasible]]:
-    """What each policy finds, in the order of their names; where it takes seconds, in processes of their own."""
-    workers = min(len(names), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    """What each policy finds, as soon as it has; where that takes seconds, in processes of their own, also what is near several starts."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    workers = min(cores, len(names) + 1)
     if workers < 2 or search.num_experts < WORTH_A_PROCESS:
-        yield from ((name, _timed(search, name)) for name in names)
+        yield from ((name, _refusal_or(search.timed, name)) for name in names)
         return
     search.sizes(OURS)  # their bounds, once for all processes
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-        for name, (found, truncated) in zip(names, pool.map(partial(_apart, search), names), strict=True):
-            search.truncated |= truncated
-            yield name, found
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_adopt, initargs=(search,)) as pool:
+        started = {name: pool.submit(_apart, Search.begun, name) for name in names}
+        improving: dict[str, tuple[list[Rated], list[Future[Any]]]] = {}
+        for name, task in started.items():
+            begun = _told(search, task)
+            if isinstance(begun, Infeasible):
+                yield name, begun
+                continue
+            rated, starts = begun
+            improving[name] = rated, [pool.submit(_apart, Search.improved, start) for start in starts]
+            if not starts:
+                yield name, _refusal_or(search.chosen, name, rated)
+        for name, (rated, better) in improving.items():
+            if better:
+                yield name, _refusal_or(search.chosen, name, rated + [_told(search, task) for task in better])
 
 
-def _apart(search: Search, name: str) -> tuple[list[Rated] | Infeasible, bool]:
-    """What a policy finds and whether the time limit struck, in a process of its own."""
-    return _timed(search, name), search.truncated
+# Of a process that ``_side_by_side`` began: what its search remembers serves the next task, too.
+_search: Search
 
 
-def _timed(search: Search, name: str) -> list[Rated] | Infeasible:
+def _adopt(search: Search) -> None:
+    global _search
+    _search = search
+
+
+def _apart(method: Callable[..., Found], *arguments: object) -> tuple[Found | Infeasible, bool]:
+    """What a method of the search finds and whether the time limit struck, in a process of its own."""
+    return _refusal_or(partial(method, _search), *arguments), _search.truncated
+
+
+def _told(search: Search, task: Future[tuple[Found, bool]]) -> Found:
+    found, truncated = task.result()
+    search.truncated |= truncated
+    return found
+
+
+def _refusal_or(find: Callable[..., Found], *arguments: object) -> Found | Infeasible:
     try:
-        return search.timed(name)
+        return find(*arguments)
     except Infeasible as refusal:
         return refusal
 

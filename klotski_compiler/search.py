@@ -93,6 +93,11 @@ class Search(Fills):
 
     def timed(self, name: str) -> list[Rated]:
         """A policy's best candidates by estimated speed. Raises Infeasible."""
+        rated, starts = self.begun(name)
+        return self.chosen(name, rated + [self.improved(start) for start in starts])
+
+    def begun(self, name: str) -> tuple[list[Rated], list[Rated]]:
+        """A policy's candidates by what they score, and those of them near which there may be better ones. Raises Infeasible."""
         if policy(name).ONE_BATCH and (self.request.num_batches or 1) > 1:
             raise Infeasible(
                 {}, f"{name} computes one batch at a time; leave out --num-batches, or choose another --policy"
@@ -114,9 +119,12 @@ class Search(Fills):
         if solved and (kept := self.all_kept(plain)):  # with buffers as they come, everything may fit
             rated.append(Rated(self.estimate(name, kept), name, kept, "resident"))
         starts = best_of_orders(rated) + (second_of(rated) if self.is_rugged else []) if solved else []
-        rated += [self.improved(start) for start in starts]
-        rated.sort(key=lambda r: -r.tokens_per_s)
-        kept_whole = self.retimed(by_order(rated)) if solved else rated[:KEPT_WHOLE]
+        return rated, starts
+
+    def chosen(self, name: str, rated: Sequence[Rated]) -> list[Rated]:
+        """Those of a policy's candidates that may be lowered whole, fastest first. Raises Infeasible."""
+        rated = sorted(rated, key=lambda r: -r.tokens_per_s)
+        kept_whole = self.retimed(by_order(rated)) if policy(name).EXPERTS == "solved" else rated[:KEPT_WHOLE]
         if not kept_whole:
             raise self._too_slow()
         return kept_whole

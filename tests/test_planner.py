@@ -217,6 +217,21 @@ def test_the_best_candidate_is_the_plan(gpu: bool) -> None:
             assert candidate.feasible == (candidate.tokens_per_s > 0) == (not candidate.why_not)
 
 
+@pytest.mark.parametrize("name", ["auto", "joint"])
+def test_policies_side_by_side_find_what_they_find_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In processes of their own, where what is near several starts is searched at once; also what does not fit, and how far it got."""
+    hardware = tiny_hardware(True)
+    request = Request(SPEC, hardware, uniform(SPEC), WORKLOAD, {"gpu": least(True, "auto"), "host": RICH}, "bf16", name)
+    seen: dict[int, list[str]] = {}
+    plans = dict[int, Plan]()
+    for experts in (10**9, 0):
+        monkeypatch.setattr("klotski_compiler.planner.WORTH_A_PROCESS", experts)
+        seen[experts] = []
+        plans[experts] = compile_plan(request, lambda policy_name, _, asked=seen[experts]: asked.append(policy_name))  # type: ignore[misc]
+    assert plans[0] == plans[10**9]
+    assert sorted(seen[0]) == sorted(seen[10**9]) == sorted(POLICIES if name == "auto" else [name])
+
+
 def test_a_policy_whose_schedule_turned_out_not_to_fit_is_no_candidate() -> None:
     for near in range(least(True, "auto"), least(True, "auto") + (4 << 20), 1 << 20):
         candidates_of(plan_of(compiled(True, near)))
