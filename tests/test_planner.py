@@ -132,7 +132,7 @@ def test_a_number_of_batches_is_kept_or_refused(name: str) -> None:
     assert isinstance(found, Infeasible) or (found.decision.num_batches, found.decision.batch_size) == (2, 3)
 
 
-@pytest.mark.parametrize(("name", "gpu"), zip(POLICIES, cycle([True, False]), strict=False))
+@pytest.mark.parametrize(("name", "gpu"), [*zip(POLICIES, cycle([True, False]), strict=False)])
 def test_no_decode_pass_takes_longer_than_the_ceiling(name: str, gpu: bool) -> None:
     free = plan_of(compiled(gpu, 120 << 20, name)).forecast.pass_us["decode"]
     refused = 0
@@ -297,7 +297,7 @@ def crowded(name: str, share: float) -> tuple[int, int]:
     return least(True, "flexgen") + (1 << 20), int(share * SPEC.nbytes)
 
 
-@pytest.mark.parametrize(("name", "share"), zip(POLICIES, cycle([0.1, 0.4, 0.4, 0.1]), strict=False))
+@pytest.mark.parametrize(("name", "share"), [*zip(POLICIES, cycle([0.1, 0.4, 0.4, 0.1]), strict=False)])
 def test_host_memory_that_is_too_small_is_respected_or_refused_with_what_is_short(name: str, share: float) -> None:
     """On a machine with a GPU, where weights that are not resident live in host memory, or on disk if need be."""
     near, host = crowded(name, share)
