@@ -26,7 +26,7 @@ def busiest_us(cost: Cost, decision: Decision, workload: Workload) -> float:
     total, kinds = load_us(cost, decision), _kinds(cost, decision)
     for shape in shapes(decision, workload):
         work = Counter[str]()
-        known = {first: layer_work(cost, decision, first, decision.layers[first], shape) for first in set(kinds)}
+        known = {first: layer_work(cost, decision, first, decision.layers[first], shape, True) for first in set(kinds)}
         for first in kinds:
             work.update(known[first])
         total += groups * shape.passes * max(work.values())
@@ -67,8 +67,10 @@ def _pass_us(cost: Cost, policy: ModuleType, decision: Decision, shape: Shape, k
     return total + max(head, streamed)
 
 
-def layer_work(cost: Cost, decision: Decision, number: int, chosen: LayerDecision, shape: Shape) -> dict[str, float]:
-    """Microseconds of every stream in one layer and pass."""
+def layer_work(
+    cost: Cost, decision: Decision, number: int, chosen: LayerDecision, shape: Shape, at_once: bool = False
+) -> dict[str, float]:
+    """Microseconds of every stream in one layer and pass. at_once: all batches go through the router together, which takes least."""
     hardware, layer = cost.hardware, cost.spec.layers[number]
     on_gpu, (link, back) = hardware.compute_tier == "gpu", cost.links
     helped = cost.cpu_helps and shape.decoding
@@ -79,7 +81,8 @@ def layer_work(cost: Cost, decision: Decision, number: int, chosen: LayerDecisio
     for kind in MODULES:
         if kind not in chosen.resident and (module := getattr(layer, kind)):
             work[link] += cost.transfer_us(link, module.nbytes)
-    work[cost.processor_name] += cost.attentions_us(layer, shape, context) + cost.routers_us(layer, shape)
+    routed = cost.mlp_us(layer, tokens) if at_once else cost.routers_us(layer, shape)
+    work[cost.processor_name] += cost.attentions_us(layer, shape, context) + routed
     attended = frozenset(decision.attended(number)) if cost.cpu_helps else frozenset[int]()
     for batch in decision.away(number) if chosen.kv != tier else ():
         if not shape.has(batch):

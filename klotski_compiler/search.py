@@ -53,7 +53,6 @@ KEPT_FITTED = 4  # decisions per size whose micro-batches are fitted to the memo
 FITTING_GAIN = 0.1  # how much that may gain
 IMPROVEMENTS = 10  # decisions near the best one that are tried
 MORE_IMPROVEMENTS = 16  # the same where what is near is not alike
-IMPROVEMENTS_OF_LARGE = 4  # of a model each of which takes a second or more
 ANEW = ("any", "alike")  # how what has prefill in other parts is filled: what was best may not be any longer
 LAST_SHARES = (1.0, 2 / 3, 1 / 3)  # of the sequences that the CPU would attend to, how many its own batch may have
 LAST_STEPS = (0.8, 1.25)  # from one size of it to the next
@@ -62,6 +61,8 @@ FAR_BEHIND = 0.07  # of an order that is given up
 BORROWED = 2  # decisions of other policies that are tried in our order
 MOST_WHOLE = {2000: 2, MANY_EXPERTS: 1}  # schedules that are lowered whole of a model of more than so many experts
 TIE = 0.003  # speeds that differ by less are equal
+WORK_ERROR = 0.005  # how far the work of the busiest streams may be off
+SHORT = 0.015  # of an estimate, by which a schedule lowered whole falls short where others may be better than they seem beside it
 WHOLE_STEPS = 2500  # a pass of so few ops, about, is timed whole at once
 RETIMED_STEPS = 6000  # of an estimate that is timed whole before the best are lowered
 
@@ -202,7 +203,7 @@ class Search(Fills):
 
     def whole_best(self, timed: list[Rated], refusals: dict[str, Infeasible]) -> list[Best]:
         """Candidates lowered whole, fastest first: all that may win given how far an estimate can be off. Raises Infeasible."""
-        whole: list[Best] = []
+        whole, short = list[Best](), False
         for rated in sorted(timed, key=lambda r: -r.tokens_per_s):
             enough = any(self.num_experts > size and len(whole) >= most for size, most in MOST_WHOLE.items())
             best = max((b.tokens_per_s for b in whole), default=0.0)
@@ -213,13 +214,14 @@ class Search(Fills):
             )
             if self.steps(rated.decision) <= WHOLE_STEPS and rated.tokens_per_s < bar:
                 continue  # it was timed whole: others cannot win, ours not be better than it is known to be
+            behind = rated.policy == OURS and (bar < best * (1 - TIE) or (short and rated.tokens_per_s > bar))
             known = [b.policy for b in whole]
-            behind = rated.policy == OURS and bar < best * (1 - TIE)
             if enough and not behind and (rated.policy in known or rated.tokens_per_s < best):
-                continue  # ours is lowered as long as it is behind and may win: an estimate may be too low
+                continue  # ours is lowered as long as it is behind others, or what was estimated, and may win
             try:
                 lowered, fitted = self.whole(rated)
                 whole.append(Best(rated.policy, fitted, self.rate(lowered), lowered))
+                short |= rated.policy == OURS and whole[-1].tokens_per_s < rated.tokens_per_s * (1 - SHORT)
             except Infeasible as refusal:
                 refusals[rated.policy] = refusal
         if not whole:
@@ -355,7 +357,7 @@ class Search(Fills):
         """The best of a decision and what is near it, by hill climbing on simulated time: how far ahead, in which units and in how many
         batches pays is a matter of bubbles, which the residency problem does not see."""
         tried, start = {(shape_of(best.decision), best.kind)}, None
-        most = MORE_IMPROVEMENTS if self.is_rugged else IMPROVEMENTS_OF_LARGE if self.is_large else IMPROVEMENTS
+        most = MORE_IMPROVEMENTS if self.is_rugged else IMPROVEMENTS
         while best is not start:
             start = best
             for base, kind in self._near(best):
@@ -432,7 +434,7 @@ class Search(Fills):
             return 0.0
         extrapolated = load_us(self.cost, decision) + more.groups * sum(grown.values())
         # What is rare among the layers a sample may miss, but not the work that it is; that is rounded here and there, too.
-        least = busiest_us(self.cost, decision, self.request.workload) * (1 - ESTIMATE_ERROR)
+        least = busiest_us(self.cost, decision, self.request.workload) * (1 - WORK_ERROR)
         return self._rate(max(extrapolated, least))
 
     def finer(self, decisions: Sequence[Decision]) -> list[Decision]:

@@ -21,7 +21,9 @@ from klotski_compiler.model import read_model
 from klotski_compiler.pipeline import Lowered, lower, most_pages
 from klotski_compiler.plan import Decision, LayerDecision, Workload
 from klotski_compiler.policies import POLICIES, policy
+from klotski_compiler.rough import busiest_us
 from klotski_compiler.routing import uniform
+from klotski_compiler.search import WORK_ERROR
 from klotski_compiler.tensors import MODULES
 from plans import tiny_decision, tiny_hardware, tiny_spec
 
@@ -104,6 +106,20 @@ def test_no_schedule_beats_the_bounds(policy_name: str, monkeypatch: pytest.Monk
             busy = max(phase.times.busy_us.values(), default=0.0)
             assert phase.times.total_us >= busy * (1 - 1e-9), f"seed {seed}, {name}"
             assert phase.times.total_us >= phase.critical_us * (1 - 1e-9), f"seed {seed}, {name}"
+
+
+@pytest.mark.parametrize("policy_name", ["joint", "flexgen", "hybrimoe", "moe_lens"])
+def test_no_schedule_takes_less_than_the_work_of_its_busiest_streams(policy_name: str) -> None:
+    """By which the search corrects what it estimates from a few layers; also where routing takes longest."""
+    for seed in range(40):
+        cost, workload, decision, _ = random_schedule(policy_name, seed)
+        here = cost.processor_name
+        slow = cost.processor.model_copy(update={"router_op_us": 300.0 * (seed % 2)})
+        hardware = cost.hardware.model_copy(update={"processors": {**cost.hardware.processors, here: slow}})
+        cost = Cost(cost.spec, hardware, cost.routing, cost.dtype)
+        lowered = lower(cost, policy_name, decision, workload)
+        total_us = lowered.load_us + lowered.groups * lowered.group_us
+        assert busiest_us(cost, decision, workload) <= total_us * (1 + WORK_ERROR), f"seed {seed}"
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])

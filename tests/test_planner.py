@@ -417,6 +417,11 @@ def test_ours_is_lowered_whole_where_it_may_win(monkeypatch: pytest.MonkeyPatch)
     assert search.whole_best([slow], {})[0].tokens_per_s < 0.99 * rate
     timed.append(slow)
     assert [best.policy for best in search.whole_best(timed, {})].count("joint") == 2
+    # Where the first falls short of its estimate, the next one may not; else it is taken to be as good as its own says.
+    rate = search.whole_best([ours], {})[0].tokens_per_s
+    for error, lowered in ((1.04, 2), (1.005, 1)):
+        timed = [replace(ours, tokens_per_s=error * rate), replace(slow, tokens_per_s=1.002 * rate)]
+        assert len(search.whole_best(timed, {})) == lowered
 
 
 @MACHINES
