@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from klotski_compiler.bounds.certificate import bound_tokens_per_s
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.pipeline import Lowered, phase_record
 from klotski_compiler.plan import APART, CPU, MIXED, SCHEMA_VERSION, Bind, Candidate, Decision, Envelope, Forecast, Plan
@@ -56,7 +55,7 @@ def _predicts(lowered: Lowered) -> bool:
 
 def forecast(search: Search, decision: Decision, lowered: Lowered) -> Forecast:
     """Pass times, busy times, bubbles and both bounds of a whole schedule."""
-    request, groups = search.request, lowered.groups
+    groups = lowered.groups
     work = {name: phase for name, phase in lowered.phases.items() if name != "load"}
     busy = {s: sum(p.times.busy_us[s] for p in work.values()) for p in work.values() for s in p.times.busy_us}
     bubble = {c: sum(p.times.bubble_us[c] for p in work.values()) for p in work.values() for c in p.times.bubble_us}
@@ -64,11 +63,7 @@ def forecast(search: Search, decision: Decision, lowered: Lowered) -> Forecast:
     for link in links:
         links[link] = sum(p.link_bytes[link] * (1 if name == "load" else groups) for name, p in lowered.phases.items())
     rate = search.rate(lowered)
-    rolling = (False, True) if request.workload.gen_len > 1 else (False,)
-    bounds = {
-        MIXED if order else APART: bound_tokens_per_s(search.cost, request.workload, request.budgets, order)
-        for order in rolling
-    }
+    bounds = {MIXED if order else APART: search.ceiling(order) for order in search.classes}
     kind = MIXED if decision.rolling else APART
     bounds[kind] = ceiling = max(rate, bounds[kind])
     return Forecast(

@@ -17,7 +17,7 @@ from itertools import chain, count, cycle
 from math import inf, isinf
 
 from klotski_compiler.bounds.apart import Relaxation
-from klotski_compiler.bounds.certificate import relaxations
+from klotski_compiler.bounds.certificate import bound_tokens_per_s, relaxations
 from klotski_compiler.candidates import FITTED, MANY_EXPERTS, MOST_AGES, Request, fitted_sizes, lean, resized, shape_of
 from klotski_compiler.errors import Infeasible, PlanError
 from klotski_compiler.fill import SAMPLED, STRETCHED, Fills, slot_bytes
@@ -45,7 +45,7 @@ __all__ = ["Best", "Rated", "Request", "Search"]
 FINE_PLACES = 4  # places in each part of prefill, so many of which a layer may keep the KV of
 KEPT_FINER = 2  # sizes that are tried with so many
 WORTH = 0.0005  # what another decision must save of simulated time
-BUBBLES = 0.003  # of the time of any schedule, at least, that scores leave out
+BUBBLES = 0.005  # of the time of any schedule, at least, that scores leave out: another size that gains less is not worth trying
 WORTH_SCORED = 0.0002  # what another micro-batch must save by its score, which is exact: several small steps add up
 WORTH_ROLLING = 0.005  # what rolling order must gain: phases apart are simpler, and their groups end one by one
 ALONE = 0.05  # about what it costs that no unit travels while another computes: the relaxed problem does not see it
@@ -86,6 +86,7 @@ class Search(Fills):
         super().__init__(request)
         self.deadline = time.monotonic() + request.time_limit_s
         self._least: dict[tuple[int, bool], float] = {}
+        self.ceilings: dict[bool, float] = {}
 
     @property
     def is_rugged(self) -> bool:
@@ -251,6 +252,18 @@ class Search(Fills):
         if not found:
             raise min(refusals.values(), key=lambda r: sum(r.shortfalls.values()) or inf)
         return sorted(found, key=lambda best: -best.tokens_per_s)
+
+    @property
+    def classes(self) -> tuple[bool, ...]:
+        """Classes of schedules, by whether passes are mixed: without decode there is nothing to mix."""
+        return (False, True) if self.request.workload.gen_len > 1 else (False,)
+
+    def ceiling(self, rolling: bool) -> float:
+        """What no schedule exceeds, in tokens per second, with phases apart or in rolling order."""
+        if rolling not in self.ceilings:
+            request = self.request
+            self.ceilings[rolling] = bound_tokens_per_s(self.cost, request.workload, request.budgets, rolling)
+        return self.ceilings[rolling]
 
     def over(self, lowered: Lowered) -> dict[str, int]:
         """By how much a schedule exceeds each budget that it does."""

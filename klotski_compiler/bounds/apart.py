@@ -120,7 +120,7 @@ class Relaxation(Runs):
             return inf
         places = (1, 2) if self.tier == "gpu" and self.budget["host"] < self.expert_bytes else (0,)
         models = (self.program(first, low, high, room, staging, parts, batches, shares) for staging in places)
-        answers = [Solver(model).relaxed() for model in models]
+        answers = [Solver(model).least() for model in models]
         found = [answer.objective for answer in answers if answer.status != "infeasible"]
         return SCALE_US * min(found) * (1 - TOLERANCE) if found else inf
 

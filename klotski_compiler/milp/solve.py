@@ -123,7 +123,7 @@ def residency(
 def relaxed_us(cost: Cost, workload: Workload, decision: Decision, capacity: dict[str, int]) -> float:
     """What ``residency`` would take if experts and layers could be divided, loading included: within a few percent, in a tenth of
     the time. Raises Infeasible as it does."""
-    return _relaxed(build(cost, workload, decision, capacity)).objective
+    return _relaxed(build(cost, workload, decision, capacity), whole=False).objective
 
 
 def attended_share(cost: Cost, workload: Workload, decision: Decision, capacity: dict[str, int]) -> float:
@@ -135,8 +135,9 @@ def attended_share(cost: Cost, workload: Workload, decision: Decision, capacity:
     return sum(g.count * share for g, share in zip(problem.groups, shares, strict=True)) / len(cost.spec.layers)
 
 
-def _relaxed(problem: Problem) -> Answer:
-    answer = Solver(Formulation(problem).add_all()).relaxed()
+def _relaxed(problem: Problem, whole: bool = True) -> Answer:
+    solver = Solver(Formulation(problem).add_all())
+    answer = solver.relaxed() if whole else solver.least()
     if answer.status == "infeasible":
         raise _shortfall(problem)
     return answer
@@ -200,16 +201,22 @@ class Solver:
         answer = self._run(mathopt.SolverType.GLOP, relax=True)
         return self._run(mathopt.SolverType.GSCIP, relax=True) if answer.status == "imprecise" else answer
 
+    def least(self) -> Answer:
+        """The objective of the linear relaxation alone: handing over values takes longer than finding them."""
+        answer = self._run(mathopt.SolverType.GLOP, relax=True, values=False)
+        return self.relaxed() if answer.status == "imprecise" else answer
+
     def whole(self) -> Answer:
         """The model itself."""
         return self._run(mathopt.SolverType.GSCIP, relax=False)
 
-    def _run(self, solver: mathopt.SolverType, relax: bool) -> Answer:
+    def _run(self, solver: mathopt.SolverType, relax: bool, values: bool = True) -> Answer:
         """Raises KlotskiError with the solver's own words where it fails, Infeasible where its limits strike before any solution."""
         for variable in self.integers:
             variable.integer = not relax
         try:
-            result = mathopt.solve(self.built, solver, params=_parameters(relax))
+            wanted = mathopt.ModelSolveParameters() if values else NO_VALUES
+            result = mathopt.solve(self.built, solver, params=_parameters(relax), model_params=wanted)
         except (AttributeError, RuntimeError, ValueError) as fault:
             # This version raises AttributeError while it reports an error; the error's own text is its context.
             raise KlotskiError(f"the solver failed: {fault.__context__ or fault}") from fault
@@ -222,7 +229,7 @@ class Solver:
             if end.reason == mathopt.TerminationReason.IMPRECISE and solver == mathopt.SolverType.GLOP:
                 return Answer("imprecise", math.inf, math.inf, {}, {}, False)
             raise KlotskiError(f"the solver found no residency: {end.reason.value} {end.detail}")
-        with_duals = relax and result.has_dual_feasible_solution()
+        with_duals = values and relax and result.has_dual_feasible_solution()
         return Answer(
             status="optimal" if end.reason == mathopt.TerminationReason.OPTIMAL else "feasible",
             objective=result.objective_value() * self.goal_unit,
@@ -230,7 +237,9 @@ class Solver:
             values={
                 name: value * self.unit[name]
                 for name, value in zip(self.variables, result.variable_values(self.variables.values()), strict=True)
-            },
+            }
+            if values
+            else {},
             duals={
                 name: value * self.goal_unit / self.row_unit[name]
                 for name, value in zip(self.rows, result.dual_values(self.rows.values()), strict=True)
@@ -239,6 +248,13 @@ class Solver:
             else {},
             truncated=end.limit == mathopt.Limit.TIME,
         )
+
+
+NO_VALUES = mathopt.ModelSolveParameters(
+    variable_values_filter=mathopt.SparseVectorFilter(filtered_items=()),
+    dual_values_filter=mathopt.SparseVectorFilter(filtered_items=()),
+    reduced_costs_filter=mathopt.SparseVectorFilter(filtered_items=()),
+)
 
 
 def _parameters(relax: bool) -> mathopt.SolveParameters:
