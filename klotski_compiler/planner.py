@@ -22,9 +22,7 @@ from klotski_compiler.verify import verify
 
 __all__ = ["Request", "compile_plan"]
 
-WORTH_A_PROCESS = (
-    200  # experts of a model: searching takes longer than to begin a process and to hand over what it found
-)
+WORTH_A_PROCESS = 200  # experts of a model: of fewer, searching takes less than beginning a process
 
 Found = TypeVar("Found")
 

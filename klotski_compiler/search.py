@@ -62,7 +62,7 @@ BORROWED = 2  # decisions of other policies that are tried in our order
 MOST_WHOLE = {2000: 2, MANY_EXPERTS: 1}  # schedules that are lowered whole of a model of more than so many experts
 TIE = 0.003  # speeds that differ by less are equal
 WORK_ERROR = 0.005  # how far the work of the busiest streams may be off
-SHORT = 0.015  # of an estimate, by which a schedule lowered whole falls short where others may be better than they seem beside it
+SHORT = 0.015  # of an estimate: where a whole schedule falls so far short of it, others of which less was estimated may be better
 WHOLE_STEPS = 2500  # a pass of so few ops, about, is timed whole at once
 RETIMED_STEPS = 6000  # of an estimate that is timed whole before the best are lowered
 

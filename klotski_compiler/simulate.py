@@ -57,9 +57,8 @@ class Simulation:
 
 @dataclass(slots=True)
 class PhaseTimes:
-    """What one phase takes. total_us: all passes. pass_us: a settled one. steps: its ops' (start, end) from its first op.
-    busy_us: per stream, over all passes. bubble_us: idle compute time over all passes, by cause.
-
+    """What one phase takes. total_us: all passes. pass_us: a settled one. steps: its ops' (start, end) from its first op; none where it was
+    timed quickly. busy_us: per stream, over all passes. bubble_us: idle compute time over all passes, by cause.
     """
 
     total_us: float

@@ -220,7 +220,7 @@ class Queue:
             self.layer, self.todo = layer, len(self.p.batches)
         self._fetch()
         while ready := [queue[0] for queue in self._sendable(waiting) if queue and self._may_go(queue[0])]:
-            unit = min(ready, key=by_need)
+            unit = min(ready, key=lambda unit: unit.order)
             (self.fetched if unit.kind == "far" else self.queues[unit.kind]).popleft()
             self._write(unit)
             self._fetch()
@@ -310,11 +310,6 @@ class Queue:
         """A page of the head has been computed: its slot is free."""
         self.free_pages += 1
         self.advance(self.layer)
-
-
-def by_need(unit: Unit) -> int:
-    """What is needed first goes first."""
-    return unit.order
 
 
 class Unit(NamedTuple):
