@@ -1,11 +1,12 @@
 """How long compiling takes and how much memory, how near to its bounds the plan is, how large it is, how long it takes to load and to
-verify.
+verify. Beside them what a million additions in Python take meanwhile, since machines, and the hours of a shared one, differ by a
+factor of three.
 
 Whole commands, as a user waits for them from the second one on (modules are compiled), each repeated. Neither the models nor the
 machines are needed. Memory is that of the command and all its processes together, what they share counted once (the kernel's
 proportional set size, sampled).
 
-    python benchmarks/compile.py [--repeats 3] [--output FILE]        about three minutes
+    python benchmarks/compile.py [--repeats 3] [--output FILE]        three to eight minutes
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from datetime import date
 from pathlib import Path
 
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, help="write the table here, with command, date and machine")
     arguments = parser.parse_args(argv)
-    head = ("compile s", "memory MB", "schedule +%", "class +%", "plan MB", "load s", "verify s")
+    head = ("compile s", "memory MB", "schedule +%", "class +%", "plan MB", "load s", "verify s", "adds ms")
     lines = [
         f"{date.today()}: python benchmarks/compile.py {shlex.join(argv if argv is not None else sys.argv[1:])}",
         f"{platform.machine()}, {os.cpu_count()} cores; medians of {arguments.repeats}",
@@ -61,9 +63,10 @@ def main(argv: list[str] | None = None) -> int:
     lines += [
         "",
         "schedule: how much longer than this decision's bound; class: how much slower than the bound of every decision;",
-        "load: read and check the digest; verify: parse every op and prove the plan, as klotski-run does before it runs one.",
+        "load: read and check the digest; verify: parse every op and prove the plan, as klotski-run does before it runs one;",
+        "adds: a million additions in Python, which says how fast the machine is at that time.",
     ]
-    print("\n".join(lines[-3:]))
+    print("\n".join(lines[-4:]))
     if arguments.output:
         write_whole(arguments.output, "\n".join(lines) + "\n")
     return 0
@@ -75,7 +78,7 @@ def line(model: str, machine: str, repeats: int) -> str:
         path = Path(folder) / "plan.json"
         command = [sys.executable, "-m", "klotski_compiler.cli.compile", model, machine, "-o", str(path)]
         memory = peak_bytes(command)
-        compiling, loading, verifying = [], [], []
+        compiling, loading, verifying, adding = [], [], [], []
         for _ in range(repeats):
             began = time.perf_counter()
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=COMPILED)
@@ -86,6 +89,7 @@ def line(model: str, machine: str, repeats: int) -> str:
             began = time.perf_counter()
             verify(plan)
             verifying.append(time.perf_counter() - began)
+            adding.append(timeit.timeit("total += 1", "total = 0", number=1_000_000))
         forecast, size = plan.forecast, path.stat().st_size
     numbers = (
         statistics.median(compiling),
@@ -95,6 +99,7 @@ def line(model: str, machine: str, repeats: int) -> str:
         size / 1e6,
         statistics.median(loading),
         statistics.median(verifying),
+        1e3 * statistics.median(adding),
     )
     return f"{model:<18}{machine:<10}" + "".join(f"{number:>13.2f}" for number in numbers)
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ortools.sat.python import cp_model
 
 DETERMINISTIC_S = 0.1  # CP-SAT's own measure of work: up to half a second
+CONFLICTS = 60  # that it may meet: the work of some, ten milliseconds each, is not in that measure
+HINT_CONFLICTS = (1, 10)  # after which it leaves the list schedule: soon, to find a better one; late, to prove that there is none
 MOST_JOBS = 40  # of a window that CP-SAT is given
 LAYERS = 12  # in a row, after which the list schedule has settled
 SEED = 1
@@ -158,17 +160,22 @@ def solve(window: Window, known: Listed) -> Solved:
     a deterministic limit: equal windows give equal orders."""
     from ortools.sat.python import cp_model  # takes a third of a second, and few windows need it
 
-    model = Periodic(cp_model.CpModel(), window, known)
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers, solver.parameters.random_seed = 1, SEED
-    solver.parameters.max_deterministic_time = DETERMINISTIC_S
-    status = solver.solve(model.model)
-    bound = max(window.work_us, round(solver.best_objective_bound))
     numbers = range(len(window.jobs))
-    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        return Solved(tuple(numbers), known.period_us, min(bound, known.period_us))
-    order = sorted(numbers, key=lambda n: solver.value(model.computes[n]))
-    return Solved(tuple(order), solver.value(model.period), bound)
+    best = Solved(tuple(numbers), known.period_us, window.work_us)
+    for hint_conflicts in HINT_CONFLICTS:
+        model = Periodic(cp_model.CpModel(), window, known)
+        solver = cp_model.CpSolver()
+        solver.parameters.num_workers, solver.parameters.random_seed = 1, SEED
+        solver.parameters.max_deterministic_time, solver.parameters.max_number_of_conflicts = DETERMINISTIC_S, CONFLICTS
+        solver.parameters.hint_conflict_limit = hint_conflicts
+        status = solver.solve(model.model)
+        best = best._replace(bound_us=max(best.bound_us, round(solver.best_objective_bound)))
+        if status in (cp_model.OPTIMAL, cp_model.FEASIBLE) and solver.value(model.period) < best.period_us:
+            order = sorted(numbers, key=lambda n: solver.value(model.computes[n]))
+            best = best._replace(jobs=tuple(order), period_us=solver.value(model.period))
+        if status == cp_model.OPTIMAL:
+            break
+    return best._replace(bound_us=min(best.bound_us, best.period_us))
 
 
 class Periodic:
