@@ -153,7 +153,7 @@ def _disk_us(cost: Cost, phase: LoweredPhase, sequences: int) -> tuple[float, fl
     new = shape.tokens * shape.sequences / sequences
     read_us = shape.passes * cost.transfer_us("disk>host", position * seen)
     write_us = shape.passes * cost.transfer_us("host>disk", position * new)
-    return phase.times.busy_us["disk>host"] + read_us, write_us
+    return phase.times.busy_us.get("disk>host", 0.0) + read_us, write_us
 
 
 def rate(run: Setup, name: str, prefill_s: float, decode_s: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,7 +88,7 @@ def passes(plan: Plan, logs: dict[str, list[Log]]) -> Iterator[Passes]:
             continue
         last = max(number for number, step in enumerate(steps) if step.op.stream == compute)
         count, total = 0, 0.0
-        measured, idle = Counter[tuple[str, str]](), Counter[str]()
+        measured, idle = defaultdict[tuple[str, str], float](float), defaultdict[str, float](float)
         for log in logs[phase.name]:
             ends = sorted(end for (_, number), (_, end) in log.items() if number == last)
             if not ends:  # the run was over before a pass was
@@ -99,8 +99,9 @@ def passes(plan: Plan, logs: dict[str, list[Log]]) -> Iterator[Passes]:
             total += ends[-1] - began
             for (_, number), (start, end) in whole.items():
                 op = steps[number].op
-                measured[op.stream, kind(plan, op)] += end - start  # type: ignore[assignment]
-            idle.update(bubbles(steps, whole, 1 + max(at for at, _ in whole), compute))
+                measured[op.stream, kind(plan, op)] += end - start
+            for cause, us in bubbles(steps, whole, 1 + max(at for at, _ in whole), compute).items():
+                idle[cause] += us
         if count:
             planned = Counter[tuple[str, str]]()
             for step in steps:
@@ -109,7 +110,7 @@ def passes(plan: Plan, logs: dict[str, list[Log]]) -> Iterator[Passes]:
             waits = planned_idle_us(steps, length, compute)
             parts = [Part(*key, planned[key], measured[key] / count) for key in planned if not _copies(*key, compute)]
             parts += [
-                Part(compute, f"waits for {words}", waits[cause], idle[cause] / count, True)
+                Part(compute, f"waits for {words}", waits.get(cause, 0.0), idle[cause] / count, True)
                 for cause, words in CAUSES.items()
             ]
             yield Passes(phase.name, count, length, total / count, parts)
@@ -120,14 +121,14 @@ def _copies(stream: str, what: str, compute: str) -> bool:
     return stream == compute and what.startswith(("load", "store"))
 
 
-def planned_idle_us(steps: Sequence[Step], pass_us: float, compute: str) -> Counter[str]:
+def planned_idle_us(steps: Sequence[Step], pass_us: float, compute: str) -> dict[str, float]:
     """Idle time of the compute stream in the settled pass of a plan, by cause."""
-    idle, now = Counter[str](), None
+    idle, now = defaultdict[str, float](float), None
     own = [step for step in steps if step.op.stream == compute and isinstance(step.op, Compute | Bind)]
     for step in own:
         # A pass begins when the one before it ends, wherever the plan counts its times from.
         since = step.start_us - now if now is not None else pass_us - (own[-1].end_us - step.start_us)
-        idle[cause_of(step)] += max(0, since)  # type: ignore[assignment]
+        idle[cause_of(step)] += max(0, since)
         now = step.end_us
     return idle
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -272,10 +272,10 @@ def _staged(table: TensorTable, first: int) -> tuple[dict[tuple[str, int], int],
 
 def _rough_load(cost: Cost, table: TensorTable, shape: Shape, loads: Sequence[Op | Evict]) -> LoweredPhase:
     """The load of residents as the work of its busiest link, or of both where they take turns."""
-    busy = Counter[str]()
+    busy = defaultdict[str, float](float)
     for op in loads:
         if isinstance(op, Load):
-            busy[op.stream] += cost.op_us(op, table.all, shape, 0, {})  # type: ignore[assignment]
+            busy[op.stream] += cost.op_us(op, table.all, shape, 0, {})
     most = sum if staging_slots(table.decision) == 1 else max
     total = float(most(busy.values()) if busy else 0)
     return LoweredPhase(shape, [], PhaseTimes(total, total, []), [], total, Counter())

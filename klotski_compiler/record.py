@@ -10,6 +10,7 @@ from klotski_compiler.pipeline import Lowered, phase_record
 from klotski_compiler.plan import APART, CPU, MIXED, SCHEMA_VERSION, Bind, Candidate, Decision, Envelope, Forecast, Plan
 from klotski_compiler.report import size
 from klotski_compiler.search import Best, Search
+from klotski_compiler.simulate import weighted_sum
 
 
 def record(search: Search, best: Best, candidates: list[Candidate]) -> Plan:
@@ -57,8 +58,8 @@ def forecast(search: Search, decision: Decision, lowered: Lowered) -> Forecast:
     """Pass times, busy times, bubbles and both bounds of a whole schedule."""
     groups = lowered.groups
     work = {name: phase for name, phase in lowered.phases.items() if name != "load"}
-    busy = {s: sum(p.times.busy_us[s] for p in work.values()) for p in work.values() for s in p.times.busy_us}
-    bubble = {c: sum(p.times.bubble_us[c] for p in work.values()) for p in work.values() for c in p.times.bubble_us}
+    busy = weighted_sum((groups, phase.times.busy_us) for phase in work.values())
+    bubble = weighted_sum((groups, phase.times.bubble_us) for phase in work.values())
     links = {n: p.link_bytes[n] for p in lowered.phases.values() for n in p.link_bytes}
     for link in links:
         links[link] = sum(p.link_bytes[link] * (1 if name == "load" else groups) for name, p in lowered.phases.items())
@@ -75,9 +76,9 @@ def forecast(search: Search, decision: Decision, lowered: Lowered) -> Forecast:
         tokens_per_s=rate,
         bound_tokens_per_s=ceiling,
         gap=ceiling / rate - 1,
-        bubble_fraction=sum(bubble.values()) / lowered.group_us,
-        bubble_us={c: round(groups * v) for c, v in sorted(bubble.items())},
-        busy_us={s: round(groups * v) for s, v in sorted(busy.items())},
+        bubble_fraction=sum(bubble.values()) / (groups * lowered.group_us),
+        bubble_us={cause: round(us) for cause, us in sorted(bubble.items())},
+        busy_us={stream: round(us) for stream, us in sorted(busy.items())},
         peak_bytes=lowered.peak_bytes,
         link_bytes=links,
         schedule_class=kind,

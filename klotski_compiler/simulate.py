@@ -5,8 +5,8 @@ Without shared bandwidth, FIFO streams and backward waits make the clock recurre
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -64,8 +64,8 @@ class PhaseTimes:
     total_us: float
     pass_us: float
     steps: Times
-    busy_us: Counter[str] = field(default_factory=Counter)
-    bubble_us: Counter[str] = field(default_factory=Counter)
+    busy_us: dict[str, float] = field(default_factory=dict)
+    bubble_us: dict[str, float] = field(default_factory=dict)
 
 
 def simulate(
@@ -95,13 +95,22 @@ def simulate(
             cover((a, b), one, _settled(steps, passes, compute, durations((a + b) / 2), quick), other)
 
     cover((0.0, 1.0), first, middle, last)
-    busy, bubble = Counter[str](), Counter[str]()
-    for weight, run in runs:
-        for name, value in run.busy_us.items():
-            busy[name] += value * weight  # type: ignore[assignment]
-        for name, value in run.bubble_us.items():
-            bubble[name] += value * weight  # type: ignore[assignment]
-    return PhaseTimes(sum(weight * run.total_us for weight, run in runs), middle.pass_us, middle.steps, busy, bubble)
+    return PhaseTimes(
+        total_us=sum(weight * run.total_us for weight, run in runs),
+        pass_us=middle.pass_us,
+        steps=middle.steps,
+        busy_us=weighted_sum((weight, run.busy_us) for weight, run in runs),
+        bubble_us=weighted_sum((weight, run.bubble_us) for weight, run in runs),
+    )
+
+
+def weighted_sum(parts: Iterable[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
+    """Of tables of numbers by name."""
+    total = defaultdict[str, float](float)
+    for weight, table in parts:
+        for name, value in table.items():
+            total[name] += weight * value
+    return dict(total)
 
 
 def rolled(
@@ -116,18 +125,18 @@ def rolled(
     op times in round k. Between the rounds that are simulated, times are interpolated. ``passes`` 0: the phase is all that a round has,
     so that one pass per round follows the other without a drain."""
     runs = {k: _settled(steps, passes or rounds.count, compute, durations(k), quick) for k in rounds.samples(quick)}
-    total, busy, bubble = 0.0, Counter[str](), Counter[str]()
-    steady = runs[rounds.full]
-    for k, weight in rounds.weights(runs).items():
-        share = weight if passes else weight / rounds.count
-        total += weight * (runs[k].total_us if passes else runs[k].pass_us)
-        for name, value in runs[k].busy_us.items():
-            busy[name] += value * share  # type: ignore[assignment]
-        for name, value in runs[k].bubble_us.items():
-            bubble[name] += value * share  # type: ignore[assignment]
+    weights, steady = rounds.weights(runs), runs[rounds.full]
+    total = sum(weight * (runs[k].total_us if passes else runs[k].pass_us) for k, weight in weights.items())
     if not passes:  # what comes before the first pass and after the last
         total += max(0.0, steady.total_us - rounds.count * steady.pass_us)
-    return PhaseTimes(total, steady.pass_us, steady.steps, busy, bubble)
+    shares = {k: weight if passes else weight / rounds.count for k, weight in weights.items()}
+    return PhaseTimes(
+        total_us=total,
+        pass_us=steady.pass_us,
+        steps=steady.steps,
+        busy_us=weighted_sum((share, runs[k].busy_us) for k, share in shares.items()),
+        bubble_us=weighted_sum((share, runs[k].bubble_us) for k, share in shares.items()),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,31 +194,29 @@ def _settled(
     ends = [clock.log[at, last][1] for at in range(shown)]
     middle = max(0, shown - 2)  # the last pass opens no other, so the one before it is a settled one
     settled = ends[middle] - ends[middle - 1] if middle else ends[0]
+    work = defaultdict[str, float](float)
+    for step, us in zip(steps, duration_us, strict=True):
+        work[step.op.stream] += us
     if passes > shown:  # no stream can do a pass's work in less, however long the lead that it began with
-        work = Counter[str]()
-        for number, step in enumerate(steps):
-            work[step.op.stream] += duration_us[number]  # type: ignore[assignment]
         settled = max(settled, *work.values())
     total = max([end for _, end in clock.log.values()]) + (passes - shown) * settled
-    busy, bubble = Counter[str](), Counter[str]()
-    for number, step in enumerate(steps):
-        busy[step.op.stream] += duration_us[number] * passes  # type: ignore[assignment]
+    busy = {stream: us * passes for stream, us in work.items()}
     if quick:
-        return PhaseTimes(total, settled, [], busy, bubble)
+        return PhaseTimes(total, settled, [], busy)
     begin = min(clock.log[middle, n][0] for n in range(len(steps)) if (middle, n) in clock.log)
     spans = [clock.log.get((middle, n), (begin, begin)) for n in range(len(steps))]
     times = [(start - begin, end - begin) for start, end in spans]
-    for cause, idle in bubbles(steps, clock.log, shown, compute).items():
-        bubble[cause] += idle * passes / shown  # type: ignore[assignment]
+    idle = bubbles(steps, clock.log, shown, compute)
+    bubble = {cause: us * passes / shown for cause, us in idle.items()}
     return PhaseTimes(total, settled, times, busy, bubble)
 
 
 def bubbles(
     steps: Sequence[Step], log: dict[tuple[int, int], tuple[float, float]], passes: int, compute: str
-) -> Counter[str]:
+) -> dict[str, float]:
     """Idle time of the compute stream by what it waits for: ``inter_layer`` (attention, router, dense weights),
     ``intra_layer`` (experts), ``kv``, ``end_of_pass`` (head, embedding). A synchronous copy is idle time of its own kind."""
-    idle = Counter[str]()
+    idle = defaultdict[str, float](float)
     now = 0.0
     copying = 0.0
     for at in range(passes):
@@ -219,12 +226,12 @@ def bubbles(
             start, end = log[at, number]
             copying += start - now
             if isinstance(step.op, Compute | Bind):
-                idle[cause_of(step)] += copying  # type: ignore[assignment]
+                idle[cause_of(step)] += copying
                 copying = 0.0
             else:
                 copying += end - start
             now = end
-    return idle
+    return dict(idle)
 
 
 def cause_of(step: Step) -> str:

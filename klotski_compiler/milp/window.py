@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 DETERMINISTIC_S = 0.1  # CP-SAT's own measure of work: up to half a second
 CONFLICTS = 60  # that it may meet: the work of some, ten milliseconds each, is not in that measure
-HINT_CONFLICTS = (1, 10)  # after which it leaves the list schedule: soon, to find a better one; late, to prove that there is none
+HINT_CONFLICTS = (1, 10)  # after which it leaves the list schedule: soon to find a better one, late to prove it best
 MOST_JOBS = 40  # of a window that CP-SAT is given
 LAYERS = 12  # in a row, after which the list schedule has settled
 SEED = 1
