@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.checkpoint import Shape
 from benchmarks.checkpoint import make_checkpoint as make_large
@@ -140,9 +141,15 @@ def rows(new_tokens: int) -> list[Row]:
     return [Row([5, 6, 7 + n], new_tokens) for n in range(4)]
 
 
-def test_a_finished_group_leaves_nothing_behind(engine: Engine) -> None:
+def test_a_finished_group_leaves_nothing_behind(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     groups: list[weakref.ref[Group]] = []
-    engine.observe = lambda layer, group: groups.append(weakref.ref(group))
+    begin = Group.begin
+
+    def begun(group: Group, wide: torch.Tensor, x: torch.Tensor) -> None:
+        groups.append(weakref.ref(group))
+        begin(group, wide, x)
+
+    monkeypatch.setattr(Group, "begin", begun)
     gc.disable()  # which comes too late: what it would collect is small to it, and megabytes to the budget
     try:
         engine.run(rows(3))

@@ -105,7 +105,6 @@ class Engine:
         self._row_reader = DiskReader(ROW_READERS)  # its own: gathers must not queue behind a large load
         self._rows = self._gather()
         self.measured = Measured()
-        self.observe: Callable[[int, Group], None] | None = None
 
     # ------------------------------------------------------------------------------------------------------- running
 
@@ -514,8 +513,6 @@ class PhaseRunner:
                 sent[tensor.kind] = slot
             else:
                 chosen.append(places.parts(where))
-        if self.engine.observe:
-            self.engine.observe(op.layer, group)
         if sent:
             rows, sums = (
                 self._exchange(sent["rows"], skeleton.compute_dtype),
