@@ -13,7 +13,7 @@ from klotski_compiler.bounds.apart import TOLERANCE, Relaxation
 from klotski_compiler.bounds.certificate import bound_tokens_per_s, intervals, relaxations
 from klotski_compiler.bounds.least import SCALE_US, SPANS
 from klotski_compiler.bounds.mixed import Mixed
-from klotski_compiler.bounds.runs import MOST_BATCHES
+from klotski_compiler.bounds.runs import MOST_BATCHES, Division
 from klotski_compiler.cost import Cost
 from klotski_compiler.hardware import read_hardware
 from klotski_compiler.milp.solve import Solver, residency
@@ -238,7 +238,7 @@ def shared_schedule(policy_name: str, seed: int) -> tuple[Relaxation, Decision, 
 def least_us_as_shared(relaxation: Relaxation, decision: Decision, groups: int) -> float:
     """The bound of schedules in which the CPU's shares, of attention and of experts, are those of a decision."""
     spec, (low, high) = relaxation.cost.spec, relaxation.sequences(groups, groups)
-    model = relaxation.program(groups, low, high, relaxation.room(low), 0, 1, decision.num_batches)
+    model = relaxation.program(groups, low, high, relaxation.room(low), 0, Division(batches=decision.num_batches))
     attended = sum(decision.size_of(batch) for layer in range(len(spec.layers)) for batch in decision.attended(layer))
     computed, experts = (
         sum(len(layer.cpu) for layer in decision.layers),
@@ -301,7 +301,7 @@ def test_parts_of_prefill_cost_memory_or_transfers() -> None:
     tight.room = lambda sequences: 0.3 * spec.nbytes  # type: ignore[method-assign]
     assert tight.refined_us(1) > tight.least_us(1, 1) * 1.01
     tight.room = lambda sequences: 1 << 40  # type: ignore[method-assign]
-    assert tight.refined_us(1) == min(tight.least_us(1, 1, batches=n) for n in range(1, MOST_BATCHES + 2))
+    assert tight.refined_us(1) == min(tight.least_us(1, 1, Division(batches=n)) for n in range(1, MOST_BATCHES + 2))
 
 
 def test_batches_cost_ops_and_are_attended_to_whole() -> None:
@@ -311,7 +311,7 @@ def test_batches_cost_ops_and_are_attended_to_whole() -> None:
     cost = Cost(spec, hardware.model_copy(update={"processors": slow}), uniform(spec), "bf16")
     bound = Relaxation(cost, Workload(prompt_len=256, gen_len=64, num_sequences=8), {"gpu": 1 << 40, "host": 1 << 40})
     bound.room = lambda sequences: 1.1 * spec.nbytes  # type: ignore[method-assign]
-    any_number, *each = (bound.least_us(1, 1, batches=n) for n in range(MOST_BATCHES + 2))
+    any_number, *each = (bound.least_us(1, 1, Division(batches=n)) for n in range(MOST_BATCHES + 2))
     assert any_number * 1.03 < min(each)
     assert bound.refined_us(1) >= min(each)
 

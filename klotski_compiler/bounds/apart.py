@@ -9,7 +9,7 @@ from itertools import pairwise
 from math import inf, isinf
 
 from klotski_compiler.bounds.least import DECODE, PREFILL, SCALE_US, Weight
-from klotski_compiler.bounds.runs import MOST_BATCHES, RUNS, Runs
+from klotski_compiler.bounds.runs import MOST_BATCHES, RUNS, UNKNOWN, Division, Runs
 from klotski_compiler.milp.formulation import Model, Row, Terms, Variable, plus, times
 from klotski_compiler.milp.solve import Solver
 from klotski_compiler.model import Layer
@@ -63,8 +63,11 @@ class Relaxation(Runs):
         least, low = self.least_us(groups, groups), -(-self.workload.num_sequences // groups)
         if isinf(least):
             return least
-        batches = {n: self.least_us(groups, groups, batches=n) for n in range(1, min(low, MOST_BATCHES + 1) + 1)}
-        parts = {2**i: self.least_us(groups, groups, 2**i, 2 ** (i + 1) - 1) for i in range(low.bit_length())}
+        batches = {
+            n: self.least_us(groups, groups, Division(batches=n)) for n in range(1, min(low, MOST_BATCHES + 1) + 1)
+        }
+        doubling = (Division(2**i, 2 ** (i + 1) - 1) for i in range(low.bit_length()))
+        parts = {known.parts: self.least_us(groups, groups, known) for known in doubling}
         pairs = {(n, p): max(batches[n], parts[p]) for n in batches for p in parts if p <= n or n > MOST_BATCHES}
         least = self._least_pair(groups, pairs, least * (1 + CLOSE))
         if self.spans and self.dragged:
@@ -76,13 +79,14 @@ class Relaxation(Runs):
         self, groups: int, known: dict[tuple[int, int], float], enough: float, shares: Sequence[float] = ()
     ) -> float:
         """The least over numbers of batches and of parts, of which lower bounds are known: no more looks than needed, nor if one is no
-        more than ``enough``. shares: see ``program``."""
+        more than ``enough``. shares: see ``Division``."""
         queue = [(us, False, *pair) for pair, us in known.items()]
         heapify(queue)
         while not queue[0][1] and (shares or queue[0][0] > enough):
             us, _, n, p = queue[0]
             most = 2 * p - 1 if n > MOST_BATCHES else min(n, 2 * p - 1)
-            heapreplace(queue, (max(us, self.least_us(groups, groups, p, most, n, shares)), True, n, p))
+            known_us = self.least_us(groups, groups, Division(p, most, n, shares))
+            heapreplace(queue, (max(us, known_us), True, n, p))
         return queue[0][0]
 
     def _shares(self, groups: int, most_us: float) -> list[float]:
@@ -98,28 +102,18 @@ class Relaxation(Runs):
         whole = extreme("decode", -1.0) * (1 + TOLERANCE)
         return [extreme(f"decode[{j}]", 1.0) / whole if whole else 0.0 for j in range(self.spans)]
 
-    def least_us(
-        self,
-        first: int,
-        last: int,
-        parts: int = 1,
-        most_parts: int = 0,
-        batches: int = 0,
-        shares: Sequence[float] = (),
-    ) -> float:
-        """Lower bound on load plus all groups, for every number of groups in first .. last, and of prefill's parts from parts to
-        most_parts (0: any); of so many batches, more than ``MOST_BATCHES`` standing for all that are more, or (0) of any number; infinite
-        if nothing fits. shares: see ``program``."""
+    def least_us(self, first: int, last: int, known: Division = UNKNOWN) -> float:
+        """Lower bound on load plus all groups, for every number of groups in first .. last, each divided so; infinite if nothing fits."""
         low, high = self.sequences(first, last)
         # The states of a largest part are there at once; it has a batch at least.
-        several = [n for n in (most_parts, batches if batches <= MOST_BATCHES else 0) if n]
+        several = [n for n in (known.most_parts, known.batches if known.batches <= MOST_BATCHES else 0) if n]
         prompts, decoding = -(-low // min(several)) if several else 1, low if self.passes else 0
         states = [max(decoding, n * self.workload.prompt_len) for n in (1, prompts)]
         room = self.room(low) - state_bytes(self.cost.spec, states[1] - states[0], self.cost.dtype)
         if room < 0:
             return inf
         places = (1, 2) if self.tier == "gpu" and self.budget["host"] < self.expert_bytes else (0,)
-        models = (self.program(first, low, high, room, staging, parts, batches, shares) for staging in places)
+        models = (self.program(first, low, high, room, staging, known) for staging in places)
         answers = [Solver(model).least() for model in models]
         found = [answer.objective for answer in answers if answer.status != "infeasible"]
         return SCALE_US * min(found) * (1 - TOLERANCE) if found else inf
@@ -145,20 +139,17 @@ class Relaxation(Runs):
         high: int,
         room: float,
         staging: int = 0,
-        parts: int = 1,
-        batches: int = 0,
-        shares: Sequence[float] = (),
+        known: Division = UNKNOWN,
     ) -> Model:
         """min load + sum over phases of T, subject to T >= the work of each resource, and to the memory of each tier.
 
         Variables, all shares of a weight i or of the KV cache: kept[i] in the compute tier, near[i] in host memory before a GPU
         (the rest lives on disk), cpu[i] computed there in decode; kept[kv], cpu[kv]. T of decode's spans: decode[j].
-        staging: places of an expert in host memory on its way to a GPU; 0 where none is needed for sure. parts: of prefill, at least.
-        shares: of decode, that each span takes at least.
+        staging: places of an expert in host memory on its way to a GPU; 0 where none is needed for sure.
         """
-        model = Model()
+        model, batches = Model(), known.batches
         links, on_gpu = self.cost.hardware.links, self.tier == "gpu"
-        weights = self.weights(first, low, high, parts, batches)
+        weights = self.weights(first, low, high, known)
         kv_bytes = low * self.positions * self.kv_position
         helped = [min(weight.cpu_us) < inf for weight in weights]
 
@@ -222,7 +213,7 @@ class Relaxation(Runs):
             least = {f"decode[{j}]": NEGLIGIBLE / 8 - 1 for j in range(self.spans)}
             row("spans", {"decode": 1.0, **least}, lower=0.0)
         row("work[load]", {"load": 1.0} | times(-1.0, load), lower=0.0)
-        for family, (phases, resources) in enumerate(self.demands(first, low, high, weights, staging, batches, shares)):
+        for family, (phases, resources) in enumerate(self.demands(first, low, high, weights, staging, known)):
             for number, terms in enumerate(resources):
                 row(
                     f"work[{phases}.{family}.{number}]",
@@ -238,10 +229,10 @@ class Relaxation(Runs):
         high: int,
         weights: list[Weight],
         staging: int,
-        batches: int,
-        shares: Sequence[float],
+        known: Division,
     ) -> Iterator[tuple[str, list[Terms]]]:
         """What each resource must do in a phase, or in several together, by what is kept."""
+        batches, shares = known.batches, known.shares
         prefill, decode = self.compute_us(first, low, high)
         layers = self.passes * self._least(self._layers_us, 1, first, low, high)
         before = self.passes * self._least(partial(self._before_us, max(1, batches)), 1, first, low, high)
@@ -413,10 +404,10 @@ class Relaxation(Runs):
 
     # --------------------------------------------------------------------------------------------------------- links
 
-    def weights(self, first: int, low: int, high: int, parts: int = 1, batches: int = 0) -> list[Weight]:
-        """Every weight, by kind: modules and head cross in every pass, of which prefill has ``parts`` or more; an expert if it is
+    def weights(self, first: int, low: int, high: int, known: Division = UNKNOWN) -> list[Weight]:
+        """Every weight, by kind: modules and head cross in every pass, of which prefill has as many as parts; an expert if it is
         touched: in all parts together, with more of them, more often."""
-        modules = float(self.module_bytes)
+        modules, parts = float(self.module_bytes), known.parts
         passes = first * parts, first * self.passes
         out = [Weight(modules, (passes[0] * modules, passes[1] * modules), (0.0, 0.0))]
         for layer, q, count in self.experts:
@@ -433,7 +424,7 @@ class Relaxation(Runs):
                 out.append(Weight(nbytes, moved, compute, far_bytes=far))
                 continue
             at_once, evened = (
-                self._shared_us(layer, q, count, self.most(high), batches, even) for even in (False, True)
+                self._shared_us(layer, q, count, self.most(high), known.batches, even) for even in (False, True)
             )
             cpu, *beside = (
                 self.passes * self._least(one, 1, first, low, high, per_token)

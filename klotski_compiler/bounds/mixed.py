@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import pairwise, zip_longest
 from math import inf
 
 from klotski_compiler.bounds.apart import Relaxation
 from klotski_compiler.bounds.least import DECODE, PREFILL, SCALE_US, Weight
+from klotski_compiler.bounds.runs import UNKNOWN, Division
 from klotski_compiler.cost import Cost
 from klotski_compiler.milp.formulation import Model, Row, Terms, Variable, plus
 from klotski_compiler.model import Layer
@@ -90,15 +91,7 @@ class Mixed(Relaxation):
         cohort = -(-sequences // self.ages[1])
         return cohort * self.workload.prompt_len + sequences - cohort
 
-    def least_us(
-        self,
-        first: int,
-        last: int,
-        parts: int = 1,
-        most_parts: int = 0,
-        batches: int = 0,
-        shares: Sequence[float] = (),
-    ) -> float:
+    def least_us(self, first: int, last: int, known: Division = UNKNOWN) -> float:
         """Lower bound on everything, for ``first`` to ``last`` sequences at once; infinite where cohorts would be less than one."""
         return super().least_us(first, last) if self.ages[0] <= last else inf
 
@@ -109,13 +102,11 @@ class Mixed(Relaxation):
         high: int,
         room: float,
         staging: int = 0,
-        parts: int = 1,
-        batches: int = 0,
-        shares: Sequence[float] = (),
+        known: Division = UNKNOWN,
     ) -> Model:
         """With late: the share, by sequences, of what decodes beside what joins or late that is late; late[kept], late[cpu]: of all
         positions that are seen so, those that are seen late and kept, or late by the CPU."""
-        model = super().program(first, low, high, room, staging, parts, batches)
+        model = super().program(first, low, high, room, staging, known)
         twice, least = 2 * self.workload.num_sequences, self.ages[0]
         shares = ((least - 2) / least * low / twice, high / twice)
         model.variables["late"] = Variable("late", min(1.0, shares[0]), min(1.0, shares[1]), False)
@@ -139,8 +130,7 @@ class Mixed(Relaxation):
         high: int,
         weights: list[Weight],
         staging: int,
-        batches: int,
-        shares: Sequence[float],
+        known: Division,
     ) -> Iterator[tuple[str, list[Terms]]]:
         """Joining passes with what decodes beside them, those between, those after with what is late, and all of them together."""
         other_us, cores_us = (*self._passes_us(high), 0.0), ((0.0, inf), *self._cores_us(high), (0.0, inf))
@@ -239,7 +229,7 @@ class Mixed(Relaxation):
         split = (here(prompts + low * decoding) + here((1 - up) * decoding) for low, up in halves)
         return max(0.0, min(split) - here(prompts + decoding))
 
-    def weights(self, first: int, low: int, high: int, parts: int = 1, batches: int = 0) -> list[Weight]:
+    def weights(self, first: int, low: int, high: int, known: Division = UNKNOWN) -> list[Weight]:
         """Every weight, by kind: modules and head cross in every pass; an expert if it is touched."""
         total, (least, most) = self.workload.num_sequences, self.ages
         cohort, joins, after = max(1, low // most), max(least, total * least / high), least - 1

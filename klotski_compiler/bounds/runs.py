@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from klotski_compiler.bounds.least import DECODE, SCALE_US, Least, Weight
 from klotski_compiler.milp.formulation import Terms, plus
@@ -11,6 +12,20 @@ from klotski_compiler.tensors import query_bytes
 
 MOST_BATCHES = 8  # of a group: so many numbers of batches are bounded one by one
 RUNS = 3  # layers without a barrier between them: so many are bounded apart, the last number with all that are more
+
+
+class Division(NamedTuple):
+    """What is known of how a group is divided. parts, most_parts: of prefill, at least and (0: any number) at most. batches: their number,
+    any above ``MOST_BATCHES`` standing for all that are more (0: any number). shares: of decode, that each of its spans takes at least.
+    """
+
+    parts: int = 1
+    most_parts: int = 0
+    batches: int = 0
+    shares: Sequence[float] = ()
+
+
+UNKNOWN = Division()
 
 
 class Runs(Least):
