@@ -202,7 +202,7 @@ def test_bytes_segments_and_cache_equal_those_of_a_saved_and_run_model(family: s
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(torch.arange(1, 6)[None], use_cache=True, **{CACHE: cache})
-    tensors_held: list[tuple[torch.Tensor, torch.Tensor]] = [(la.keys, la.values) for la in cache.layers]  # type: ignore
+    tensors_held: list[tuple[torch.Tensor, torch.Tensor]] = [(la.keys, la.values) for la in cache.layers]
     held = [keys.shape[1] * keys.shape[3] + values.shape[1] * values.shape[3] for keys, values in tensors_held]
     assert [layer.kv_elements for layer in spec.layers] == held
 

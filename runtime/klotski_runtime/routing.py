@@ -80,7 +80,7 @@ class Listening(Skeleton):
     """A skeleton that notes the experts which tokens pick, in the order in which they come. ``heard``: [r, k] each."""
 
     def __init__(self, config: object, compute_dtype: torch.dtype) -> None:
-        super().__init__(config, compute_dtype)  # type: ignore[arg-type]
+        super().__init__(config, compute_dtype)
         self.heard: list[torch.Tensor] = []
 
     def moe_block(self, layer: int, hidden: torch.Tensor, shared: bool = True) -> Routed:
