@@ -170,6 +170,8 @@ OVERWRITE = ("attention", "project", "router")
 """Functions that write where the experts of a layer find their input."""
 SEVERAL = ("project", "output", "router", "shared", "dense", "experts")
 """Functions that may work on some batches in a row."""
+SINGLE = ("attention", "attend")
+"""Functions that work on one batch; those that are neither work on all."""
 RULES = ("rank", "arrival", "predicted")
 
 

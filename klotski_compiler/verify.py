@@ -3,7 +3,8 @@
 Nothing here looks at how a plan was made: the passes that place slots and compute waits are judged by what the executor core would
 do with their result. Two checks drive that very core (``execute``): one with a backend that remembers what each slot holds, one
 whose streams are vector clocks. Three passes stand for all: what opens a phase, a settled pass, and the last, which opens nothing.
-Each check is a loop over the ops, so that a plan of 60,000 takes a second or two.
+Each check is a loop over the ops, so that a plan of 60,000 takes a second or two. Taken on trust are sizes: of tensors, which the runtime
+holds against the checkpoint, and of the workspace that the decision's micro-batches take.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def verify(plan: Plan) -> None:
 
 CHECKS: tuple[tuple[str, Callable[[Plan], None]], ...] = (
     ("ids", text.ids),
+    ("phases", text.phases),
     ("parts", text.parts),
     ("streams", text.streams),
     ("arena", memory.arena),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from klotski_compiler.errors import PlanError
-from klotski_compiler.plan import ALL, Bind, Compute, Load, Plan, Step, Store, Wait, Workload, span
+from klotski_compiler.plan import ALL, Bind, Compute, Load, Plan, Step, Store, Wait, Workload, span, step_text
 from klotski_compiler.policies import POLICIES
 from klotski_compiler.verify import CHECKS, verify
 from plans import edited, tiny_plan, tiny_spec, with_step
@@ -179,6 +179,70 @@ def twice_over_some() -> Plan:
     return with_step(PLAN, "decode", later, with_op(STEPS[number], batch=span(0, 2)))
 
 
+def dropped(plan: Plan, move: type[Load | Store], kind: str, phase: str = "decode") -> Plan:
+    """Without one of the loads, or stores, of that kind, and without what other ops waited for because of it."""
+    steps = plan.steps[phase]
+    number = next(
+        n
+        for n, s in enumerate(steps)
+        if isinstance(s.op, move) and kind in {plan.tensors[t].kind for t in s.op.tensors}
+    )
+    return with_step(in_turn(plan, phase), phase, number, None)
+
+
+def in_turn(plan: Plan, phase: str) -> Plan:
+    """Every op waits for the one before it, the first for the last: what is wrong then is no matter of order."""
+    steps = plan.steps[phase]
+    for number, step in enumerate(steps):
+        before = Wait(number - 1, 0) if number else Wait(len(steps) - 1, 1)
+        plan = with_step(plan, phase, number, step._replace(waits=(before,)))
+    return plan
+
+
+def again(plan: Plan, wanted: Callable[[Step], bool]) -> Plan:
+    """A decode op twice, one after the other."""
+    plan = in_turn(plan, "decode")
+    number = first(plan, wanted)
+    lines = list(plan.phase("decode").lines)
+    lines.insert(number + 1, step_text(plan.steps["decode"][number]._replace(waits=()), plan.names))
+    return with_phase(plan, "decode", lines=tuple(lines))
+
+
+def with_phase(plan: Plan, name: str, **fields: object) -> Plan:
+    return edited(plan, phases=tuple(p.model_copy(update=fields) if p.name == name else p for p in plan.phases))
+
+
+def without_phase(name: str) -> Plan:
+    return edited(PLAN, phases=tuple(phase for phase in PLAN.phases if phase.name != name))
+
+
+def decided(**fields: object) -> Plan:
+    return edited(PLAN, decision=PLAN.decision.model_copy(update=fields))
+
+
+def states_elsewhere(slot: int) -> Plan:
+    """Decode's hidden states in another slot."""
+    phase = PLAN.phase("decode")
+    placed = tuple((t, slot if PLAN.tensors[t].kind == "state" else own) for t, own in phase.placed)
+    return with_phase(PLAN, "decode", placed=placed)
+
+
+def experts_through_states() -> Plan:
+    """An expert is streamed through the slot of the hidden states."""
+    slot = next(own for t, own in PLAN.phase("decode").placed if PLAN.tensors[t].kind == "state")
+    slots = [s._replace(nbytes=max(o.nbytes for o in PLAN.slots)) if s.id == slot else s for s in PLAN.slots]
+    number = first(PLAN, loads("expert"))
+    plan = with_step(PLAN, "decode", number, STEPS[number]._replace(slots=(slot,) * len(STEPS[number].slots)))
+    slots = [s._replace(offset=1 << 24) if s.id == slot else s for s in slots]
+    return edited(plan, slots=tuple(slots), forecast=PLAN.forecast.model_copy(update={"peak_bytes": {"host": 1 << 30}}))
+
+
+def twice_named(step: Step) -> Step:
+    return with_op(step, tensors=step.op.tensors + step.op.tensors[:1])._replace(slots=step.slots + step.slots[:1])  # type: ignore[union-attr]
+
+
+HELPED = tiny_plan("joint", gpu=True, kv="host", cpu_batches=1)
+SENT = tiny_plan("fiddler", gpu=True, kv="host")
 HIGHEST = max(PLAN.forecast.peak_bytes.values())
 SPOILED: dict[str, tuple[str, Callable[[], Plan]]] = {
     "a line is no step": ("text", lambda: garbled(" >x")),
@@ -193,6 +257,27 @@ SPOILED: dict[str, tuple[str, Callable[[], Plan]]] = {
     "an op waits for itself": ("streams", lambda: changed(loads("pick"), lambda s: s._replace(waits=(Wait(STEPS.index(s), 0),)))),
     "a wait points nowhere": ("streams", lambda: changed(loads("expert"), lambda s: s._replace(waits=(Wait(999, 1),)))),
     "two streams compute": ("streams", on_another_processor),
+    "there is no load": ("phases", lambda: without_phase("load")),
+    "there is no prefill": ("phases", lambda: without_phase("prefill")),
+    "there is no decode": ("phases", lambda: without_phase("decode")),
+    "there are too few passes": ("phases", lambda: with_phase(PLAN, "decode", passes=2)),
+    "there are more batches than KV caches": ("phases", lambda: decided(num_batches=9)),
+    "the head has other pages": ("phases", lambda: decided(head_pages=5)),
+    "an op names a tensor twice": ("ids", lambda: changed(computes("experts"), twice_named)),
+    "one batch alone is embedded": ("ids", lambda: op_changed(computes("embed"), batch=1)),
+    "one batch alone is sampled": ("ids", lambda: op_changed(computes("sample"), batch=0)),
+    "hidden states share a slot": ("residents", lambda: states_elsewhere(PLAN.placed[0][1])),
+    "hidden states have no slot": ("residents", lambda: with_phase(PLAN, "decode", placed=())),
+    "an expert overwrites hidden states": ("residency", experts_through_states),
+    "picks are bound out of order": ("picks", lambda: op_changed(lambda s: isinstance(s.op, Bind), first=1)),
+    "a rank is of one batch": ("picks", lambda: op_changed(lambda s: isinstance(s.op, Bind), batch=0)),
+    "KV is not written back": ("residency", lambda: dropped(SPILLED, Store, "kv")),
+    "KV of prompts is not written back": ("residency", lambda: dropped(SPILLED, Store, "kv", "prefill")),
+    "queries are not sent": ("residency", lambda: dropped(HELPED, Store, "query")),
+    "attention does not come back": ("residency", lambda: dropped(HELPED, Load, "query")),
+    "rows are not sent": ("residency", lambda: dropped(SENT, Store, "rows")),
+    "sums do not come back": ("residency", lambda: dropped(SENT, Load, "sums")),
+    "sums are added twice": ("work", lambda: again(SENT, computes("add"))),
     "slots overlap": ("arena", lambda: resized(4096)),
     "the peak is too low": ("budget", lambda: reforecast(peak_bytes={"host": HIGHEST - 1})),
     "the peak exceeds the budget": ("budget", lambda: reforecast(peak_bytes={"host": (1 << 30) + 1})),

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from klotski_compiler.checks.common import LOAD, UNROLLED, Fault, phases_of
 from klotski_compiler.execute import execute
-from klotski_compiler.plan import NOWHERE, Bind, Compute, Load, Pages, Phase, Plan, Step, Store, Tensor
+from klotski_compiler.plan import (
+    NOWHERE,
+    OVERWRITE,
+    Bind,
+    Compute,
+    Load,
+    Pages,
+    Phase,
+    Plan,
+    Step,
+    Store,
+    Tensor,
+    writes,
+)
 
 
 def arena(plan: Plan) -> None:
@@ -44,9 +58,17 @@ def budget(plan: Plan) -> None:
 
 
 def residents(plan: Plan) -> None:
-    """A permanent slot holds one tensor that fits it; the experts in those of the compute tier are the resident ones."""
-    if len({slot for _, slot in plan.placed}) != len(plan.placed):
-        raise Fault("two tensors share a permanent slot")
+    """A permanent slot, and one that a tensor has for a whole phase, holds that alone, and it fits; the experts in permanent slots of the
+    compute tier are the resident ones. Hidden states have a slot there in every phase that computes."""
+    for phase in plan.phases:
+        taken = [slot for _, slot in (*plan.placed, *phase.placed)]
+        if len(set(taken)) != len(taken):
+            raise Fault(f"two tensors share a slot all through phase {phase.name}")
+        states = [plan.slots[slot].tier for t, slot in phase.placed if plan.tensors[t].kind == "state"]
+        if states != [plan.compute_tier] * (phase.name != LOAD):
+            raise Fault(
+                f"hidden states have {len(states)} slots in phase {phase.name}, in {', '.join(states) or 'no tier'}"
+            )
     for tensor, slot in (*plan.placed, *(pair for phase in plan.phases for pair in phase.placed)):
         if why := _misfit(plan, tensor, slot, _part(plan, plan.tensors[tensor], slot)):
             raise Fault(why)
@@ -75,14 +97,23 @@ def _misfit(plan: Plan, tensor: int, slot: int, pages: Pages | None = None) -> s
 
 
 def residency(plan: Plan) -> None:
-    """Every tensor is in its slot whenever an op reads it, in every pass; nothing is written over a resident."""
+    """Every tensor is in its slot whenever an op reads it, in every pass, and as it was last written; nothing is written over a resident;
+    a KV cache is where it lives when a phase ends."""
     for phase, steps in phases_of(plan):
         memory = _Memory(plan, phase)
         execute(steps, min(phase.passes, UNROLLED), memory)
+        for tensor in memory.stale():
+            raise Fault(f"phase {phase.name} ends before {plan.names[tensor]} is written to where it lives")
         for tensor, slot in plan.placed if phase.name == LOAD else ():
             whole = memory.parts.get(slot) == _part(plan, plan.tensors[tensor], slot)
             if memory.content.get(slot) != tensor or (plan.tensors[tensor].kind != "kv" and not whole):
                 raise Fault(f"{plan.names[tensor]} is never loaded into its permanent slot {slot}")
+
+
+WRITTEN = ("kv", "query", "rows", "sums")
+"""Kinds of tensors that ops write; what a slot holds of one may be older than what is elsewhere."""
+ANEW = (("project", "query"), ("experts", "sums"))
+"""Functions, and what they write without reading it."""
 
 
 def _within(pages: Pages, held: Pages) -> bool:
@@ -90,25 +121,31 @@ def _within(pages: Pages, held: Pages) -> bool:
 
 
 class _Memory:
-    """A backend that remembers which tensor each slot holds. It is its own only stream: what a slot holds depends on the order
-    of the lines alone once ``race`` has proved that conflicting ops keep it."""
+    """A backend that remembers which tensor each slot holds and, of those that ops write, as of which write. It is its own only stream:
+    what a slot holds depends on the order of the lines alone once ``race`` has proved that conflicting ops keep it."""
 
     def __init__(self, plan: Plan, phase: Phase) -> None:
         self.plan, self.phase = plan, phase
         self.tensors, self.names, self.tiers = plan.tensors, plan.names, [slot.tier for slot in plan.slots]
         self.permanent = {slot: tensor for tensor, slot in plan.placed}
+        self.placed = {slot: tensor for tensor, slot in phase.placed}
+        self.homes = {(tensor, self.tiers[slot]): slot for tensor, slot in plan.placed}
         # Before the load phase no weight is anywhere but at home; a KV cache needs only its place, as what is exchanged does.
         self.content = {
             slot: tensor
             for slot, tensor in self.permanent.items()
             if phase.name != LOAD or plan.tensors[tensor].kind == "kv"
-        } | {slot: tensor for tensor, slot in phase.placed}
+        } | self.placed
         # Of what a slot does not hold whole, the pages that it does.
         self.parts = {
             slot: pages
             for slot, tensor in self.content.items()
             if (pages := _part(plan, plan.tensors[tensor], slot)) is not None
         }
+        self.written = frozenset(tensor.id for tensor in plan.tensors if tensor.kind in WRITTEN)
+        self.rows = [tensor.id for tensor in plan.tensors if tensor.kind == "rows"]
+        self.newest = Counter[int]()  # writes of each of those
+        self.as_of = Counter[int]()  # by slot, or for what lives on disk by ``_home``: the last write that it has
         self.ends = {
             link: tuple(link.split(">"))
             for link in {s.op.link for s in plan.steps[phase.name] if isinstance(s.op, Load | Store)}
@@ -131,7 +168,9 @@ class _Memory:
     def run(self, number: int, step: Step, at: int) -> None:
         match step.op:
             case Compute(tensors=tensors):
-                why = self._read(tensors, step.slots, self.plan.processors[step.op.stream])
+                why = self._read(tensors, step.slots, self.plan.processors[step.op.stream]) or self._write(
+                    step.op, step
+                )
             case Load():
                 why = self._load(step.op, step)
             case Store():
@@ -157,6 +196,33 @@ class _Memory:
                 return f"reads slot {slot} in {tier}, but it is in {self.tiers[slot]}"
         return ""
 
+    def _write(self, op: Compute, step: Step) -> str:
+        """What an op writes is newer than any copy of it; what it reads of such must be the newest."""
+        if op.fn in OVERWRITE:  # what is sent of the experts' input must be sent anew
+            self.newest.update(self.rows)
+        if self.written.isdisjoint(op.tensors):
+            return ""
+        for tensor, slot in zip(op.tensors, step.slots, strict=True):
+            if tensor not in self.written:
+                continue
+            kind = self.tensors[tensor].kind
+            if (op.fn, kind) not in ANEW and self.as_of[slot] != self.newest[tensor]:
+                return f"reads {self.names[tensor]} in slot {slot}, which does not have what was last written of it"
+            if writes(op.fn, kind):
+                self.newest[tensor] += 1
+                self.as_of[slot] = self.newest[tensor]
+        return ""
+
+    def _home(self, tensor: int) -> int:
+        """Where a tensor lives: its slot there, or a number that no slot has."""
+        return self.homes.get((tensor, self.tensors[tensor].home), -1 - tensor)
+
+    def stale(self) -> Iterator[int]:
+        """KV caches of which the place where they live does not have what was last written."""
+        for tensor, newest in self.newest.items():
+            if self.tensors[tensor].kind == "kv" and self.as_of[self._home(tensor)] != newest:
+                yield tensor
+
     def _load(self, op: Load, step: Step) -> str:
         source, target = self.ends[op.link]
         if step.sources and (why := self._read(op.tensors, step.sources, source, op.pages)):
@@ -173,10 +239,16 @@ class _Memory:
                 return f"brings {tensor.name} to {target}, but slot {slot} is in {self.tiers[slot]}"
             if slot in self.permanent and (self.phase.name != LOAD or self.permanent[slot] != number):
                 return f"writes {tensor.name} over {self.names[self.permanent[slot]]}, which is resident in slot {slot}"
+            if self.placed.get(slot, number) != number:
+                return f"writes {tensor.name} over {self.names[self.placed[slot]]}, which has slot {slot} all through the phase"
             if op.wraps and tensor.kind in ("pick", "kv"):
                 return f"brings {tensor.name} for the next pass, before its expert or contents are known"
             if why := self._arrive(number, slot, op.pages):
                 return why
+        if not self.written.isdisjoint(op.tensors):
+            places = step.sources or [self._home(number) for number in op.tensors]
+            for slot, place in zip(step.slots, places, strict=True):
+                self.as_of[slot] = self.as_of[place]
         return ""
 
     def _arrive(self, number: int, slot: int, pages: Pages | None) -> str:
@@ -210,4 +282,9 @@ class _Memory:
                 return f"writes {tensor.name} to {target} without naming its slot there"
         if why := self._read(op.tensors, step.sources, source) if step.sources else "":
             return why
-        return self._read(op.tensors, step.slots, target) if step.slots else ""
+        if why := self._read(op.tensors, step.slots, target) if step.slots else "":
+            return why
+        for at, number in enumerate(op.tensors):
+            place = step.slots[at] if step.slots else self._home(number)
+            self.as_of[place] = self.as_of[step.sources[at]] if step.sources else self.newest[number]
+        return ""

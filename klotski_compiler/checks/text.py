@@ -1,6 +1,8 @@
-"""Whether what a plan says exists: ids, batches, streams, and waits that point backwards."""
+"""Whether what a plan says exists: ids, phases, batches, streams, and waits that point backwards."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 from klotski_compiler.checks.common import Fault, is_sent, phases_of
 from klotski_compiler.plan import (
@@ -9,6 +11,7 @@ from klotski_compiler.plan import (
     NOWHERE,
     RULES,
     SEVERAL,
+    SINGLE,
     Bind,
     Compute,
     Load,
@@ -40,6 +43,36 @@ def ids(plan: Plan) -> None:
         for number, step in enumerate(steps):
             if why := _out_of_range(plan, phase, step):
                 raise Fault(why, phase.name, number)
+
+
+def phases(plan: Plan) -> None:
+    """What is resident is loaded once; prefill and decode have the batches and passes that follow from the decision, the workload and
+    the envelope; there are as many KV caches and pages of the head as the decision says."""
+    d, gen_len = plan.decision, plan.envelope.gen_len
+    prefill, decode = (d.part_batches, d.prefill_groups), (d.num_batches, gen_len - 1)
+    if d.rolling:  # one round, unless all rounds are passes of one phase
+        stride = d.stride(gen_len)
+        prefill, decode = (
+            (d.num_batches, d.rounds(plan.workload.num_sequences) if stride == 1 else 1),
+            (d.num_batches, stride - 1),
+        )
+    wanted = {"load": (0, 1), "prefill": prefill} | ({"decode": decode} if decode[1] else {})
+    found = {phase.name: (phase.batches, phase.passes) for phase in plan.phases}
+    if found != wanted:
+        name = next(name for name in (*wanted, *found) if wanted.get(name) != found.get(name))
+        has, asked = (
+            "{} batches in {} passes".format(*pairs[name]) if name in pairs else "no part" for pairs in (found, wanted)
+        )
+        raise Fault(f"phase {name} has {has} of the plan, by the decision {asked}")
+    counts = Counter((tensor.kind, tensor.layer) for tensor in plan.tensors if tensor.kind in ("kv", "head"))
+    for kind, layer, count in (
+        ("head", -1, max(1, d.head_pages)),
+        *(("kv", n, d.num_batches) for n in range(len(d.layers))),
+    ):
+        if counts[kind, layer] != count:
+            raise Fault(
+                f"{counts[kind, layer]} tensors are {kind}{f' of layer {layer}' * (layer >= 0)}, by the decision {count}"
+            )
 
 
 def parts(plan: Plan) -> None:
@@ -76,18 +109,26 @@ def _out_of_range(plan: Plan, phase: Phase, step: Step) -> str:
     slots, sources = ({0, wanted} if isinstance(op, Store) else {wanted}), {0, wanted}
     if len(step.slots) not in slots or len(step.sources) not in sources:
         return f"has {len(step.slots)} slots and {len(step.sources)} source slots for {wanted} tensors"
+    if wanted > 1 and not isinstance(op, Bind) and len(set(op.tensors)) < wanted:
+        return "names a tensor twice"
     if isinstance(op, Load | Store):
         return "" if op.link.count(">") == 1 else f"link {op.link} is not of the form tier>tier"
     if op.stream not in plan.processors:
         return f"computes on {op.stream}, which is no processor"
     batches = max(1, phase.batches)
     scope = batches_of(op.batch, batches)
-    whole = op.batch >= ALL or (isinstance(op, Compute) and op.fn in SEVERAL)
-    if not (-1 <= op.layer < len(plan.decision.layers) and whole and scope.start < scope.stop <= batches):
+    if not (-1 <= op.layer < len(plan.decision.layers) and _may_take(op) and scope.start < scope.stop <= batches):
         return f"layer {op.layer} or batch {op.batch} does not exist"
     if isinstance(op, Bind):
         return "" if op.rule in RULES and op.count > 0 else f"binds {op.count} picks by {op.rule}"
     return "" if op.fn in FUNCTIONS else f"there is no function {op.fn}"
+
+
+def _may_take(op: Compute | Bind) -> bool:
+    """Whether an op of that kind works on such batches: one, some in a row, or all."""
+    if isinstance(op, Bind):
+        return op.batch >= ALL
+    return op.fn in SEVERAL or (op.batch > ALL if op.fn in SINGLE else op.batch == ALL)
 
 
 def streams(plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
@@ -12,9 +13,10 @@ SOME = ALL - 1  # stands for every batch whose experts were not computed over al
 
 
 def picks(plan: Plan) -> None:
-    """Every expert is resident, static or late, picks range over the late ones, and each pick is bound once in a pass, after the
-    routers that its rule reads and before its load."""
+    """Every expert is resident, static or late, picks range over the late ones, which memory holds if picks live there, and each pick is
+    bound once in a pass, in order, after the routers that its rule reads and before its load."""
     found = by_layer(plan)
+    held = {(tensor, plan.slots[slot].tier) for tensor, slot in plan.placed}
     for layer, chosen in enumerate(plan.decision.layers):
         experts, tensors = found["expert", layer], found["pick", layer]
         kinds = (*chosen.resident_experts, *chosen.static, *chosen.late, *chosen.cpu)
@@ -24,8 +26,11 @@ def picks(plan: Plan) -> None:
             raise Fault(f"L{layer} has {len(tensors)} picks for {len(chosen.late)} late experts")
         if odd := [t.name for t in experts if t.index in chosen.late and t.home != tensors[0].home]:
             raise Fault(f"{odd[0]} may be picked, but does not live in {tensors[0].home} as picks do")
+        for expert in experts:
+            if expert.index in chosen.late and expert.home != "disk" and (expert.id, expert.home) not in held:
+                raise Fault(f"{expert.name} may be picked, but has no slot in {expert.home}, where it lives")
     for phase, steps in computing(plan):
-        bound: set[tuple[int, int]] = set()
+        bound = Counter[int]()  # picks of each layer, in order
         routed: dict[int, set[int]] = {}
         for number, step in enumerate(steps):
             op = step.op
@@ -36,17 +41,20 @@ def picks(plan: Plan) -> None:
                 asked = range(phase.batches) if op.batch == ALL else range(op.batch + 1)
                 if op.rule != "predicted" and not routed.get(op.layer, set()).issuperset(asked):
                     raise Fault("binds before the router has spoken", phase.name, number)
-                new = {(op.layer, pick) for pick in range(op.first, op.first + op.count)}
-                if bound & new:
-                    raise Fault("binds a pick twice", phase.name, number)
-                bound |= new
+                if op.rule == "rank" and op.batch != ALL:
+                    raise Fault("binds by rank before all batches have chosen", phase.name, number)
+                if op.first != bound[op.layer]:
+                    raise Fault(
+                        f"binds picks from {op.first} on, where {bound[op.layer]} are bound", phase.name, number
+                    )
+                bound[op.layer] += op.count
             if isinstance(op, Load | Compute):
                 for tensor in (plan.tensors[t] for t in op.tensors):
-                    if tensor.kind == "pick" and (tensor.layer, tensor.index) not in bound:
+                    if tensor.kind == "pick" and tensor.index >= bound[tensor.layer]:
                         raise Fault(f"takes {tensor.name}, which is not bound yet", phase.name, number)
-        for tensor in plan.tensors:
-            if tensor.kind == "pick" and (tensor.layer, tensor.index) not in bound:
-                raise Fault(f"phase {phase.name} never binds {tensor.name}")
+        for layer, chosen in enumerate(plan.decision.layers):
+            if bound[layer] != len(chosen.late):
+                raise Fault(f"phase {phase.name} binds {bound[layer]} picks of L{layer}, of {len(chosen.late)}")
 
 
 def work(plan: Plan) -> None:
@@ -105,7 +113,9 @@ class _Pass:
         if set(op.tensors) - shared != (needs := self.needs(op)):
             return f"{op.fn} needs {', '.join(self.plan.names[t] for t in sorted(needs)) or 'no tensor'}"
         if op.fn == "add":
-            self.owed.discard(op.layer)
+            if op.layer not in self.owed:
+                return f"adds sums of L{op.layer} that nobody has computed"
+            self.owed.remove(op.layer)
             return ""
         for batch in scope_of(op.batch, self.phase):
             if why := self._leave_experts(batch):
@@ -133,9 +143,14 @@ class _Pass:
             return f"a batch is not yet routed in L{op.layer}, or has left it"
         if some and decision.last_batch and not decision.rolling:
             return "works on some batches, where batches of several sizes are there: the bound counts on ops over all of them"
-        if is_sent(self.plan, op):
-            self.owed.add(op.layer)
         computed = {t for t in op.tensors if self.plan.tensors[t].kind in ("expert", "pick")}
+        others = sorted(self.plan.tensors[t].kind for t in op.tensors if t not in computed)
+        if others not in ([], ["rows", "sums"]):
+            return f"experts need no {', '.join(others)}"
+        if is_sent(self.plan, op):
+            if op.batch != ALL or op.layer in self.owed:
+                return f"is not the only op on what was sent of all batches of L{op.layer}"
+            self.owed.add(op.layer)
         if unknown := computed - self.experts[op.layer]:
             return f"{self.plan.names[min(unknown)]} is no expert that L{op.layer} computes by that name"
         return self._meet(op, computed)
