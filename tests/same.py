@@ -113,10 +113,11 @@ class Same:
 
 
 class Ran(NamedTuple):
-    """rows: all of them, done. passes: decode passes of each group that were run to their end."""
+    """rows: all of them, done. passes, prefills: of each group, those of decode and prefill that were run to their end."""
 
     rows: list[Row]
     passes: list[int]
+    prefills: list[int]
 
 
 def run(
@@ -128,17 +129,18 @@ def run(
     device: torch.device = HOST,
 ) -> Ran:
     """All prompts through one engine, group after group."""
-    rows, passes = [Row(prompt, plan.envelope.gen_len) for prompt in prompts], list[int]()
+    rows, counts = [Row(prompt, plan.envelope.gen_len) for prompt in prompts], list[tuple[int, int]]()
     config = import_model(model.folder)
     engine = Engine(plan, model.folder, config, scratch, threads=1, device=device, emulate=device == HOST)
     try:
         engine.load()
         size = len(rows) if plan.decision.rolling else plan.envelope.sequences
         for first in range(0, len(rows), size):
-            before = len(engine.measured.passes_us.get("decode", []))
+            engine.measured.passes_us.clear()
             engine.run(rows[first : first + size], end)
-            passes.append(len(engine.measured.passes_us.get("decode", [])) - before)
+            decode, prefill = (len(engine.measured.passes_us.get(phase, [])) for phase in ("decode", "prefill"))
+            counts.append((decode, prefill))
     finally:
         engine.close()
     assert all(row.done for row in rows)
-    return Ran(rows, passes)
+    return Ran(rows, *(list(column) for column in zip(*counts, strict=True)))

@@ -73,6 +73,23 @@ def test_replayed_pieces_write_the_same_tokens(
     assert recorded.graphs and sum(graph.replays for graph in recorded.graphs) > STEPS
 
 
+def test_routing_keeps_its_place_from_cohort_to_cohort(
+    recorded: Recorded, models: Models, same: Same, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A piece that makes its memory while it is captured would, replayed, write where nobody reads."""
+    model, moved, route = models("qwen2_moe"), list[bool](), kernels.Group._route
+
+    def routed(group: kernels.Group, layer: int, rows: slice, shared: bool) -> None:
+        before = group._routing.indices
+        route(group, layer, rows, shared)
+        moved.append(group._routing.indices is not before)
+
+    monkeypatch.setattr(kernels.Group, "_route", routed)
+    plan = decided(model, "joint", "gpu", 9, True, num_batches=4, prefill_groups=2, rolling=True)
+    same(model, run(plan, model, tmp_path, device=HOST).rows)
+    assert recorded.graphs and sum(moved) == 1, "but for the first time, which is not captured"
+
+
 def test_a_piece_is_done_then_captured_then_replayed(recorded: Recorded) -> None:
     graphs, done = recorded.make(HOST), list[int]()
     for number in range(4):

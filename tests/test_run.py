@@ -145,6 +145,8 @@ def test_lines_that_cannot_be_run_become_error_rows(tiny: SimpleNamespace, tmp_p
         '{"prompt": [5], "max_tokens": 7}': "--gen-len 7",
         '{"prompt": [5], "temperature": 0.7}': "line 9: temperature is 0.7, which is not supported",
         '{"body": {"input": "x"}}': "line 10: has neither prompt nor messages",
+        '{"custom_id": "\\ud83d", "prompt": [5]}': "line 11: has half a character",
+        "[" * 100_000: "line 12: is nested too deeply",
     }
     source = tmp_path / "in.jsonl"
     lines = [b'{"custom_id": "good", "prompt": [5, 6]}', *(line.encode() for line in bad), b"", b"\xff\xfe"]
@@ -156,7 +158,7 @@ def test_lines_that_cannot_be_run_become_error_rows(tiny: SimpleNamespace, tmp_p
     for row, message in zip(rest, bad.values(), strict=True):
         assert row["response"] is None
         assert message in row["error"]["message"]
-    assert undecodable["error"]["message"] == "line 12: is not UTF-8 text (byte 1)"
+    assert undecodable["error"]["message"] == "line 14: is not UTF-8 text (byte 1)"
 
 
 def test_standard_input_to_standard_output(
@@ -252,6 +254,27 @@ def test_peak_memory_where_the_kernel_keeps_no_mark(monkeypatch: pytest.MonkeyPa
 
 
 # ---------------------------------------------------------------------------------------------------------- failures
+
+
+def test_a_damaged_tokenizer_is_found_before_there_is_anything_to_lose(
+    tiny: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = damaged(tiny.folder, tmp_path / "model")
+    (folder / "tokenizer.json").write_text("{")
+    source, output = write_lines(tmp_path / "in.jsonl", [{"prompt": [5, 6]}]), tmp_path / "out.jsonl"
+    monkeypatch.setattr(Engine, "run", lambda *args, **keywords: pytest.fail("has run"))
+    assert main([str(tiny.path), "--model", str(folder), "--input", source, "--output", str(output)]) == 2
+    assert "its tokenizer cannot be loaded" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out.jsonl*"))
+
+
+def test_a_link_stays_a_link(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    target, link = tmp_path / "target.jsonl", tmp_path / "out.jsonl"
+    target.write_text("old")
+    link.symlink_to(target)
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": [5, 6]}])
+    assert main([*tiny.run, "--input", source, "--output", str(link)]) == 0
+    assert link.is_symlink() and len(read_lines(target)) == 1
 
 
 def test_finished_rows_survive_a_failure(

@@ -218,6 +218,18 @@ def test_a_failing_op_stops_all_and_is_named(policy: str) -> None:
         assert op.stream not in later and max(later.values(), default=0) <= 1
 
 
+def test_a_stream_that_fails_between_ops_holds_nobody_up() -> None:
+    """As a GPU does in which something went wrong before: every further call fails."""
+    steps = plan_of("joint", True, "host").steps["decode"]
+
+    def note(ran: Ran) -> None:
+        raise OSError("the device is lost")
+
+    backend = ThreadBackend(compute_stream(steps), lambda number, step, at: None, note=note)
+    run(steps, PASSES, backend)
+    assert backend.failure is not None and str(backend.failure[1]) == "the device is lost"
+
+
 def test_the_first_of_several_failures_is_kept() -> None:
     steps = plan_of("joint", False, "host").steps["decode"]
     first = next(n for n, s in enumerate(steps) if isinstance(s.op, Compute))

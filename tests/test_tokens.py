@@ -223,6 +223,17 @@ def test_prefill_batch_by_batch(policy_name: str, models: Models, same: Same, tm
     same(model, run(plan, model, tmp_path, PROMPTS[:8]).rows)
 
 
+def test_a_short_group_runs_no_pass_for_parts_of_prefill_that_are_not_there(
+    models: Models, same: Same, tmp_path: Path
+) -> None:
+    model = models("mixtral")
+    plan = decided(model, "flexgen", prefill_groups=3)
+    for prompts, parts in ((PROMPTS[:1], 1), (PROMPTS[:4], 2), (PROMPTS[:6], 3)):
+        ran = run(plan, model, tmp_path, prompts)
+        assert ran.prefills == [parts]
+        same(model, ran.rows)
+
+
 each_rolling = pytest.mark.parametrize(("num_batches", "ages", "gen_len"), [(2, 2, 2), (4, 4, 4), (4, 2, 9), (6, 3, 7)])
 
 

@@ -18,7 +18,7 @@ def arrival(candidates: Sequence[int], requests: Sequence[int]) -> list[int]:
     """Candidates in the order of their first request, then those that nobody has asked for yet."""
     waiting = set(candidates)
     asked = [expert for expert in requests if expert in waiting]
-    return asked + [expert for expert in candidates if expert not in set(asked)]
+    return asked + [expert for expert in candidates if expert not in waiting.intersection(asked)]
 
 
 def predicted(

@@ -32,8 +32,10 @@ class CudaEvent(threading.Event):
 
     def record(self, stream: torch.cuda.Stream) -> None:
         """The event happens when everything issued to ``stream`` so far has ended."""
-        self._on_gpu.record(stream)
-        self.set()
+        try:
+            self._on_gpu.record(stream)
+        finally:
+            self.set()  # whoever waits must come to its end, also on a GPU that has failed
 
     def wait(self, timeout: float | None = None) -> bool:
         issued = super().wait(timeout)

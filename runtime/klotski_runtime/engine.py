@@ -142,7 +142,8 @@ class Engine:
                 break
             began = time.perf_counter()
             prefill = self.plan.phase("prefill")
-            self._run_phase(prefill, active, number, round_, active.roster.rounds if once else prefill.passes)
+            parts = min(prefill.passes, -(-len(batches) // prefill.batches))  # a short group may need fewer
+            self._run_phase(prefill, active, number, round_, active.roster.rounds if once else parts)
             between = time.perf_counter()
             self.measured.prefill_s += between - began
             if not once and not all(s.done for s in sequences):
@@ -183,7 +184,8 @@ class Engine:
             index, cause = backend.failure
             if isinstance(cause, KlotskiError) and not isinstance(cause, ExecError):
                 raise cause
-            raise ExecError(f"{type(cause).__name__}: {cause}", window(phase.lines, index)) from cause
+            why = cause.why if isinstance(cause, ExecError) else f"{type(cause).__name__}: {cause}"
+            raise ExecError(why, window(phase.lines, index)) from cause
         if self._keep_log:
             self.measured.log.append((number, phase.name, watch.log))
         if phase.name != "load":

@@ -49,7 +49,7 @@ class Chunks:
 
 
 class Room:
-    """Memory for what goes in and out of an attention function, which one op uses at a time; grows to the most that was asked for."""
+    """Memory that one op uses at a time; grows to the most that was asked for."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.held = torch.empty(0, dtype=dtype, device=device)
@@ -113,7 +113,7 @@ class Group:
         self._room = Room(skeleton.compute_dtype, self._device)
         self._routing = Routing(torch.empty(0, 0), torch.empty(0, 0))
         self._assignments: dict[int, Assignment] = {}  # by the batches that they are for
-        self._logits = torch.empty(0, dtype=skeleton.compute_dtype, device=self._device)
+        self._logits = Room(skeleton.compute_dtype, self._device)
 
     def _make_kernels(self, device: torch.device, widener: Widener) -> list[ExpertKernel]:
         """One for every worker of the CPU, or one for the GPU."""
@@ -293,6 +293,7 @@ class Group:
     def router(self, layer: int, batch: int, shared: bool = True) -> None:
         """wide <- h + base and x <- the experts' input, where h is x; notes the experts and weights of each token of one batch, or of
         several (``plan.batches_of``); in the last layer of each prompt's last token. shared: with what the shared expert adds."""
+        self._make_room(self._routing.indices.shape[1])
         for rows in self._fed(layer, batch):
             routing = self._routing.indices, self._routing.weights
             piece = self._piece(batch, ("router", "shared") if shared else ("router",), layer, rows, routing)
@@ -330,12 +331,17 @@ class Group:
         if shared:
             self._wide[rows].add_(routed.base)
         hidden.copy_(routed.x)
-        if routing.indices.shape != (len(self._x), routed.indices.shape[1]):
-            shape = len(self._x), routed.indices.shape[1]
-            routing.indices = torch.empty(shape, dtype=torch.int32, device=self._device)
-            routing.weights = torch.empty(shape, dtype=self._wide.dtype, device=self._device)
+        self._make_room(routed.indices.shape[1])  # the first time; pieces that are replayed find it done
         routing.indices[rows] = routed.indices.int()
         routing.weights[rows] = routed.weights.to(self._wide.dtype)
+
+    def _make_room(self, choices: int) -> None:
+        """For the routing of all rows of x, in the place that it has if that is large enough."""
+        held = self._routing
+        if len(held.indices) < len(self._x) or held.indices.shape[1] != choices:
+            shape = max(len(held.indices), len(self._x)), choices
+            held.indices = torch.empty(shape, dtype=torch.int32, device=self._device)
+            held.weights = torch.empty(shape, dtype=self._wide.dtype, device=self._device)
 
     def _share(self, layer: int, rows: slice) -> None:
         self._wide[rows].add_(self._skeleton.shared_block(layer, self._x[rows]))
@@ -403,7 +409,7 @@ class Group:
         shape = self._wide.shape
         x, out = rows[: self._x.numel()].view(shape), sums[: self._wide.numel()].view(shape)
         if not self._elsewhere:
-            self._elsewhere = self._make_kernels(HOST, self._skeleton.make_widener())
+            self._elsewhere.extend(self._make_kernels(HOST, self._skeleton.make_widener()))
         self._add_experts(self._elsewhere, layer, experts, self._sent, x, out.zero_())
 
     @torch.inference_mode()
@@ -493,9 +499,7 @@ class Group:
         Pages come in any order; a tie goes to the lowest id.
         """
         size = len(self._last) * len(weight)
-        if self._logits.numel() < size:
-            self._logits = self._logits.new_empty(size)
-        logits = self._logits[:size].view(len(self._last), -1)
+        logits = self._logits.take(size)[:size].view(len(self._last), -1)
         self._skeleton.widener.mm(self._last, (weight.to(self._last.dtype), logits), bias=bias)
         value, word = logits.max(dim=1)
         word += first

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
+from math import inf
 from types import SimpleNamespace
 
 import torch
@@ -132,19 +133,21 @@ def matmul_rates(device: torch.device, dtype: str, sizes: Sizes) -> tuple[tuple[
     fixed = each(lambda worker: _expert(*small)) if on_cpu else 0.0
     may_widen = on_cpu and torch_dtype.itemsize == 2 and can_compile()
     widener = Widener(int(may_widen), max(sizes.hidden, sizes.inter), workers)
-    points, fastest, widen_rows = [], 0.0, 0
+    plain, widened, fastest = list[float](), list[float](), 0.0
     for tokens in sizes.tokens:
         rows = torch.randn(tokens, sizes.hidden, device=device, dtype=torch_dtype)
         seconds = each(lambda worker, rows=rows: _expert(rows, *next(turn)))  # type: ignore[misc]
-        if may_widen:
-            wide = each(_widened(widener, workers, rows, turn, sizes))
-            widen_rows = (widen_rows or tokens) if wide < WORTH_WIDENING * seconds else 0
-            seconds = wide if widen_rows else seconds
-        seconds = max(seconds - fixed, seconds / 2)
-        points.append((tokens, rounded(2 * params * tokens / seconds)))
-        fastest = max(fastest, nbytes / seconds)
+        plain.append(seconds)
+        widened.append(each(_widened(widener, workers, rows, turn, sizes)) if may_widen else inf)
     workers.close()
-    return tuple(points), fastest, widen_rows
+    wins = [wide < WORTH_WIDENING * one for one, wide in zip(plain, widened, strict=True)]
+    first = max((i + 1 for i, won in enumerate(wins) if not won), default=0)  # from here on it always does
+    points = []
+    for tokens, seconds in zip(sizes.tokens, [*plain[:first], *widened[first:]], strict=True):
+        alone = max(seconds - fixed, seconds / 2)
+        points.append((tokens, rounded(2 * params * tokens / alone)))
+        fastest = max(fastest, nbytes / alone)
+    return tuple(points), fastest, sizes.tokens[first] if first < len(wins) else 0
 
 
 def _widened(

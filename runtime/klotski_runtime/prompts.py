@@ -60,6 +60,11 @@ class Tokenizer:
         """Whether the folder has one."""
         return any((self._folder / name).exists() for name in TOKENIZER_FILES)
 
+    def load(self) -> None:
+        """Now, if the folder has one: before the hours of work whose results it is to write. Raises ConfigError where it is damaged."""
+        if self.exists:
+            self._loaded  # noqa: B018
+
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens that the tokenizer adds by itself."""
         ids: list[int] = self._loaded(text)["input_ids"]
@@ -133,9 +138,19 @@ def _rows(source: str) -> Iterator[tuple[int, Any]]:
             continue
         try:
             text = line.decode()
-            yield number, json.loads(text) if objects else {"prompt": text}
+            row = json.loads(text) if objects else {"prompt": text}
+            if "\\u" in text:
+                json.dumps(row, ensure_ascii=False).encode()
+            yield number, row
         except UnicodeDecodeError as error:
             yield number, ValueError(f"is not UTF-8 text (byte {error.start + 1})")
+        except UnicodeEncodeError:
+            yield (
+                number,
+                ValueError("has half a character: an escape that is one of a pair of surrogates, without the other"),
+            )
+        except RecursionError:
+            yield number, ValueError("is nested too deeply")
         except ValueError as error:
             yield number, ValueError(f"is not JSON: {error}")
 

@@ -21,6 +21,7 @@ class Results:
 
     def __init__(self, output: Path | None, expected: int) -> None:
         """expected: how many rows there will be. Raises ConfigError where the output cannot be a file."""
+        output = output.resolve() if output and output.is_symlink() else output  # a link stays a link
         self._output, self._expected = output, expected
         self._lines: dict[int, bytes] = {}
         self._partial = None if output is None or is_device(output) else output.with_name(output.name + ".partial")

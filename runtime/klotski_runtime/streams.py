@@ -76,7 +76,10 @@ class ThreadStream:
         except BaseException as failure:
             self._backend.fail(-1, failure)
         while (item := self._queue.get()) is not None:
-            item()
+            try:
+                item()
+            except BaseException as failure:  # the thread goes on: others wait for its events
+                self._backend.fail(-1, failure)
 
 
 class ThreadBackend:

@@ -122,12 +122,11 @@ def _run(arguments: argparse.Namespace) -> str:
 
     device = device_of(plan, arguments.device, arguments.emulate)
     folder = model_folder(arguments.model or plan.model, "--model")
-    config = import_model(folder)
+    config, gpu = import_model(folder), GpuMemory(device)
     if arguments.input:
         job: Job = Batch(plan, folder, config, arguments, new_tokens)
     else:
         job = rehearsal(plan, config, new_tokens)
-    gpu = GpuMemory(device)
     idle, read = rss_bytes(), storage_read_bytes()
     try:
         with PeakRss() as peak:
@@ -268,7 +267,8 @@ class Batch(Job):
         self._output = arguments.output or "standard output"
         envelope = plan.envelope
         limits = Limits(envelope.prompt_len, envelope.gen_len, new_tokens, config.vocab_size)
-        self._requests = read_requests(arguments.input, self._tokenizer, limits)
+        self._requests, ends = read_requests(arguments.input, self._tokenizer, limits), end_tokens(folder)
+        self._tokenizer.load()
         usable = [place for place, request in enumerate(self._requests) if not request.refused]
         self._order = sorted(usable, key=lambda place: -len(self._requests[place].ids))
         self._results = Results(Path(arguments.output) if arguments.output else None, len(self._requests))
@@ -278,7 +278,7 @@ class Batch(Job):
             why = f"none of {len(self._requests)} rows can be run, the first because {self._requests[0].refused}"
             raise ConfigError(arguments.input, "", f"{why}; all reasons are in {self._output}")
         rows = [Row(self._requests[place].ids, self._requests[place].new_tokens) for place in self._order]
-        super().__init__(rows, end_tokens(folder))
+        super().__init__(rows, ends)
 
     def save(self, first: int, group: Sequence[Row]) -> None:
         places = self._order[first : first + len(group)]
