@@ -33,7 +33,7 @@ class Infeasible(KlotskiError):
     def __init__(self, shortfalls: dict[str, int], mend: str) -> None:
         self.shortfalls, self.mend = shortfalls, mend
         short = "; ".join(f"{name} is short by {value:,} bytes" for name, value in shortfalls.items())
-        super().__init__(f"no schedule fits: {short}\n{mend}")
+        super().__init__(f"no schedule fits: {short}\n{mend}" if short else mend)
 
     def __reduce__(self) -> tuple[type[Infeasible], tuple[dict[str, int], str]]:
         """From one process to another."""

@@ -85,7 +85,7 @@ class Lowered:
     def slowest_us(self) -> float:
         """The longest pass in which sequences decode."""
         phases = [p for p in self.phases.values() if p.shape.batches and p.shape.decodes(p.shape.batches - 1)]
-        return max((p.times.pass_us for p in phases), default=0.0)
+        return max((p.times.slowest_us for p in phases), default=0.0)
 
     @property
     def load_us(self) -> float:
@@ -464,11 +464,9 @@ def _dump(after: str, entries: Sequence[Op | Evict], steps: Sequence[Step], name
             else op_text(e, names)
             for e in entries
         ]
-    kept = [
-        s._replace(waits=s.waits if after in ("waits", "schedule") else (), start_us=s.start_us, end_us=s.end_us)
-        for s in steps
-    ]
-    return [f"{n} {step_text(s, names)}" for n, s in enumerate(kept)]
+    kept = [s if after in ("waits", "schedule") else s._replace(waits=()) for s in steps]
+    lines = [f"{n} {step_text(s, names)}" for n, s in enumerate(kept)]
+    return lines if after == "schedule" else [line.rpartition(" @")[0] for line in lines]
 
 
 def phase_record(phase: LoweredPhase, names: list[str]) -> Phase:

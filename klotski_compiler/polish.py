@@ -11,7 +11,6 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from math import inf
-from time import monotonic
 from typing import NamedTuple
 
 from klotski_compiler.fill import slot_bytes
@@ -45,7 +44,7 @@ def polished(search: Search, best: Best) -> Best:
     for _ in range(int(MOST_STEPS / search.steps(d))):
         near = list(_near(search, d, free_bytes, seen))
         hopes = [gains.get(one.change, 0.0) * len(one.states) for one in near]
-        if max(hopes, default=-inf) < -HOPELESS or idle > IDLE_STEPS or monotonic() > search.deadline:
+        if max(hopes, default=-inf) < -HOPELESS or idle > IDLE_STEPS or search.out_of_time():
             break
         one, idle = near[hopes.index(max(hopes))], idle + search.steps(d)
         rate, left_bytes = _timed(search, one.decision)

@@ -118,5 +118,5 @@ def notes(search: Search, best: Best, predicted: Forecast) -> Iterator[str]:
             yield f"{what}: does not fit ({str(refusal).splitlines()[0]})"
             continue
         yield f"{what}: {now / then - 1:+.1%} tokens/s"
-    if (ceiling := request.max_latency_s) and "decode" in predicted.pass_us:
-        yield f"a pass takes {predicted.pass_us['decode'] / 1e6:.2f} s of the {ceiling:g} s that --max-latency allows"
+    if (ceiling := request.max_latency_s) and (slowest_us := best.lowered.slowest_us):
+        yield f"the slowest pass takes {slowest_us / 1e6:.3g} s of the {ceiling:g} s that --max-latency allows"

@@ -57,6 +57,7 @@ ANEW = ("any", "alike")  # how what has prefill in other parts is filled: what w
 LAST_SHARES = (1.0, 2 / 3, 1 / 3)  # of the sequences that the CPU would attend to, how many its own batch may have
 LAST_STEPS = (0.8, 1.25)  # from one size of it to the next
 KEPT_SCORED = 2  # sizes per policy that are timed on short models
+SMALLER = 2 / 3  # groups, where none of the others has passes within --max-latency
 FAR_BEHIND = 0.07  # of an order that is given up
 BORROWED = 2  # decisions of other policies that are tried in our order
 MOST_WHOLE = {2000: 2, MANY_EXPERTS: 1}  # schedules that are lowered whole of a model of more than so many experts
@@ -98,8 +99,27 @@ class Search(Fills):
         rated, starts = self.begun(name)
         return self.chosen(name, rated + [self.improved(start) for start in starts])
 
+    def out_of_time(self) -> bool:
+        """Whether --time-limit ends the search here, which the plan then says."""
+        over = time.monotonic() > self.deadline
+        self.truncated |= over
+        return over
+
     def begun(self, name: str) -> tuple[list[Rated], list[Rated]]:
-        """A policy's candidates by what they score, and those of them near which there may be better ones. Raises Infeasible."""
+        """A policy's candidates by what they score, and those of them near which there may be better ones: where no pass of those is within
+        --max-latency, which scores do not see, the same of smaller groups. Raises Infeasible."""
+        most = self.most_sequences
+        try:
+            while True:
+                rated, starts = self._begun(name)
+                smallest = min((r.decision.sequences for r in rated), default=1)
+                if smallest == 1 or any(r.tokens_per_s for r in rated) or not self.request.max_latency_s:
+                    return rated, starts
+                self.most_sequences = min(smallest - 1, round(SMALLER * smallest))
+        finally:
+            self.most_sequences = most
+
+    def _begun(self, name: str) -> tuple[list[Rated], list[Rated]]:
         if policy(name).ONE_BATCH and (self.request.num_batches or 1) > 1:
             raise Infeasible(
                 {}, f"{name} computes one batch at a time; leave out --num-batches, or choose another --policy"
@@ -147,8 +167,7 @@ class Search(Fills):
             most = min(min(alike, default=inf) * (1 + ESTIMATE_ERROR), least(scored) * (1 + ORDER_ERROR))
             if bound_us > most:
                 continue
-            if scored and time.monotonic() > self.deadline:
-                self.truncated = True
+            if scored and self.out_of_time():
                 break
             fitting: list[tuple[float, Decision]] = []
             for base in self.bases_of(name, [size], rolling):
@@ -165,7 +184,7 @@ class Search(Fills):
             scored += fitting
         if not scored:
             nearest = min(refusals, key=lambda fault: sum(fault.shortfalls.values()), default=None)
-            raise nearest or self._too_slow()
+            raise nearest or self._none_of_these_sizes(name)
         scored.sort(key=lambda entry: entry[0])
         return scored, min(plain or scored, key=lambda entry: entry[0])[1]
 
@@ -374,7 +393,7 @@ class Search(Fills):
         while best is not start:
             start = best
             for base, kind in self._near(best):
-                if len(tried) > most or time.monotonic() > self.deadline:
+                if len(tried) > most or self.out_of_time():
                     break
                 if (shape_of(base), kind) in tried:
                     continue
@@ -382,7 +401,7 @@ class Search(Fills):
                 if (best := self._better(best, base, kind)) is not start:
                     break
         for base, kind in chain(self._in_other_parts(best), self._either_way(best)):
-            if time.monotonic() > self.deadline:
+            if self.out_of_time():
                 break
             best = self._better(best, base, kind)
         return best
@@ -465,7 +484,7 @@ class Search(Fills):
         """The fastest of many estimates is the one that errs most: where that takes little, they are timed whole."""
         found = list[Rated]()
         for one in rated:
-            if WHOLE_STEPS < self.steps(one.decision) <= RETIMED_STEPS and time.monotonic() < self.deadline:
+            if WHOLE_STEPS < self.steps(one.decision) <= RETIMED_STEPS and not self.out_of_time():
                 lowered = lower(self.cost, one.policy, one.decision, self.request.workload, quick=True)
                 one = replace(one, tokens_per_s=self.rate(lowered))
             found.append(one)
@@ -505,6 +524,14 @@ class Search(Fills):
     def _late(self, pass_us: float) -> bool:
         ceiling = self.request.max_latency_s
         return ceiling is not None and pass_us > 1e6 * ceiling
+
+    def _none_of_these_sizes(self, name: str) -> Infeasible:
+        if self.request.max_latency_s:
+            return self._too_slow()
+        workload = self.request.workload
+        return Infeasible(
+            {}, f"{name} has no schedule of these sizes for {workload.num_sequences} prompts; choose others"
+        )
 
     def _too_slow(self) -> Infeasible:
         return Infeasible({}, f"no schedule has a decode pass within --max-latency {self.request.max_latency_s} s")

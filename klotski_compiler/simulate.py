@@ -57,8 +57,9 @@ class Simulation:
 
 @dataclass(slots=True)
 class PhaseTimes:
-    """What one phase takes. total_us: all passes. pass_us: a settled one. steps: its ops' (start, end) from its first op; none where it was
-    timed quickly. busy_us: per stream, over all passes. bubble_us: idle compute time over all passes, by cause.
+    """What one phase takes. total_us: all passes. pass_us: a settled one, in the middle. steps: its ops' (start, end) from its first op,
+    none where it was timed quickly. busy_us: per stream, over all passes. bubble_us: idle compute time over all passes, by cause.
+    slowest_us: the longest settled pass of those that were simulated, the last one among them.
     """
 
     total_us: float
@@ -66,6 +67,10 @@ class PhaseTimes:
     steps: Times
     busy_us: dict[str, float] = field(default_factory=dict)
     bubble_us: dict[str, float] = field(default_factory=dict)
+    slowest_us: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.slowest_us = max(self.slowest_us, self.pass_us)
 
 
 def simulate(
@@ -101,6 +106,7 @@ def simulate(
         steps=middle.steps,
         busy_us=weighted_sum((weight, run.busy_us) for weight, run in runs),
         bubble_us=weighted_sum((weight, run.bubble_us) for weight, run in runs),
+        slowest_us=max(first.pass_us, last.pass_us),
     )
 
 
@@ -136,6 +142,7 @@ def rolled(
         steps=steady.steps,
         busy_us=weighted_sum((share, runs[k].busy_us) for k, share in shares.items()),
         bubble_us=weighted_sum((share, runs[k].bubble_us) for k, share in shares.items()),
+        slowest_us=max(run.pass_us for run in runs.values()),
     )
 
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from klotski_compiler.cost import Cost
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.hardware import read_hardware
 from klotski_compiler.model import ModelSpec, read_model
@@ -72,11 +73,12 @@ def compiled(
     num_batches: int | None = None,
     max_latency_s: float | None = None,
     gen_len: int = WORKLOAD.gen_len,
+    num_sequences: int = WORKLOAD.num_sequences,
 ) -> Plan | Infeasible:
     """The plan for ``near`` bytes of the compute tier, or why there is none."""
     hardware = tiny_hardware(gpu)
     budgets = dict.fromkeys(hardware.tiers, RICH) | {"host": host} | {hardware.compute_tier: near}
-    workload = WORKLOAD.model_copy(update={"gen_len": gen_len})
+    workload = WORKLOAD.model_copy(update={"gen_len": gen_len, "num_sequences": num_sequences})
     request = Request(
         SPEC, hardware, uniform(SPEC), workload, budgets, "bf16", name, batch_size, num_batches, max_latency_s
     )
@@ -146,6 +148,37 @@ def test_no_decode_pass_takes_longer_than_the_ceiling(name: str, gpu: bool) -> N
             refused += 1
             assert "--max-latency" in str(found) or found.shortfalls
     assert refused, "no pass is a hundred times faster"
+
+
+@pytest.mark.parametrize("name", ["joint", "flexgen"])
+def test_a_ceiling_that_a_smaller_group_meets_is_met(name: str) -> None:
+    """Also by the last pass, whose context is the longest."""
+    free = plan_of(compiled(False, 120 << 20, name, gen_len=200, num_sequences=64)).forecast
+    for share in (0.6, 0.3):
+        ceiling_s = share * free.pass_us["decode"] / 1e6
+        plan = plan_of(compiled(False, 120 << 20, name, max_latency_s=ceiling_s, gen_len=200, num_sequences=64))
+        assert plan.decision.sequences < 64
+        cost = Cost(SPEC, tiny_hardware(False), uniform(SPEC), "bf16")
+        longest = plan.workload.model_copy(update={"prompt_len": plan.workload.prompt_len + 190, "gen_len": 10})
+        assert lower(cost, name, plan.decision, longest).phases["decode"].times.pass_us <= 1e6 * ceiling_s
+
+
+def test_a_search_that_is_cut_short_says_so() -> None:
+    """Wherever the limit strikes."""
+    budgets = {"host": 120 << 20, "disk": RICH}
+    search = Search(Request(SPEC, tiny_hardware(False), uniform(SPEC), WORKLOAD, budgets, "bf16", "joint"))
+    _, starts = search.begun("joint")
+    assert not search.truncated
+    search.deadline = 0.0
+    search.improved(starts[0])
+    assert search.truncated
+
+
+def test_a_policy_that_cannot_have_such_sizes_says_why() -> None:
+    candidates = plan_of(compiled(False, 120 << 20, batch_size=3, num_batches=2)).candidates
+    assert all("one batch at a time" in c.why_not for c in candidates if policy(c.policy).ONE_BATCH)
+    refusal = compiled(False, 120 << 20, "moe_lens", batch_size=8, num_batches=4)
+    assert isinstance(refusal, Infeasible) and "max-latency" not in str(refusal)
 
 
 def test_without_decode_no_ceiling_matters() -> None:
