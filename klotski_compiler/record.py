@@ -107,7 +107,7 @@ def notes(search: Search, best: Best, predicted: Forecast) -> Iterator[str]:
         more = replace(request, budgets={**request.budgets, tier: request.budgets[tier] + step})
         changes.append((f"{size(step)} more of {tier}", Search(more), decision.num_batches))
     if decision.sequences < request.workload.num_sequences:
-        if not decision.last_batch:
+        if not decision.last_batch and not request.max_latency_s:  # scores do not know how long a pass takes
             changes.append(("one more batch", search, decision.num_batches + 1))
     else:
         yield "one more batch: the workload already fits in one group"

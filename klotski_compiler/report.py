@@ -126,7 +126,8 @@ def decision_rows(plan: Plan) -> list[Row]:
     ]
     experts = next((t.nbytes for t in plan.tensors if t.kind == "expert"), 0)
     if any(layer.static or layer.late for layer in d.layers):
-        unit = f"{_count(d.unit, 'expert')} per load ({size(d.unit * experts)}), {d.lead} expert slots for those in flight or waiting"
+        slots = _count(d.lead, "expert slot")
+        unit = f"{_count(d.unit, 'expert')} per load ({size(d.unit * experts)}), {slots} for those in flight or waiting"
         rows.append(("transfer", unit))
     if d.pages > 1 and (away := sum(len(layer.on_disk) for layer in d.layers)):
         rows.append(
@@ -223,13 +224,13 @@ def _streamed(plan: Plan) -> Iterator[Row]:
     if kinds["pick"]:
         hot = plan.decision.hot
         when = (
-            f"the {hot} likeliest of a layer when a predictor, the others when the router names them"
+            f"the {hot} likeliest of a layer when a predictor names them, the others when the router does"
             if hot
             else "when the router names them"
         )
         yield (
             "late",
-            f"{kinds['pick']} experts (at most {size(sizes['pick'])}) travel {when}; what no token asks for stays",
+            f"{kinds['pick']} experts (at most {size(sizes['pick'])}) travel{':' * bool(hot)} {when}; what no token asks for stays",
         )
     others = [
         f"{kinds[k]} {_PLURAL.get(k, k)} ({size(sizes[k])})"
@@ -289,7 +290,13 @@ def _phase_us(plan: Plan, name: str) -> int:
 
 
 def _passes(plan: Plan, phase: Phase) -> str:
-    return f" ({phase.passes} passes of {span(plan.forecast.pass_us[phase.name])})" if phase.passes > 1 else ""
+    if phase.passes == 1:
+        return ""
+    each = span(plan.forecast.pass_us[phase.name])
+    if plan.decision.rolling and phase.name == "decode":  # fewer batches are there in the first rounds and the last
+        rounds = plan.decision.rounds(plan.workload.num_sequences)
+        return f" ({rounds} times {phase.passes} passes of up to {each})"
+    return f" ({phase.passes} passes of {each})"
 
 
 def _groups(plan: Plan) -> str:

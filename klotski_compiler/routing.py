@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.model import ModelSpec
-from klotski_compiler.shipped import shipped
 
 
 class Routing(BaseModel):
@@ -41,10 +40,9 @@ def uniform(spec: ModelSpec) -> Routing:
 
 
 def read_routing(source: str | Path, spec: ModelSpec) -> Routing:
-    """A routing profile from a path or a shipped name, checked against the model. Raises ConfigError."""
-    path = shipped("routing", str(source)) or Path(source)
+    """A routing profile, checked against the model. Raises ConfigError."""
     try:
-        routing = Routing.model_validate(json.loads(path.read_text()))
+        routing = Routing.model_validate(json.loads(Path(source).read_text()))
     except OSError as fault:
         raise ConfigError(
             source, "", f"cannot be read ({fault.strerror}); write one with klotski-profile routing"

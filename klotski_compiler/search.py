@@ -113,8 +113,10 @@ class Search(Fills):
             while True:
                 rated, starts = self._begun(name)
                 smallest = min((r.decision.sequences for r in rated), default=1)
-                if smallest == 1 or any(r.tokens_per_s for r in rated) or not self.request.max_latency_s:
+                if any(r.tokens_per_s for r in rated) or not self.request.max_latency_s:
                     return rated, starts
+                if smallest == 1 or self.out_of_time():
+                    raise self._too_slow()
                 self.most_sequences = min(smallest - 1, round(SMALLER * smallest))
         finally:
             self.most_sequences = most
@@ -146,6 +148,7 @@ class Search(Fills):
     def chosen(self, name: str, rated: Sequence[Rated]) -> list[Rated]:
         """Those of a policy's candidates that may be lowered whole, fastest first. Raises Infeasible."""
         rated = sorted(rated, key=lambda r: -r.tokens_per_s)
+        rated = [r for r in rated if r.tokens_per_s > 0]
         kept_whole = self.retimed(by_order(rated)) if policy(name).EXPERTS == "solved" else rated[:KEPT_WHOLE]
         if not kept_whole:
             raise self._too_slow()

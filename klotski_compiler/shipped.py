@@ -1,4 +1,4 @@
-"""Finds the profiles that come with the package: models, hardware and routing, by name.
+"""Finds the profiles that come with the package: models and hardware, by name.
 
 An installed wheel holds them as a folder of this package, a checkout beside it.
 """
@@ -11,7 +11,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def shipped(kind: str, name: str) -> Path | None:
-    """The JSON file of the shipped profile ``name`` (any case) of ``kind`` (models, hardware, routing), or None."""
+    """The JSON file of the shipped profile ``name`` (any case) of ``kind`` (models, hardware), or None."""
     return _profiles(kind).get(name.lower())
 
 

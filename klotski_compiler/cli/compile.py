@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     choice.add_argument(
         "--dtype", choices=tuple(DTYPE_BYTES), help="what kernels compute in (default: the checkpoint's)"
     )
-    choice.add_argument("--routing", metavar="FILE", help="expert popularity, from klotski-profile routing or shipped")
+    choice.add_argument("--routing", metavar="FILE", help="expert popularity, as klotski-profile routing wrote it")
 
     output = parser.add_argument_group("output")
     output.add_argument(

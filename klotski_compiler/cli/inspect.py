@@ -90,7 +90,9 @@ def _run(arguments: argparse.Namespace) -> str:
     if arguments.json:
         return json.dumps(report.summary(plan)) + "\n"
     if arguments.ops:
-        return report.ops(plan, phase, *arguments.ops)
+        if not (shown := report.ops(plan, phase, *arguments.ops)):
+            raise ConfigError("--ops", "", f"{phase} has no such ops; it has 0 to {len(plan.steps[phase]) - 1}")
+        return shown
     if arguments.compare:
         if actual.is_trace(arguments.compare):
             return actual.compare(plan, actual.read(plan, arguments.compare))
