@@ -32,26 +32,21 @@ def compile_plan(request: Request, progress: Callable[[str, float], None] | None
     """Solve, time every asked policy, keep the best, prove it. Raises Infeasible where nothing fits."""
     search = Search(request)
     names = POLICIES if request.policy == "auto" else (request.policy,)
-    while True:
-        found: dict[str, list[Rated] | Infeasible] = {}
-        for name, rated in _side_by_side(search, names):
-            if progress:
-                progress(name, len(found) / len(names))
-            found[name] = rated
-        refusals = {name: rated for name in names if isinstance(rated := found[name], Infeasible)}
-        timed = [one for name in names if not isinstance(rated := found[name], Infeasible) for one in rated]
-        timed += search.borrowed(timed)
+    found: dict[str, list[Rated] | Infeasible] = {}
+    for name, rated in _side_by_side(search, names):
+        if progress:
+            progress(name, len(found) / len(names))
+        found[name] = rated
+    refusals = {name: rated for name in names if isinstance(rated := found[name], Infeasible)}
+    timed = [one for name in names if not isinstance(rated := found[name], Infeasible) for one in rated]
+    timed += search.borrowed(timed)
+    try:
+        best = search.whole_best(timed, refusals)
+    except Infeasible:
         try:
-            best = search.whole_best(timed, refusals)
-            break
-        except Infeasible:
-            if search.narrow(timed):
-                continue
-            try:
-                best = search.leanest(names, refusals)
-                break
-            except Infeasible as refusal:
-                raise explained(request, refusal) from None
+            best = search.leanest(names, refusals)
+        except Infeasible as refusal:
+            raise explained(request, refusal) from None
     best[0] = reordered(search, polished(search, best[0]))
     plan = record(search, best[0], candidates(best, timed, refusals))
     verify(plan)

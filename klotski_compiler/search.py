@@ -175,7 +175,7 @@ class Search(Fills):
             fitting: list[tuple[float, Decision]] = []
             for base in self.bases_of(name, [size], rolling):
                 try:
-                    fitting.append((self.score(name, base), base))
+                    fitting.append(self._fitting(name, base))
                 except Infeasible as fault:
                     refusals.append(fault)
             fitting.sort(key=lambda entry: entry[0])
@@ -190,6 +190,16 @@ class Search(Fills):
             raise nearest or self._none_of_these_sizes(name)
         scored.sort(key=lambda entry: entry[0])
         return scored, min(plain or scored, key=lambda entry: entry[0])[1]
+
+    def _fitting(self, name: str, base: Decision) -> tuple[float, Decision]:
+        """A candidate with its score; where it does not fit, streamed in the smallest pieces, which ``fitted`` does of its own for ours.
+        Raises Infeasible."""
+        try:
+            return self.score(name, base), base
+        except Infeasible:
+            if policy(name).EXPERTS == "solved" or (small := self.smallest_pieces(name, base)) == base:
+                raise
+            return self.score(name, small), small
 
     def _hopeful(
         self, name: str, scored: Sequence[tuple[float, Decision]], bases: Sequence[Decision], best_us: float
@@ -226,7 +236,7 @@ class Search(Fills):
 
     def whole_best(self, timed: list[Rated], refusals: dict[str, Infeasible]) -> list[Best]:
         """Candidates lowered whole, fastest first: all that may win given how far an estimate can be off. Raises Infeasible."""
-        whole, short = list[Best](), False
+        whole, short, not_whole = list[Best](), False, list[str]()
         for rated in sorted(timed, key=lambda r: -r.tokens_per_s):
             enough = any(self.num_experts > size and len(whole) >= most for size, most in MOST_WHOLE.items())
             best = max((b.tokens_per_s for b in whole), default=0.0)
@@ -247,15 +257,31 @@ class Search(Fills):
                 short |= rated.policy == OURS and whole[-1].tokens_per_s < rated.tokens_per_s * (1 - SHORT)
             except Infeasible as refusal:
                 refusals[rated.policy] = refusal
+                not_whole.append(rated.policy)
+        for name in dict.fromkeys(not_whole):
+            if name not in [best.policy for best in whole] and (smaller := self.smaller(name, timed)):
+                whole.append(smaller)
         if not whole:
             raise min(refusals.values(), key=lambda r: sum(r.shortfalls.values()))
         return sorted(whole, key=lambda best: -best.tokens_per_s * (1 - WORTH_ROLLING * best.decision.rolling))
 
-    def narrow(self, timed: list[Rated]) -> bool:
-        """After all these turned out not to fit when lowered whole: go on with smaller groups; False where there are none."""
-        tried = min((rated.decision.sequences for rated in timed), default=1)
-        self.most_sequences = tried - 1
-        return tried > 1 and not (self.request.batch_size and self.request.num_batches)
+    def smaller(self, name: str, timed: Sequence[Rated]) -> Best | None:
+        """What fits of a policy whose candidates turned out not to when they were lowered whole: of smaller groups; None if nothing
+        does."""
+        most = self.most_sequences
+        try:
+            while not self.out_of_time():
+                self.most_sequences = min(r.decision.sequences for r in timed if r.policy == name) - 1
+                timed = self.timed(name)
+                for rated in timed:
+                    with suppress(Infeasible):
+                        lowered, fitted = self.whole(rated)
+                        return Best(name, fitted, self.rate(lowered), lowered)
+        except Infeasible:
+            pass
+        finally:
+            self.most_sequences = most
+        return None
 
     def leanest(self, names: Sequence[str], refusals: dict[str, Infeasible]) -> list[Best]:
         """One sequence at a time and nothing resident: what fits if anything does. Raises Infeasible with what even that lacks."""
@@ -498,10 +524,27 @@ class Search(Fills):
         return self.num_experts / decision.unit + 4 * decision.num_batches * len(self.request.spec.layers)
 
     def whole(self, rated: Rated) -> tuple[Lowered, Decision]:
-        """The whole schedule. Where it needs more slots than the short model showed, residents make room: each time for some more than
-        is missing, since what they are exchanged for may take as much."""
-        name, decision = rated.policy, rated.decision
-        reserve, base = Counter[str](), self.bare(name, decision, decision.num_batches)
+        """The whole schedule; where it needs more slots than the short model showed and residents cannot make room, with pieces as small
+        as they can be, then with nothing resident. Raises Infeasible."""
+        name, base = rated.policy, self.bare(rated.policy, rated.decision, rated.decision.num_batches)
+        try:
+            return self._with_room(name, base, rated.decision, rated.kind)
+        except Infeasible as refusal:
+            if policy(name).EXPERTS == "solved" or not refusal.shortfalls:
+                raise
+            small = self.smallest_pieces(name, base)
+            with suppress(Infeasible):
+                return self._with_room(name, small, self.fill(name, small), rated.kind)
+            lean = self._stream_all(name, small)
+            lowered = lower(self.cost, name, lean, self.request.workload)
+            if self.over(lowered) or self._late(lowered.slowest_us):
+                raise
+            return lowered, lean
+
+    def _with_room(self, name: str, base: Decision, decision: Decision, kind: str) -> tuple[Lowered, Decision]:
+        """A decision lowered whole; where that does not fit, residents make room, each time for some more than is missing, since what they
+        are exchanged for may take as much. Raises Infeasible."""
+        reserve = Counter[str]()
         more = max(slot_bytes(layer.expert) for layer in self.request.spec.layers if layer.expert) // 4
         for tries in count():
             lowered = lower(self.cost, name, decision, self.request.workload)
@@ -509,7 +552,7 @@ class Search(Fills):
             if not over:
                 break
             reserve.update({tier: nbytes + tries * more for tier, nbytes in over.items()})
-            decision = self.filled(name, base, rated.kind, reserve) or self.fill(name, base, reserve)
+            decision = self.filled(name, base, kind, reserve) or self.fill(name, base, reserve)
         if self._late(lowered.slowest_us):
             raise self._too_slow()
         return lowered, decision

@@ -265,6 +265,24 @@ def test_policies_side_by_side_find_what_they_find_one_by_one(name: str, monkeyp
     assert sorted(seen[0]) == sorted(seen[10**9]) == sorted(POLICIES if name == "auto" else [name])
 
 
+@pytest.mark.parametrize("near", [84 << 20, 100 << 20])
+@pytest.mark.parametrize("name", ["klotski", "fate"])
+def test_no_size_is_faster_when_asked_for_where_memory_is_short(name: str, near: int) -> None:
+    """Of a model with a large vocabulary, which then is streamed in small pieces, by whatever policy."""
+    words = 1 << 15
+    large = replace(SPEC, embedding=module(words * 256, flops=False), head=module(words * 256), vocab_size=words)
+    budgets = {"host": near, "disk": RICH}
+
+    def rate(batch_size: int | None = None, num_batches: int | None = None) -> float:
+        sizes = batch_size, num_batches
+        request = Request(large, tiny_hardware(False), uniform(large), WORKLOAD, budgets, "bf16", name, *sizes)
+        with suppress(Infeasible):
+            return compile_plan(request).forecast.tokens_per_s
+        return 0.0
+
+    assert max(rate(size, 1) for size in (8, 24)) <= rate()
+
+
 def test_a_policy_whose_schedule_turned_out_not_to_fit_is_no_candidate() -> None:
     for near in range(least(True, "auto"), least(True, "auto") + (4 << 20), 1 << 20):
         candidates_of(plan_of(compiled(True, near)))
