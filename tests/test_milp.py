@@ -9,13 +9,14 @@ from typing import Any
 
 import pulp
 import pytest
+from ortools.math_opt.python import mathopt
 
 from klotski_compiler.cost import Cost
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.hardware import Hardware, read_hardware
 from klotski_compiler.milp.formulation import Formulation
 from klotski_compiler.milp.problem import HEAD_SLOTS, MAX_CLASSES, Group, Problem, build
-from klotski_compiler.milp.solve import RELATIVE_GAP, Solved, johnson, residency, spread
+from klotski_compiler.milp.solve import RELATIVE_GAP, Solved, johnson, relaxed_us, residency, spread
 from klotski_compiler.model import read_model
 from klotski_compiler.pipeline import lower
 from klotski_compiler.plan import Decision, LayerDecision, Workload
@@ -537,6 +538,20 @@ def test_many_different_layers_stay_a_small_model(monkeypatch: pytest.MonkeyPatc
     assert solved.statistics["integers"] <= len(solved.layers) * (4 * MAX_CLASSES + 7) + 3
     # Its nodes are limited, so that the gap may stay a little above the one that is asked for.
     assert solved.objective_us + solved.load_us <= solved.bound_us * (1 + 2 * RELATIVE_GAP)
+
+
+def test_where_the_simplex_method_gives_up_another_solver_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As GLOP did on some of many models, with an internal error."""
+    case = whole_case("mixtral-8x7b", "rtx3090", 16 << 30, num_batches=4, batch_size=8, lead=2, unit=1)
+    expected, solve_model = relaxed_us(*case), mathopt.solve
+
+    def gives_up(model: mathopt.Model, solver: mathopt.SolverType, **options: Any) -> mathopt.SolveResult:
+        if solver == mathopt.SolverType.GLOP:
+            raise RuntimeError("Unexpected GLOP termination reason: ABNORMAL")
+        return solve_model(model, solver, **options)
+
+    monkeypatch.setattr(mathopt, "solve", gives_up)
+    assert relaxed_us(*case) == pytest.approx(expected, rel=1e-6)
 
 
 def test_sizes_for_which_the_solver_finds_no_residency_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

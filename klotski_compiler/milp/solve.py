@@ -197,14 +197,14 @@ class Solver:
         return built
 
     def relaxed(self) -> Answer:
-        """The linear relaxation, with duals; without them where the simplex method loses its precision."""
+        """The linear relaxation, with duals; without them where the simplex method loses its precision or gives up."""
         answer = self._run(mathopt.SolverType.GLOP, relax=True)
-        return self._run(mathopt.SolverType.GSCIP, relax=True) if answer.status == "imprecise" else answer
+        return self._run(mathopt.SolverType.GSCIP, relax=True) if answer is GAVE_UP else answer
 
     def least(self) -> Answer:
         """The objective of the linear relaxation alone: handing over values takes longer than finding them."""
         answer = self._run(mathopt.SolverType.GLOP, relax=True, values=False)
-        return self.relaxed() if answer.status == "imprecise" else answer
+        return self.relaxed() if answer is GAVE_UP else answer
 
     def whole(self) -> Answer:
         """The model itself."""
@@ -218,6 +218,8 @@ class Solver:
             wanted = mathopt.ModelSolveParameters() if values else NO_VALUES
             result = mathopt.solve(self.built, solver, params=_parameters(relax), model_params=wanted)
         except (AttributeError, RuntimeError, ValueError) as fault:
+            if solver == mathopt.SolverType.GLOP:
+                return GAVE_UP
             # This version raises AttributeError while it reports an error; the error's own text is its context.
             raise KlotskiError(f"the solver failed: {fault.__context__ or fault}") from fault
         end = result.termination
@@ -227,7 +229,7 @@ class Solver:
             if end.reason == mathopt.TerminationReason.NO_SOLUTION_FOUND and not relax:
                 raise Infeasible({}, UNDECIDED)
             if end.reason == mathopt.TerminationReason.IMPRECISE and solver == mathopt.SolverType.GLOP:
-                return Answer("imprecise", math.inf, math.inf, {}, {}, False)
+                return GAVE_UP
             raise KlotskiError(f"the solver found no residency: {end.reason.value} {end.detail}")
         with_duals = values and relax and result.has_dual_feasible_solution()
         return Answer(
@@ -250,6 +252,7 @@ class Solver:
         )
 
 
+GAVE_UP = Answer("gave up", math.inf, math.inf, {}, {}, False)
 NO_VALUES = mathopt.ModelSolveParameters(
     variable_values_filter=mathopt.SparseVectorFilter(filtered_items=()),
     dual_values_filter=mathopt.SparseVectorFilter(filtered_items=()),
