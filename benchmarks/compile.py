@@ -6,7 +6,7 @@ Whole commands, as a user waits for them from the second one on (modules are com
 machines are needed. Memory is that of the command and all its processes together, what they share counted once (the kernel's
 proportional set size, sampled).
 
-    python benchmarks/compile.py [--repeats 3] [--output FILE]        three to eight minutes
+    python benchmarks/compile.py [--repeats 3] [--output FILE]        three to twelve minutes
 """
 
 from __future__ import annotations

@@ -112,14 +112,18 @@ class Search(Fills):
         try:
             while True:
                 rated, starts = self._begun(name)
-                smallest = min((r.decision.sequences for r in rated), default=1)
                 if any(r.tokens_per_s for r in rated) or not self.request.max_latency_s:
                     return rated, starts
-                if smallest == 1 or self.out_of_time():
+                if self.out_of_time() or not self._narrowed(rated, SMALLER):
                     raise self._too_slow()
-                self.most_sequences = min(smallest - 1, round(SMALLER * smallest))
         finally:
             self.most_sequences = most
+
+    def _narrowed(self, timed: Sequence[Rated], share: float = 1.0) -> bool:
+        """Go on with smaller groups than these, of at most that share of their sequences; False where there are none."""
+        tried = min([self.most_sequences, *(rated.decision.sequences for rated in timed)])
+        self.most_sequences = min(tried - 1, round(share * tried))
+        return self.most_sequences > 0 and not (self.request.batch_size and self.request.num_batches)
 
     def _begun(self, name: str) -> tuple[list[Rated], list[Rated]]:
         if policy(name).ONE_BATCH and (self.request.num_batches or 1) > 1:
@@ -147,8 +151,7 @@ class Search(Fills):
 
     def chosen(self, name: str, rated: Sequence[Rated]) -> list[Rated]:
         """Those of a policy's candidates that may be lowered whole, fastest first. Raises Infeasible."""
-        rated = sorted(rated, key=lambda r: -r.tokens_per_s)
-        rated = [r for r in rated if r.tokens_per_s > 0]
+        rated = sorted((r for r in rated if r.tokens_per_s > 0), key=lambda r: -r.tokens_per_s)
         kept_whole = self.retimed(by_order(rated)) if policy(name).EXPERTS == "solved" else rated[:KEPT_WHOLE]
         if not kept_whole:
             raise self._too_slow()
@@ -270,8 +273,7 @@ class Search(Fills):
         does."""
         most = self.most_sequences
         try:
-            while not self.out_of_time():
-                self.most_sequences = min(r.decision.sequences for r in timed if r.policy == name) - 1
+            while self._narrowed([r for r in timed if r.policy == name]) and not self.out_of_time():
                 timed = self.timed(name)
                 for rated in timed:
                     with suppress(Infeasible):

@@ -163,6 +163,16 @@ def test_a_ceiling_that_a_smaller_group_meets_is_met(name: str) -> None:
         assert lower(cost, name, plan.decision, longest).phases["decode"].times.pass_us <= 1e6 * ceiling_s
 
 
+@pytest.mark.parametrize("num_batches", [2, None])
+def test_sizes_that_are_asked_for_are_tried_once(num_batches: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are no smaller groups, or few, however far the ceiling is away."""
+    begun, tries = Search._begun, list[str]()
+    monkeypatch.setattr(Search, "_begun", lambda search, name: tries.append(name) or begun(search, name))  # type: ignore[func-returns-value]
+    sizes = {"batch_size": 8, "num_batches": num_batches}
+    assert isinstance(compiled(False, 120 << 20, "flexgen", max_latency_s=1e-7, **sizes), Infeasible)
+    assert len(tries) == 1 if num_batches else len(tries) < 10
+
+
 def test_a_search_that_is_cut_short_says_so() -> None:
     """Wherever the limit strikes."""
     budgets = {"host": 120 << 20, "disk": RICH}

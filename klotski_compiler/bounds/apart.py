@@ -405,7 +405,7 @@ class Relaxation(Runs):
     # --------------------------------------------------------------------------------------------------------- links
 
     def weights(self, first: int, low: int, high: int, known: Division = UNKNOWN) -> list[Weight]:
-        """Every weight, by kind: modules and head cross in every pass, of which prefill has as many as parts; an expert if it is
+        """Every weight, by kind: modules and head cross in every pass, of which prefill has as many as parts at least; an expert if it is
         touched: in all parts together, with more of them, more often."""
         modules, parts = float(self.module_bytes), known.parts
         passes = first * parts, first * self.passes
