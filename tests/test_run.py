@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -28,6 +29,7 @@ from klotski_compiler.routing import uniform
 from klotski_runtime import memory
 from klotski_runtime.cli.run import main
 from klotski_runtime.engine import Engine, Row
+from klotski_runtime.prompts import Request as Prompt
 from klotski_runtime.results import Results
 from klotski_runtime.skeleton import import_model
 from tiny import make_checkpoint
@@ -300,8 +302,61 @@ def test_finished_rows_survive_a_failure(
     assert [row["custom_id"] for row in saved] == list("98765432")  # the longest prompts run first
     assert not (tmp_path / "out.jsonl").exists()
 
-    assert main(arguments) == 2  # nothing that was saved is written over
-    assert "move or remove it" in capsys.readouterr().err
+    other = write_lines(tmp_path / "other.jsonl", [{"custom_id": str(len(p)), "prompt": p[::-1]} for p in ids])
+    assert main([*tiny.run, "--input", other, "--output", str(tmp_path / "out.jsonl")]) == 2
+    assert "holds finished rows of another run" in capsys.readouterr().err
+    assert read_lines(tmp_path / "out.jsonl.partial") == saved
+
+    (tmp_path / "out.jsonl.partial").write_text("notes")
+    assert main(arguments) == 2
+    assert (tmp_path / "out.jsonl.partial").read_text() == "notes"
+
+
+def test_a_run_goes_on_from_what_is_finished(
+    tiny: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the last row was half written, all rows are there already, or another process is at it."""
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": p} for p in [*prompts(*range(1, 10)), []]])
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    assert main([*tiny.run, "--input", source, "--output", str(whole)]) == 0
+    lines = whole.read_bytes().splitlines(keepends=True)
+    partial = tmp_path / "out.jsonl.partial"
+    partial.write_bytes(lines[4] + lines[0] + lines[8][:20])
+    capsys.readouterr()
+
+    ran = list[Row]()
+    run = Engine.run
+
+    def noting(engine: Engine, rows: list[Row], *arguments: Any) -> None:
+        ran.extend(rows)
+        run(engine, rows, *arguments)
+
+    monkeypatch.setattr(Engine, "run", noting)
+    command = [*tiny.run, "--input", source, "--output", str(output)]
+    assert main(command) == 0
+    assert len(ran) == 7
+    err = capsys.readouterr().err
+    assert "2 of 10 rows are finished by an earlier run; 7 are left" in err
+    assert "10 rows, 1 of them refused, 2 finished by an earlier run" in err
+    assert without_times(output) == without_times(whole)
+    assert not partial.exists()
+
+    partial.write_bytes(b"".join(lines[:-1]))
+    with partial.open("rb+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert main(command) == 2
+    assert "is what another klotski-run is writing" in capsys.readouterr().err
+    assert main(command) == 0
+    assert len(ran) == 7
+    assert output.read_bytes() == whole.read_bytes()
+
+
+def without_times(path: Path) -> list[dict[str, Any]]:
+    rows = read_lines(path)
+    for row in rows:
+        if row["response"]:
+            row["response"]["body"].pop("created")
+    return rows
 
 
 @pytest.mark.parametrize("policy", ["klotski", "moe_lens"])
@@ -326,12 +381,13 @@ def test_ctrl_c(policy: str, tiny: SimpleNamespace, tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "interrupted" in err
     assert "Traceback" not in err
-    assert f"{len(read_lines(partial)):,} of 4000 rows are finished and saved in {partial}" in err
+    assert f"{len(read_lines(partial)):,} of 4,000 rows are finished and saved in {partial}" in err
 
 
 @pytest.mark.parametrize("call", ["write", "fsync"])
 def test_ctrl_c_while_rows_are_saved(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    results = Results(tmp_path / "out.jsonl", 3)
+    requests = [Prompt(line, f"line-{line}", [line], 1) for line in (1, 2, 3)]
+    results = Results(tmp_path / "out.jsonl", requests, "a model")
     results.add([(0, {"error": None})])
     real = getattr(os, call)
 
@@ -341,10 +397,10 @@ def test_ctrl_c_while_rows_are_saved(call: str, tmp_path: Path, monkeypatch: pyt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(os, call, interrupted)
-        results.add([(1, {"error": None}), (2, {"error": {"code": "invalid_request"}})])
-    finished, rows = {"write": (1, 1), "fsync": (2, 3)}[call]
+        results.add([(1, {"error": None}), (2, {"error": None})])
+    finished = {"write": 1, "fsync": 3}[call]
     assert results.keep().startswith(f"{finished} of 3 rows are finished and saved in")
-    assert len(read_lines(tmp_path / "out.jsonl.partial")) == rows
+    assert len(read_lines(tmp_path / "out.jsonl.partial")) == finished
 
 
 def test_a_full_disk(tiny: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,13 +1,16 @@
 """Writes the results of a batch as JSON lines in OpenAI's shape: what is finished is safe at once, the whole is in input order.
 
-Rows go to ``OUTPUT.partial`` as they finish; at the end the whole file is written and takes OUTPUT's place in one step.
+Rows go to ``OUTPUT.partial`` as they finish, and a run that finds it goes on from there; at the end the whole file is written and
+takes OUTPUT's place in one step.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +22,26 @@ from klotski_runtime.prompts import Request, Tokenizer
 class Results:
     """The rows of one run. ``output``: a file, or None for standard output, which gets all rows at ``finish`` or ``keep``."""
 
-    def __init__(self, output: Path | None, expected: int) -> None:
-        """expected: how many rows there will be. Raises ConfigError where the output cannot be a file."""
+    def __init__(self, output: Path | None, requests: Sequence[Request], model: str) -> None:
+        """Finds what an earlier run has finished. Raises ConfigError where the output cannot be a file or another run's rows are in its
+        way."""
         output = output.resolve() if output and output.is_symlink() else output  # a link stays a link
-        self._output, self._expected = output, expected
-        self._lines: dict[int, bytes] = {}
+        self._output, self._requests, self._model = output, requests, model
+        self._finished: dict[int, bytes] = {}
+        self._refused = {p: _line(_refusal(r)) for p, r in enumerate(requests) if r.refused}
         self._partial = None if output is None or is_device(output) else output.with_name(output.name + ".partial")
         if self._partial is not None:
             self._file = self._open(self._partial)
+            self._finished = self._earlier(self._partial)
+
+    @property
+    def finished(self) -> frozenset[int]:
+        """Places in the input of the rows that are."""
+        return frozenset(self._finished)
 
     def add(self, rows: Iterable[tuple[int, dict[str, Any]]]) -> None:
         """Save finished rows, each with its place in the input. Raises ExecError where that fails; earlier rows stay saved."""
-        fresh = {place: json.dumps(row, ensure_ascii=False).encode() + b"\n" for place, row in rows}
+        fresh = {place: _line(row) for place, row in rows}
         if self._partial is not None:
             begin = os.fstat(self._file).st_size
             try:
@@ -39,11 +50,11 @@ class Results:
             except OSError as error:
                 os.ftruncate(self._file, begin)  # no half row
                 raise ExecError(f"{self._partial} cannot be written: {error.strerror}") from error
-        self._lines |= fresh
+        self._finished |= fresh
 
     def finish(self) -> None:
         """Write all rows in input order. Raises ExecError where that fails."""
-        text = b"".join(self._lines[place] for place in sorted(self._lines))
+        text = b"".join(line for _, line in sorted((self._finished | self._refused).items()))
         if self._partial is None:
             self._print(text)
             return
@@ -66,14 +77,19 @@ class Results:
 
     def keep(self) -> str:
         """Leave what is finished where it can be found after a failure; returns a line that says where."""
-        finished = sum(json.loads(line)["error"] is None for line in self._saved())
-        count = f"{finished:,} of {self._expected} rows are finished"
-        if not finished:  # refusals alone are not worth keeping: the next run finds them again
-            if self._partial is not None:
-                self._partial.unlink()
-            return count
+        finished = len(self._finished)
         if self._partial is not None:
-            return f"{count} and saved in {self._partial}"
+            rows = _whole_rows(self._partial.read_bytes())
+            os.ftruncate(self._file, sum(map(len, rows)))
+            os.close(self._file)
+            finished = len(rows)  # the file knows best: an interrupt may come between a write and what follows it
+        count = f"{finished:,} of {len(self._requests):,} rows are finished"
+        if self._partial is not None:
+            if finished:
+                return f"{count} and saved in {self._partial}; the same command goes on from there"
+            self._partial.unlink()
+        if not finished:  # refusals alone are not worth keeping: the next run finds them again
+            return count
         where = self._output or "standard output"
         try:
             self.finish()
@@ -81,23 +97,35 @@ class Results:
             return f"{where} took no rows"
         return f"{count} and in {where}"
 
-    def _saved(self) -> list[bytes]:
-        """The rows that are safe. The file knows best: an interrupt may come between a write and what follows it."""
-        if self._partial is None:
-            return list(self._lines.values())
-        whole = self._partial.read_bytes().rpartition(b"\n")
-        os.truncate(self._partial, len(whole[0] + whole[1]))  # no half row
-        return whole[0].splitlines()
+    def _earlier(self, partial: Path) -> dict[int, bytes]:
+        """What an earlier run has saved of the same requests."""
+        places = {request_id(request, self._model): place for place, request in enumerate(self._requests)}
+        rows = _whole_rows(partial.read_bytes())
+        try:
+            found = {places[json.loads(row)["response"]["request_id"]]: row for row in rows}
+        except (ValueError, LookupError, TypeError):
+            found = {}
+        if len(found) < len(rows) or (partial.stat().st_size and not rows):
+            os.close(self._file)
+            why = "holds finished rows of another run: of other prompts, model or --max-new-tokens; move or remove it"
+            raise ConfigError(partial, "", why)
+        os.ftruncate(self._file, sum(map(len, rows)))
+        return found
 
     def _open(self, partial: Path) -> int:
         try:
-            if partial.exists() and partial.stat().st_size:
-                why = "holds the finished rows of a run that was interrupted; move or remove it"
-                raise ConfigError(partial, "", why)
-            return os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
+            file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
             why = f"cannot be written ({error.strerror}); name another file"
             raise ConfigError("--output", "", f"{self._output} {why}") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            raise ConfigError("--output", "", f"{self._output} is what another klotski-run is writing") from None
+        except OSError:
+            pass  # a file system without locks
+        return file
 
     def _print(self, text: bytes) -> None:
         if self._output is None:
@@ -130,14 +158,28 @@ def completed(
             "total_tokens": len(request.ids) + len(tokens),
         },
     }
-    response = {"status_code": 200, "request_id": f"req-{request.line}", "body": body}
+    response = {"status_code": 200, "request_id": request_id(request, model), "body": body}
     return {"id": f"batch-{request.line}", "custom_id": request.custom_id, "response": response, "error": None}
 
 
-def refused(request: Request) -> dict[str, Any]:
-    """The result of a request that could not be run."""
+def request_id(request: Request, model: str) -> str:
+    """Names a line of an input and what it asks of a model: another prompt has another."""
+    asked = json.dumps([model, request.ids, request.new_tokens, request.chat, request.custom_id])
+    return f"req-{request.line}-{sha256(asked.encode()).hexdigest()[:16]}"
+
+
+def _refusal(request: Request) -> dict[str, Any]:
     error = {"code": "invalid_request", "message": request.refused}
     return {"id": f"batch-{request.line}", "custom_id": request.custom_id, "response": None, "error": error}
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+
+
+def _whole_rows(text: bytes) -> list[bytes]:
+    """Without a half one at the end."""
+    return text[: text.rfind(b"\n") + 1].splitlines(keepends=True)
 
 
 def _write(file: int, data: bytes) -> None:

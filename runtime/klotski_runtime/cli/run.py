@@ -21,7 +21,7 @@ from klotski_compiler.trace import Row as Event
 from klotski_compiler.trace import chrome_trace
 from klotski_runtime.memory import PeakRss, rss_bytes, storage_read_bytes, tune_libraries
 from klotski_runtime.prompts import Limits, Tokenizer, read_requests
-from klotski_runtime.results import Results, completed, refused
+from klotski_runtime.results import Results, completed
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help and usage errors need none of it
     from klotski_runtime.engine import Engine, Row
@@ -34,7 +34,7 @@ examples:
 
 The input has one prompt per line of text, or JSON lines {"custom_id": "...", "prompt": "..."}, or OpenAI batch lines; a
 prompt may be a list of token ids. The output has OpenAI's batch results in input order. What is finished is kept in
-OUTPUT.partial until everything is.
+OUTPUT.partial until everything is: after an interruption the same command goes on from there.
 """
 
 SEED = 0
@@ -127,6 +127,9 @@ def _run(arguments: argparse.Namespace) -> str:
         job: Job = Batch(plan, folder, config, arguments, new_tokens)
     else:
         job = rehearsal(plan, config, new_tokens)
+    if not job.rows:
+        job.finish({})
+        return "{}\n" if arguments.json else ""
     idle, read = rss_bytes(), storage_read_bytes()
     try:
         with PeakRss() as peak:
@@ -240,7 +243,7 @@ class Job:
         return ""
 
     def finish(self, report: dict[str, Any]) -> None:
-        """All rows have run."""
+        """All rows have run. report: empty where there was none left to run."""
 
 
 def rehearsal(plan: Plan, config: Any, new_tokens: int) -> Job:
@@ -270,13 +273,17 @@ class Batch(Job):
         self._requests, ends = read_requests(arguments.input, self._tokenizer, limits), end_tokens(folder)
         self._tokenizer.load()
         usable = [place for place, request in enumerate(self._requests) if not request.refused]
-        self._order = sorted(usable, key=lambda place: -len(self._requests[place].ids))
-        self._results = Results(Path(arguments.output) if arguments.output else None, len(self._requests))
-        self._results.add((p, refused(request)) for p, request in enumerate(self._requests) if request.refused)
+        self._results = Results(Path(arguments.output) if arguments.output else None, self._requests, plan.model)
         if not usable:
             self._results.finish()
             why = f"none of {len(self._requests)} rows can be run, the first because {self._requests[0].refused}"
             raise ConfigError(arguments.input, "", f"{why}; all reasons are in {self._output}")
+        left = [place for place in usable if place not in self._results.finished]
+        self._order = sorted(left, key=lambda place: -len(self._requests[place].ids))
+        self._refused, self._earlier = len(self._requests) - len(usable), len(usable) - len(left)
+        if self._earlier:
+            done = f"{self._earlier:,} of {len(self._requests):,} rows are finished by an earlier run"
+            print(f"klotski-run: {done}; {len(left):,} are left", file=sys.stderr)
         rows = [Row(self._requests[place].ids, self._requests[place].new_tokens) for place in self._order]
         super().__init__(rows, ends)
 
@@ -289,11 +296,13 @@ class Batch(Job):
 
     def finish(self, report: dict[str, Any]) -> None:
         self._results.finish()
-        count, lost = len(self._requests), len(self._requests) - len(self.rows)
-        rows = f"{count:,} rows" + (f", {lost:,} of them refused" if lost else "")
-        speed = f"{report['tokens_per_s']:,.1f} tokens/s (predicted {report['predicted_tokens_per_s']:,.1f})"
-        tokens = f"{report['generated_tokens']:,} tokens in {report['wall_s']:,.1f} s"
-        print(f"{rows}: {tokens}, {speed}; written to {self._output}", file=sys.stderr)
+        rows = f"{len(self._requests):,} rows" + (f", {self._refused:,} of them refused" if self._refused else "")
+        if self._earlier:
+            rows += f", {self._earlier:,} finished by an earlier run"
+        if report:
+            speed = f"{report['tokens_per_s']:,.1f} tokens/s (predicted {report['predicted_tokens_per_s']:,.1f})"
+            rows += f": {report['generated_tokens']:,} tokens in {report['wall_s']:,.1f} s, {speed}"
+        print(f"{rows}; written to {self._output}", file=sys.stderr)
 
     def _completed(self, place: int, row: Row) -> dict[str, Any]:
         request = self._requests[place]
