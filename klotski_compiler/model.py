@@ -309,7 +309,7 @@ def read_model(source: str | Path) -> ModelSpec:
 
     Raises ConfigError where there is no such thing, or its config cannot be used.
     """
-    path = _locate(source)
+    path = located(source)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -381,7 +381,8 @@ def spec_from_config(
     )
 
 
-def _locate(source: str | Path) -> Path:
+def located(source: str | Path) -> Path:
+    """The config of what ``read_model`` reads. Raises ConfigError where there is none."""
     path = Path(source).expanduser()
     if path.is_dir():
         path = path / "config.json"

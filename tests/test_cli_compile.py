@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 
 from klotski_compiler import planner
-from klotski_compiler.cli.compile import main, parse_size, read_prompts
+from klotski_compiler.cli.compile import main, parse_size
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.hardware import read_hardware, to_json
 from klotski_compiler.model import read_model
-from klotski_compiler.plan import Plan, load
+from klotski_compiler.plan import Plan, Workload, load
 from klotski_compiler.planner import Request
 from klotski_compiler.policies import POLICIES
 from klotski_compiler.verify import verify
@@ -141,33 +145,58 @@ def test_lengths_and_count_come_from_the_input(
     model: Path, machine: Path, tmp_path: Path, asked: list[Request], capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "prompts.txt"
-    text.write_text("a" * 41 + "\n\nshort\n")
+    text.write_text("short\n\n" + "a" * 41 + "\n")
     assert main([str(model), str(machine), "--input", str(text)]) == 0
-    assert (asked[0].workload.prompt_len, asked[0].workload.num_sequences) == (11, 2)
-    assert "prompts.txt: 2 prompts, the longest 11 tokens, estimated as 1 per 4 characters" in capsys.readouterr().out
+    assert asked[0].workload == Workload(prompt_len=11, gen_len=32, num_sequences=2)
+    out = capsys.readouterr().out
+    assert "prompts.txt: 2 prompts, the longest 11 tokens (line 3), estimated as 1 per 4 characters" in out
+    assert "prompts.txt: 1 of 3 rows cannot be run, the first because line 2: the prompt is empty" in out
 
 
-def test_tokens_are_counted_by_the_tokenizer_where_there_is_one(
+@pytest.mark.parametrize(
+    ("given", "gen_len", "count", "refused"),
+    [
+        ([], 20, 3, "1 of 4 rows cannot be run, the first because line 4: temperature"),
+        (["--gen-len", "25"], 25, 3, "1 of 4 rows cannot be run"),
+        (["--gen-len", "10"], 10, 2, "2 of 4 rows cannot be run, the first because line 2: max_tokens is 20"),
+    ],
+)
+def test_rows_say_how_many_tokens_they_want(
+    given: list[str], gen_len: int, count: int, refused: str,
+    model: Path, machine: Path, tmp_path: Path, asked: list[Request], capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """What klotski-run would refuse counts for nothing."""
+    bodies: list[dict[str, Any]] = [
+        {"prompt": [1] * 5, "max_tokens": 10},
+        {"messages": [{"role": "user", "content": "c"}], "max_tokens": 20},
+        {"prompt": "abc", "max_completion_tokens": 1},
+        {"prompt": [1] * 50, "temperature": 1},
+    ]
+    rows = tmp_path / "batch.jsonl"
+    rows.write_text("\n".join(json.dumps({"custom_id": str(n), "body": body}) for n, body in enumerate(bodies)))
+    assert main([str(model), str(machine), "--input", str(rows), *given]) == 0
+    assert (asked[0].workload.gen_len, asked[0].workload.num_sequences) == (gen_len, count)
+    assert refused in capsys.readouterr().out
+
+
+def test_tokens_are_counted_as_the_run_counts_them(
     model: Path, machine: Path, tmp_path: Path, asked: list[Request]
 ) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    """With what the tokenizer adds by itself, and what the chat template does."""
+    words = ("a", "?", "<s>", "user", ":", "model")
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="?"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
     tokenizer.save(str(model / "tokenizer.json"))
-    text = tmp_path / "batch.jsonl"
-    text.write_text('{"prompt": "a b c d e"}\n{"custom_id": "x", "prompt": "a"}\n')
-    assert main([str(model), str(machine), "--input", str(text)]) == 0
-    assert (asked[0].workload.prompt_len, asked[0].workload.num_sequences) == (5, 2)
-
-
-def test_prompts_are_lines_or_json_lines_or_batch_lines(tmp_path: Path) -> None:
-    rows: list[Any] = [
-        {"prompt": "a"},
-        {"body": {"prompt": "b"}},
-        {"body": {"messages": [{"role": "user", "content": "c"}]}},
-    ]
-    (tmp_path / "rows").write_text("\n".join(map(json.dumps, rows)))
-    assert read_prompts(tmp_path / "rows") == ["a", "b", "c"]
+    template = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}model :"
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    rows = tmp_path / "batch.jsonl"
+    rows.write_text('{"prompt": "a b c d e"}\n{"custom_id": "x", "prompt": "a"}\n')
+    assert main([str(model), str(machine), "--input", str(rows)]) == 0
+    rows.write_text('{"messages": [{"role": "user", "content": "a a a"}]}\n')
+    assert main([str(model), str(machine), "--input", str(rows)]) == 0
+    assert [request.workload.prompt_len for request in asked] == [6, 7]
 
 
 @pytest.mark.parametrize(
@@ -177,9 +206,16 @@ def test_prompts_are_lines_or_json_lines_or_batch_lines(tmp_path: Path) -> None:
         (["--prompt-len", "128"], "exceed the 128 positions"),
         (["--routing", "nowhere.json"], "nowhere.json: cannot be read"),
         (["--input", "nowhere.txt"], "nowhere.txt: cannot be read"),
-        (["--input", "empty.txt"], "holds no prompt"),
-        (["--input", "odd.jsonl"], 'line 2: has no "prompt"'),
-        (["--input", "broken.jsonl"], "line 2: is not JSON"),
+        (["--input", "none.txt"], "holds no prompts"),
+        (["--input", "empty.txt"], "none of 1 rows can be run, the first because line 1: the prompt is empty"),
+        (
+            ["--input", "odd.jsonl"],
+            "none of 2 rows can be run, the first because line 1: has neither prompt nor messages",
+        ),
+        (
+            ["--input", "long.txt"],
+            "exceed the 128 positions of small; ask for fewer; long.txt: 1 prompt, the longest 125",
+        ),
         (["--input", "odd.jsonl", "--prompt-len", "3"], "leave out --prompt-len"),
         (["--json", "--dump-after", "slots"], "choose one of them"),
         (["-o", "nowhere/plan.json"], "in a folder that exists"),
@@ -190,9 +226,10 @@ def test_bad_input_is_a_line_and_exit_code_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
+    Path("none.txt").write_text("")
     Path("empty.txt").write_text("\n")
-    Path("odd.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
-    Path("broken.jsonl").write_text('{"prompt": "a"}\nb\n')
+    Path("odd.jsonl").write_text('{"text": "a"}\nb\n')
+    Path("long.txt").write_text("a" * 500)
     lengths = [] if "--input" in arguments else ["--prompt-len", "16"]
     assert main([str(model), str(machine), *lengths, *arguments]) == 2
     out = capsys.readouterr()

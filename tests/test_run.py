@@ -25,11 +25,11 @@ from klotski_compiler.hardware import read_hardware
 from klotski_compiler.model import read_model
 from klotski_compiler.plan import Plan, Workload
 from klotski_compiler.planner import Request, compile_plan
+from klotski_compiler.prompts import Request as Prompt
 from klotski_compiler.routing import uniform
 from klotski_runtime import memory
 from klotski_runtime.cli.run import main
 from klotski_runtime.engine import Engine, Row
-from klotski_runtime.prompts import Request as Prompt
 from klotski_runtime.results import Results
 from klotski_runtime.skeleton import import_model
 from tiny import make_checkpoint

@@ -11,18 +11,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from klotski_compiler import report
 from klotski_compiler.cost import DTYPE_BYTES, Cost
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.hardware import Hardware, read_hardware
-from klotski_compiler.model import ModelSpec, read_model
+from klotski_compiler.model import ModelSpec, located, read_model
 from klotski_compiler.outcome import outcome
 from klotski_compiler.output import check_file, write_whole
 from klotski_compiler.pipeline import PASSES, lower
 from klotski_compiler.plan import Plan, Workload
 from klotski_compiler.policies import POLICIES
+from klotski_compiler.prompts import CHARACTERS_PER_TOKEN, Encoder, Estimate, Limits, Tokenizer, read_requests
 from klotski_compiler.routing import Routing, read_routing, uniform
 
 if TYPE_CHECKING:
@@ -45,9 +46,7 @@ Exit codes: 0 done, 2 bad usage or input, 3 nothing fits (which budgets, by how 
 SWEPT = ("num-batches", "memory", "prompt-len")
 PICTURES = (".svg", ".png", ".pdf")
 PROMPT_LEN, GEN_LEN, NUM_SEQUENCES = 512, 32, 64
-CHARACTERS_PER_TOKEN = 4  # of English text, roughly; used where there is no tokenizer to ask
 
-Prompt = str | list[int]
 Report = Callable[[str, float], None]
 
 
@@ -74,12 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     work.add_argument(
         "--prompt-len", type=_positive, metavar="N", help=f"tokens of the longest prompt (default: {PROMPT_LEN})"
     )
-    work.add_argument(
-        "--gen-len", type=_positive, default=GEN_LEN, metavar="N", help=f"new tokens per prompt (default: {GEN_LEN})"
-    )
+    work.add_argument("--gen-len", type=_positive, metavar="N", help=f"new tokens per prompt (default: {GEN_LEN})")
     work.add_argument("--num-sequences", type=_positive, metavar="N", help=f"prompts (default: {NUM_SEQUENCES})")
     work.add_argument(
-        "--input", type=Path, metavar="FILE", help='take lengths and count from text lines or JSON lines with "prompt"'
+        "--input", metavar="FILE|-", help="take lengths and count from the prompts that klotski-run is to be given"
     )
 
     limits = parser.add_argument_group("limits")
@@ -297,81 +294,46 @@ def _progress() -> Iterator[Report]:
 
 def workload(arguments: argparse.Namespace, spec: ModelSpec) -> Asked:
     """Lengths and count as given, or as found in the input file. Raises ConfigError."""
-    notes: tuple[str, ...] = ()
-    prompt_len, count = arguments.prompt_len or PROMPT_LEN, arguments.num_sequences or NUM_SEQUENCES
-    if arguments.input is not None:
-        if arguments.prompt_len or arguments.num_sequences:
-            raise ConfigError(
-                "--input", "", "lengths and count come from the file; leave out --prompt-len and --num-sequences"
-            )
-        prompts = read_prompts(arguments.input)
-        prompt_len, how = _longest(prompts, Path(arguments.model))
-        count, notes = (
-            len(prompts),
-            (f"{arguments.input.name}: {len(prompts)} prompts, the longest {prompt_len} tokens, {how}",),
-        )
-    if prompt_len + arguments.gen_len > spec.max_positions:
-        why = f"{prompt_len} prompt and {arguments.gen_len} new tokens exceed the {spec.max_positions} positions of {spec.name}"
-        raise ConfigError(
-            "--gen-len" if prompt_len < spec.max_positions else "--prompt-len", "", f"{why}; ask for fewer"
-        )
-    return Asked(Workload(prompt_len=prompt_len, gen_len=arguments.gen_len, num_sequences=count), notes)
+    asked = _counted(arguments, spec) if arguments.input is not None else _given(arguments)
+    prompt_len, gen_len = asked.workload.prompt_len, asked.workload.gen_len
+    if prompt_len + gen_len > spec.max_positions:
+        why = f"{prompt_len} prompt and {gen_len} new tokens exceed the {spec.max_positions} positions of {spec.name}"
+        option = "--gen-len" if prompt_len < spec.max_positions else "--prompt-len"
+        raise ConfigError(option, "", "; ".join((why, "ask for fewer", *asked.notes)))
+    return asked
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """One prompt per line of text, or the "prompt" of every JSON line. Raises ConfigError."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        why = f"cannot be read ({error.strerror}); give UTF-8 text, one prompt per line, or JSON lines"
-        raise ConfigError(path, "", why) from None
-    lines = {n: line for n, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").splitlines(), 1) if line.strip()}
-    if not lines:
-        raise ConfigError(path, "", "holds no prompt; give one per line")
-    objects = path.suffix in (".jsonl", ".json") or next(iter(lines.values())).lstrip().startswith(b"{")
-    return [_prompt(path, number, line, objects) for number, line in lines.items()]
+def _given(arguments: argparse.Namespace) -> Asked:
+    lengths = {"prompt_len": arguments.prompt_len or PROMPT_LEN, "gen_len": arguments.gen_len or GEN_LEN}
+    return Asked(Workload(**lengths, num_sequences=arguments.num_sequences or NUM_SEQUENCES))
 
 
-def _prompt(path: Path, number: int, line: bytes, objects: bool) -> Prompt:
-    where = f"line {number}"
-    try:
-        text = line.decode()
-        row: Any = json.loads(text) if objects else {"prompt": text}
-    except UnicodeDecodeError as error:
-        why = f"is not UTF-8 text (byte {error.start + 1}); write the file in UTF-8"
-        raise ConfigError(path, where, why) from None
-    except ValueError as error:
-        why = f"is not JSON: {error}; every line must be an object, as the first is"
-        raise ConfigError(path, where, why) from None
-    body = row.get("body", row) if isinstance(row, dict) else None
-    prompt = body.get("prompt") if isinstance(body, dict) else None
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, list) and all(type(token) is int for token in prompt):
-        return prompt
-    if isinstance(body, dict) and isinstance(body.get("messages"), list):
-        return "\n".join(str(message.get("content", "")) for message in body["messages"] if isinstance(message, dict))
-    raise ConfigError(path, where, 'has no "prompt"; write {"prompt": "..."} or an OpenAI batch line')
-
-
-def _longest(prompts: Sequence[Prompt], model: Path) -> tuple[int, str]:
-    """Tokens of the longest prompt, and how they were counted."""
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    longest = max([1, *(len(prompt) for prompt in prompts if not isinstance(prompt, str))])
-    if not texts:
-        return longest, "given as token ids"
-    file = (model if model.is_dir() else model.parent) / "tokenizer.json"
-    if model.exists() and file.is_file():
-        from tokenizers import Tokenizer
-
-        try:
-            tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises a bare Exception for a damaged file
-            raise ConfigError(file, "", f"cannot be loaded ({error}); download it again") from None
-        return max(longest, *(len(tokenizer.encode(text).ids) for text in texts)), "counted by the model's tokenizer"
-    estimate = -(-max(map(len, texts)) // CHARACTERS_PER_TOKEN)
-    how = f"estimated as 1 per {CHARACTERS_PER_TOKEN} characters: no tokenizer.json beside the model"
-    return max(longest, estimate), how
+def _counted(arguments: argparse.Namespace, spec: ModelSpec) -> Asked:
+    """What the rows need that klotski-run would take, all of which it would read as they are read here."""
+    if arguments.prompt_len or arguments.num_sequences:
+        why = "lengths and count come from the file; leave out --prompt-len and --num-sequences"
+        raise ConfigError("--input", "", why)
+    tokenizer: Encoder
+    if (own := Tokenizer(located(arguments.model).parent)).exists:
+        tokenizer, how = own, "counted by the model's tokenizer"
+    else:
+        how = f"estimated as 1 per {CHARACTERS_PER_TOKEN} characters: no tokenizer beside the model"
+        tokenizer = Estimate()
+    limits = Limits(sys.maxsize, arguments.gen_len or sys.maxsize, arguments.gen_len or GEN_LEN, spec.vocab_size)
+    rows = read_requests(arguments.input, tokenizer, limits)
+    usable = [row for row in rows if not row.refused]
+    if not usable:
+        why = f"none of {len(rows):,} rows can be run, the first because {rows[0].refused}"
+        raise ConfigError(arguments.input, "", why)
+    longest = max(usable, key=lambda row: len(row.ids))
+    gen_len = arguments.gen_len or max(row.new_tokens for row in usable)
+    name = "standard input" if arguments.input == "-" else Path(arguments.input).name
+    size = f"the longest {len(longest.ids):,} tokens (line {longest.line}), {how}"
+    notes = [f"{name}: {len(usable):,} prompt{'s' * (len(usable) > 1)}, {size}"]
+    if refused := [row.refused for row in rows if row.refused]:
+        notes.append(f"{name}: {len(refused):,} of {len(rows):,} rows cannot be run, the first because {refused[0]}")
+    workload = Workload(prompt_len=len(longest.ids), gen_len=gen_len, num_sequences=len(usable))
+    return Asked(workload, tuple(notes))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 from klotski_compiler.errors import ConfigError, ExecError
 from klotski_compiler.output import is_device, write_stdout
-from klotski_runtime.prompts import Request, Tokenizer
+from klotski_compiler.prompts import Request, Tokenizer
 
 
 class Results:

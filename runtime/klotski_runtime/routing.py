@@ -14,13 +14,13 @@ import torch
 from klotski_compiler.cost import GATHERED_ROWS
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.model import read_model
+from klotski_compiler.prompts import Limits, Tokenizer, read_tokens
 from klotski_compiler.routing import Routing
 from klotski_runtime.arena import Arena
 from klotski_runtime.checkpoint import EMBEDDING, Checkpoint, ModuleKey, layout
 from klotski_runtime.kernels import Chunks, Group
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.locate import model_folder
-from klotski_runtime.prompts import Limits, Tokenizer, read_tokens
 from klotski_runtime.reader import DiskReader, RowGather
 from klotski_runtime.skeleton import Routed, Skeleton, import_model
 

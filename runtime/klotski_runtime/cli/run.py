@@ -16,11 +16,11 @@ from klotski_compiler.errors import ConfigError, ExecError
 from klotski_compiler.outcome import outcome
 from klotski_compiler.output import check_file, write_whole
 from klotski_compiler.plan import Plan, load, op_text
+from klotski_compiler.prompts import Limits, Tokenizer, read_requests
 from klotski_compiler.report import CAUSES
 from klotski_compiler.trace import Row as Event
 from klotski_compiler.trace import chrome_trace
 from klotski_runtime.memory import PeakRss, rss_bytes, storage_read_bytes, tune_libraries
-from klotski_runtime.prompts import Limits, Tokenizer, read_requests
 from klotski_runtime.results import Results, completed
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help and usage errors need none of it
@@ -276,7 +276,7 @@ class Batch(Job):
         self._results = Results(Path(arguments.output) if arguments.output else None, self._requests, plan.model)
         if not usable:
             self._results.finish()
-            why = f"none of {len(self._requests)} rows can be run, the first because {self._requests[0].refused}"
+            why = f"none of {len(self._requests):,} rows can be run, the first because {self._requests[0].refused}"
             raise ConfigError(arguments.input, "", f"{why}; all reasons are in {self._output}")
         left = [place for place in usable if place not in self._results.finished]
         self._order = sorted(left, key=lambda place: -len(self._requests[place].ids))

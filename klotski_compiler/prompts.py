@@ -11,13 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from klotski_compiler.errors import ConfigError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 CONTEXT_TOKENS = 4
 """Prompt tokens that are decoded along: what a tokenizer puts between two words depends on the first of them."""
+
+CHARACTERS_PER_TOKEN = 4
+"""Of English text, roughly; used where there is no tokenizer to ask."""
 
 # Fields of an OpenAI request that would change the result if they were obeyed, with the value besides "none" that would not.
 _UNSUPPORTED = {
@@ -47,6 +50,26 @@ class Request:
     new_tokens: int = 0
     chat: bool = False
     refused: str = ""
+
+
+class Encoder(Protocol):
+    """Turns text into token ids."""
+
+    def encode(self, text: str) -> list[int]:
+        """Of a prompt."""
+
+    def encode_chat(self, messages: list[Any]) -> list[int]:
+        """Of a conversation. Raises ValueError where that cannot be written."""
+
+
+class Estimate:
+    """About as many ids as a tokenizer would give; they mean nothing."""
+
+    def encode(self, text: str) -> list[int]:
+        return [0] * -(-len(text) // CHARACTERS_PER_TOKEN)
+
+    def encode_chat(self, messages: list[Any]) -> list[int]:
+        return self.encode(json.dumps(messages, ensure_ascii=False))
 
 
 class Tokenizer:
@@ -106,7 +129,7 @@ class Tokenizer:
             raise ConfigError(self._folder, "", f"its tokenizer cannot be loaded ({why}); download it again") from error
 
 
-def read_requests(source: str, tokenizer: Tokenizer, limits: Limits) -> list[Request]:
+def read_requests(source: str, tokenizer: Encoder, limits: Limits) -> list[Request]:
     """The rows of a file, or of standard input for ``-``, in order. Raises ConfigError where it cannot be read or has none."""
     requests = [_request(number, row, tokenizer, limits) for number, row in _rows(source)]
     if not requests:
@@ -114,7 +137,7 @@ def read_requests(source: str, tokenizer: Tokenizer, limits: Limits) -> list[Req
     return requests
 
 
-def read_tokens(source: str, tokenizer: Tokenizer, limits: Limits) -> list[list[int]]:
+def read_tokens(source: str, tokenizer: Encoder, limits: Limits) -> list[list[int]]:
     """The usable prompts of a file as token ids."""
     return [request.ids for request in read_requests(source, tokenizer, limits) if not request.refused]
 
@@ -155,7 +178,7 @@ def _rows(source: str) -> Iterator[tuple[int, Any]]:
             yield number, ValueError(f"is not JSON: {error}")
 
 
-def _request(number: int, row: Any, tokenizer: Tokenizer, limits: Limits) -> Request:
+def _request(number: int, row: Any, tokenizer: Encoder, limits: Limits) -> Request:
     request = Request(number, f"line-{number}")
     try:
         if isinstance(row, ValueError):
@@ -197,7 +220,7 @@ def _new_tokens(body: dict[str, Any], limits: Limits) -> int:
     return value
 
 
-def _ids(body: dict[str, Any], tokenizer: Tokenizer, limits: Limits) -> list[int]:
+def _ids(body: dict[str, Any], tokenizer: Encoder, limits: Limits) -> list[int]:
     prompt = body.get("messages", body.get("prompt"))
     if prompt is None:
         raise ValueError("has neither prompt nor messages")
