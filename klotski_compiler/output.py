@@ -16,7 +16,7 @@ def is_device(path: Path) -> bool:
 
 def check_file(option: str, path: Path) -> None:
     """Refuse, before any work, what cannot be written after it. Raises ConfigError."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    if path.is_dir() or not path.absolute().parent.is_dir() or path == Path("-"):
         raise ConfigError(option, "", f"{path} cannot be a file: give a file name in a folder that exists")
 
 

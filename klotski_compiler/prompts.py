@@ -6,9 +6,11 @@ A line that cannot be used is refused by its number and does not stop the others
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from errno import EACCES, EISDIR, ENOENT
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -129,6 +131,14 @@ class Tokenizer:
             raise ConfigError(self._folder, "", f"its tokenizer cannot be loaded ({why}); download it again") from error
 
 
+def check_source(source: str) -> None:
+    """Refuse, before any work, what ``read_requests`` cannot read. Raises ConfigError."""
+    path = Path(source)
+    fault = EACCES if not os.access(path, os.R_OK) else EISDIR if path.is_dir() else 0
+    if source != "-" and fault:
+        raise _unreadable(source, os.strerror(fault if path.exists() else ENOENT))
+
+
 def read_requests(source: str, tokenizer: Encoder, limits: Limits) -> list[Request]:
     """The rows of a file, or of standard input for ``-``, in order. Raises ConfigError where it cannot be read or has none."""
     requests = [_request(number, row, tokenizer, limits) for number, row in _rows(source)]
@@ -150,9 +160,7 @@ def _rows(source: str) -> Iterator[tuple[int, Any]]:
     try:
         raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
     except OSError as error:
-        raise ConfigError(
-            source, "", f"cannot be read ({error.strerror}); name a file of prompts, or - for standard input"
-        ) from None
+        raise _unreadable(source, str(error.strerror)) from None
     lines = raw.removeprefix(b"\xef\xbb\xbf").splitlines()
     first = next((line for line in lines if line.strip()), b"")
     objects = source.endswith((".jsonl", ".json")) or first.lstrip().startswith(b"{")
@@ -176,6 +184,10 @@ def _rows(source: str) -> Iterator[tuple[int, Any]]:
             yield number, ValueError("is nested too deeply")
         except ValueError as error:
             yield number, ValueError(f"is not JSON: {error}")
+
+
+def _unreadable(source: str, why: str) -> ConfigError:
+    return ConfigError(source, "", f"cannot be read ({why}); name a file of prompts, or - for standard input")
 
 
 def _request(number: int, row: Any, tokenizer: Encoder, limits: Limits) -> Request:

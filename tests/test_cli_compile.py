@@ -219,6 +219,7 @@ def test_tokens_are_counted_as_the_run_counts_them(
         (["--input", "odd.jsonl", "--prompt-len", "3"], "leave out --prompt-len"),
         (["--json", "--dump-after", "slots"], "choose one of them"),
         (["-o", "nowhere/plan.json"], "in a folder that exists"),
+        (["-o", "-"], "- cannot be a file"),
     ],
 )
 def test_bad_input_is_a_line_and_exit_code_2(

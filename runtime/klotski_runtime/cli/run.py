@@ -16,7 +16,7 @@ from klotski_compiler.errors import ConfigError, ExecError
 from klotski_compiler.outcome import outcome
 from klotski_compiler.output import check_file, write_whole
 from klotski_compiler.plan import Plan, load, op_text
-from klotski_compiler.prompts import Limits, Tokenizer, read_requests
+from klotski_compiler.prompts import Limits, Tokenizer, check_source, read_requests
 from klotski_compiler.report import CAUSES
 from klotski_compiler.trace import Row as Event
 from klotski_compiler.trace import chrome_trace
@@ -178,6 +178,8 @@ def _check_usage(arguments: argparse.Namespace) -> None:
         raise ConfigError("--output", "", "needs --input: without prompts there are only measurements to print")
     if arguments.json and arguments.input and not arguments.output:
         raise ConfigError("--json", "", "takes standard output for itself: give --output FILE for the results")
+    if arguments.input:
+        check_source(arguments.input)
     for option in ("output", "trace"):
         path: str | Path | None = getattr(arguments, option)
         if path:
