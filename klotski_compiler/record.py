@@ -12,6 +12,8 @@ from klotski_compiler.report import size
 from klotski_compiler.search import Best, Search
 from klotski_compiler.simulate import weighted_sum
 
+ROUNDING = 1e-6  # of what meets its bound exactly
+
 
 def record(search: Search, best: Best, candidates: list[Candidate]) -> Plan:
     """The record of the winner, sealed."""
@@ -66,7 +68,9 @@ def forecast(search: Search, decision: Decision, lowered: Lowered) -> Forecast:
     rate = search.rate(lowered)
     bounds = {MIXED if order else APART: search.ceiling(order) for order in search.classes}
     kind = MIXED if decision.rolling else APART
-    bounds[kind] = ceiling = max(rate, bounds[kind])
+    if rate <= bounds[kind] * (1 + ROUNDING):
+        bounds[kind] = max(rate, bounds[kind])
+    ceiling = bounds[kind]
     return Forecast(
         makespan_us=round(groups * lowered.group_us),
         load_us=round(lowered.load_us),
@@ -93,6 +97,8 @@ def notes(search: Search, best: Best, predicted: Forecast) -> Iterator[str]:
     share = predicted.busy_us[slowest] / predicted.makespan_us
     yield f"{slowest} binds: it is busy {share:.0%} of the time"
     yield f"routing: {search.request.routing.source}"
+    if predicted.gap < 0:
+        yield "this schedule beats the bound of its class, which is therefore wrong: please report it"
     if best.order:
         yield best.order
     decision, request = best.decision, search.request
