@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.plan import Bind, Compute, Load, Op, Plan, Step
-from klotski_compiler.report import CAUSES, span
+from klotski_compiler.report import CAUSES
 from klotski_compiler.simulate import bubbles, cause_of
+from klotski_compiler.words import span
 
 Log = dict[tuple[int, int], tuple[float, float]]
 """What one run of a phase did: (pass, op) -> (start, end) in microseconds."""

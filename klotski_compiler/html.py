@@ -18,6 +18,8 @@ from pathlib import Path
 
 from klotski_compiler import report
 from klotski_compiler.plan import Bind, Compute, Op, Plan
+from klotski_compiler.timeline import lanes, timeline
+from klotski_compiler.words import size, span
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -71,7 +73,7 @@ def page(plan: Plan, phase: str, layer: int | None = None) -> str:
         "tiles": _tiles(plan),
         "decision": _definitions(report.decision_rows(plan)),
         "forecast": _definitions(report.forecast_rows(plan)),
-        "timeline": escape(report.timeline(plan, phase, layer)),
+        "timeline": escape(timeline(plan, phase, layer)),
         "legend": "".join(f"<span>{_key(kind)}{name}</span>" for kind, name in KINDS.items()),
         "candidates": _candidates(plan),
         "busy": _busy(plan),
@@ -100,7 +102,7 @@ def _packed(plan: Plan, phase: str, layer: int) -> str:
                 "name": p.name,
                 "passes": p.passes,
                 "pass_us": plan.forecast.pass_us.get(p.name, plan.forecast.load_us),
-                "lanes": report.lanes(plan.steps[p.name]),
+                "lanes": lanes(plan.steps[p.name]),
                 "lines": p.lines,
                 "kinds": op_kinds(plan, p.name),
             }
@@ -156,8 +158,8 @@ def _tiles(plan: Plan) -> str:
     tiles = [
         (f"{f.tokens_per_s:.2f} tokens/s", f"predicted, policy {plan.policy}"),
         (f"{f.bound_tokens_per_s:.2f} tokens/s", f"bound ({f.schedule_class}): gap {f.gap:.1%}"),
-        (report.span(f.makespan_us), f"whole workload, and {report.span(f.load_us)} to load"),
-        (report.span(f.pass_us[last.name]), f"a pass of {last.name}, {last.passes} of them"),
+        (span(f.makespan_us), f"whole workload, and {span(f.load_us)} to load"),
+        (span(f.pass_us[last.name]), f"a pass of {last.name}, {last.passes} of them"),
         (f"{f.bubble_fraction:.1%}", "of the time computing waits"),
     ]
     return "".join(f'<div class="tile"><b>{escape(big)}</b>{escape(small)}</div>' for big, small in tiles)
@@ -212,7 +214,7 @@ def _busy(plan: Plan) -> str:
                 f'<td class="wide"><div class="bar">{bar}</div></td>'
                 f'<td class="hint">{"; ".join(filter(None, (note, copies)))}</td></tr>'
             )
-        title = f"<h3>{escape(phase.name)}, {report.span(length)}</h3>"
+        title = f"<h3>{escape(phase.name)}, {span(length)}</h3>"
         out.append(f'{title}<table class="even">{"".join(rows)}</table>')
     return "".join(out)
 
@@ -224,7 +226,7 @@ def _bubbles(plan: Plan) -> str:
     parts = [("resident", 1 - f.bubble_fraction, "computing", "")]
     for cause, us in causes:
         words = f"waiting for {report.CAUSES.get(cause, cause)}"
-        parts.append((_OF_CAUSE.get(cause, "head"), f.bubble_fraction * us / total, words, report.span(us)))
+        parts.append((_OF_CAUSE.get(cause, "head"), f.bubble_fraction * us / total, words, span(us)))
     bar = "".join(_part(kind, share) for kind, share, _, _ in parts)
     rows = "".join(
         f'<tr><td>{_key(kind)}{escape(text)}</td><td class="number">{time}</td><td class="number">{share:.1%}</td></tr>'
@@ -245,11 +247,11 @@ def _tier(plan: Plan, tier: str, held: Sequence[report.Holding]) -> str:
     heads = "".join(f'<th class="number">{escape(phase.name)}</th>' for phase in plan.phases)
     rows = "".join(
         f"<tr><td>{_key(_OF_ROLE[h.role])}{escape(h.name)}</td>"
-        + "".join(f'<td class="number">{report.size(n) if n else "-"}</td>' for n in h.nbytes)
+        + "".join(f'<td class="number">{size(n) if n else "-"}</td>' for n in h.nbytes)
         + "</tr>"
         for h in held
     )
-    title = f"{tier}: {report.size(plan.forecast.peak_bytes[tier])} of {report.size(plan.budgets[tier])}"
+    title = f"{tier}: {size(plan.forecast.peak_bytes[tier])} of {size(plan.budgets[tier])}"
     return (
         f'<div><h3>{escape(title)}</h3><table class="bars">{"".join(bars)}</table>'
         f"<table><tr><th></th>{heads}</tr>{rows}</table></div>"

@@ -8,9 +8,9 @@ from dataclasses import replace
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.pipeline import Lowered, phase_record
 from klotski_compiler.plan import APART, CPU, MIXED, SCHEMA_VERSION, Bind, Candidate, Decision, Envelope, Forecast, Plan
-from klotski_compiler.report import size
 from klotski_compiler.search import Best, Search
 from klotski_compiler.simulate import weighted_sum
+from klotski_compiler.words import size
 
 ROUNDING = 1e-6  # of what meets its bound exactly
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from textwrap import wrap
 
-from klotski_compiler.plan import ALL, Bind, Candidate, Compute, Decision, Load, Op, Phase, Plan, Step, Store, step_text
-
-WIDTH = 100  # columns of a timeline
+from klotski_compiler.plan import ALL, Candidate, Compute, Decision, Load, Phase, Plan, Step, Store, step_text
+from klotski_compiler.timeline import timeline
+from klotski_compiler.words import bar, count, size, span
 
 Row = tuple[str, str]  # a subject, empty where the line goes on about the one before, and what is said about it
 
@@ -55,39 +54,6 @@ def decided(plan: Plan) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ quantities
-
-
-def size(nbytes: float) -> str:
-    """Bytes as a person reads them: ``16.0 GiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.2f} TiB"
-
-
-def span(us: float) -> str:
-    """A time as a person reads it: ``3.12 s``, ``2 h 05 min``."""
-    if us < 1000:
-        return f"{us:.0f} us"
-    if us < 1e6:
-        return f"{us / 1000:.1f} ms"
-    if us < 600e6:
-        return f"{us / 1e6:.2f} s" if us < 100e6 else f"{us / 1e6:.0f} s"
-    minutes = round(us / 60e6)
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
-
-
-def _bar(share: float, width: int = 30) -> str:
-    filled = round(width * min(1.0, share))
-    return "#" * filled + "." * (width - filled)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "es" if what.endswith("ch") or what.endswith("ss") else "s")
-
-
 # --------------------------------------------------------------------------------------------------------------- sections
 
 
@@ -97,7 +63,7 @@ def headline(plan: Plan) -> str:
     budgets = ", ".join(f"{tier} {size(nbytes)}" for tier, nbytes in plan.budgets.items())
     return (
         f"{plan.model} in {plan.dtype} on {plan.hardware}, computing in {plan.compute_tier} (budgets: {budgets})\n"
-        f"{_count(work.num_sequences, 'prompt')} of up to {work.prompt_len} tokens, {work.gen_len} new tokens each"
+        f"{count(work.num_sequences, 'prompt')} of up to {work.prompt_len} tokens, {work.gen_len} new tokens each"
     )
 
 
@@ -112,12 +78,12 @@ def decision_rows(plan: Plan) -> list[Row]:
     groups = -(-plan.workload.num_sequences // d.sequences)
     whole = "the whole workload is one group" if groups == 1 else f"{groups} groups run one after another"
     if d.rolling:
-        every = _count(d.stride(plan.envelope.gen_len), "pass")
-        whole = f"every {every}, {_count(d.part_batches, 'batch')} of them join and as many are done"
+        every = count(d.stride(plan.envelope.gen_len), "pass")
+        whole = f"every {every}, {count(d.part_batches, 'batch')} of them join and as many are done"
     rows = [
         (
             "group",
-            f"{_count(d.num_batches, 'batch')} of {_batch_sizes(d)} share every transfer; {whole}",
+            f"{count(d.num_batches, 'batch')} of {_batch_sizes(d)} share every transfer; {whole}",
         ),
         ("resident", _residents(plan)),
         *_streamed(plan),
@@ -126,14 +92,14 @@ def decision_rows(plan: Plan) -> list[Row]:
     ]
     experts = next((t.nbytes for t in plan.tensors if t.kind == "expert"), 0)
     if any(layer.static or layer.late for layer in d.layers):
-        slots = _count(d.lead, "expert slot")
-        unit = f"{_count(d.unit, 'expert')} per load ({size(d.unit * experts)}), {slots} for those in flight or waiting"
+        slots = count(d.lead, "expert slot")
+        unit = f"{count(d.unit, 'expert')} per load ({size(d.unit * experts)}), {slots} for those in flight or waiting"
         rows.append(("transfer", unit))
     if d.pages > 1 and (away := sum(len(layer.on_disk) for layer in d.layers)):
         rows.append(
             (
                 "pages",
-                f"an expert has {d.pages}; of {_count(away, 'expert')} the last one lives on disk, the others in host memory",
+                f"an expert has {d.pages}; of {count(away, 'expert')} the last one lives on disk, the others in host memory",
             )
         )
     passes = (
@@ -141,8 +107,8 @@ def decision_rows(plan: Plan) -> list[Row]:
     )
     if d.rolling:
         passes = "of those who join, in a pass in which the others decode"
-    rows.append(("prefill", f"{passes}; attention over {_count(d.attention_batch, 'prompt')} at a time"))
-    head = "resident" if d.head_pages == 0 else f"streamed in {_count(d.head_pages, 'page')}"
+    rows.append(("prefill", f"{passes}; attention over {count(d.attention_batch, 'prompt')} at a time"))
+    head = "resident" if d.head_pages == 0 else f"streamed in {count(d.head_pages, 'page')}"
     gathered = "gathered row by row" if plan.compute_tier == "host" else "in host memory"
     rows.append(("vocabulary", f"head {head}, embedding {'resident' if d.embedding else gathered}"))
     return rows
@@ -151,7 +117,7 @@ def decision_rows(plan: Plan) -> list[Row]:
 def _batch_sizes(d: Decision) -> str:
     """How large batches are."""
     last = f" (the last of each sub-group, the CPU's own, of {d.last_batch})" if d.last_batch else ""
-    return _count(d.batch_size, "sequence") + last
+    return count(d.batch_size, "sequence") + last
 
 
 def _on_cpu(plan: Plan) -> Iterator[Row]:
@@ -160,8 +126,8 @@ def _on_cpu(plan: Plan) -> Iterator[Row]:
     experts = sum(len(layer.cpu) + layer.cpu_picks for layer in d.layers)
     if plan.compute_tier != "gpu" or not (d.cpu_batches or experts):
         return
-    parts = [f"attention of {d.cpu_batches} of {_count(d.num_batches, 'batch')}"] if d.cpu_batches else []
-    parts += [f"{_count(experts, 'expert')}"] if experts else []
+    parts = [f"attention of {d.cpu_batches} of {count(d.num_batches, 'batch')}"] if d.cpu_batches else []
+    parts += [f"{count(experts, 'expert')}"] if experts else []
     yield "CPU", f"{' and '.join(parts)} in decode, where their KV and weights are"
     if d.by_batch:
         yield "order", "batch by batch: the experts of one compute while the CPU attends to the next"
@@ -332,7 +298,7 @@ def busy(plan: Plan) -> str:
         for work in stream_work(plan.steps[phase.name]):
             copies = f", {work.copying / length:.0%} in copies that block it" if work.copying else ""
             share = work.total / length
-            lines.append(f"  {title:<18}{work.stream:<11}{_bar(share)} {share:4.0%}{copies}{binds}")
+            lines.append(f"  {title:<18}{work.stream:<11}{bar(share)} {share:4.0%}{copies}{binds}")
             title = binds = ""
     return "\n".join(lines)
 
@@ -370,128 +336,6 @@ def bubbles(plan: Plan) -> str:
 def bubble_causes(plan: Plan) -> list[tuple[str, int]]:
     """Why computing waits, and for how many microseconds of the whole workload; the worst first."""
     return [(cause, us) for cause, us in sorted(plan.forecast.bubble_us.items(), key=lambda item: -item[1]) if us]
-
-
-# --------------------------------------------------------------------------------------------------------------- timeline
-
-
-@dataclass
-class _Run:
-    """Ops of one stream that follow each other closely and do the same for the same layer."""
-
-    text: str
-    start: float
-    end: float
-    busy: float
-    count: int
-
-
-def timeline(plan: Plan, phase: str, layer: int | None = None, width: int = WIDTH) -> str:
-    """One layer as a lane per stream; the middle one unless told."""
-    steps = plan.steps[phase]
-    shown = len(plan.decision.layers) // 2 if layer is None else layer
-    mine = [s for s in steps if isinstance(s.op, Compute | Bind) and s.op.layer == shown]
-    if not mine:
-        begin, end = min((s.start_us for s in steps), default=0), max((s.end_us for s in steps), default=1)
-        title = f"Timeline of {phase}, whole: {span(end - begin)}"
-    else:
-        first = steps.index(mine[0])
-        compute = mine[0].op.stream
-        begin = max(
-            (s.end_us for s in steps[:first] if s.op.stream == compute and isinstance(s.op, Compute | Bind)), default=0
-        )
-        end = max(s.end_us for s in mine)
-        of = f"{span(end - begin)} of the {span(plan.forecast.pass_us[phase])} of a pass"
-        title = f"Timeline of {phase}, layer {shown} (L0 to L{len(plan.decision.layers) - 1}): {of}"
-    column = max(1e-9, (end - begin) / width)
-    lines = [f"{title}; a column is {span(column)}", _axis(begin, end, width)]
-    spent = []
-    for lane in lanes(steps):
-        runs = _runs(plan, [s for s in steps if s.op.stream == lane], begin, end, column)
-        total = sum(run.busy for run in runs)
-        lines.append(f"  {lane:<10}{_lane(runs, begin, column, width)} {total / max(1, end - begin):4.0%}")
-        sums = f"  {lane:<10}{_sums(runs)}; idle {span(end - begin - total)}"
-        spent += wrap(sums, WIDTH + 12, subsequent_indent=" " * 12)
-    lines += spent
-    return "\n".join(lines)
-
-
-def lanes(steps: Sequence[Step]) -> list[str]:
-    """The streams of a pass from top to bottom: links, then processors."""
-    return sorted({s.op.stream for s in steps}, key=lambda name: (">" not in name, name))
-
-
-def _axis(begin: float, end: float, width: int) -> str:
-    ticks = 5
-    cells = ""
-    for tick in range(ticks):
-        mark = f"|{span((end - begin) * tick / ticks) if tick else '0'}"
-        cells += f"{mark:<{width // ticks}}"
-    return f"  {'':<10}{cells[:width]}| busy"
-
-
-def _runs(plan: Plan, steps: Sequence[Step], begin: float, end: float, column: float) -> list[_Run]:
-    runs: list[_Run] = []
-    for step in steps:
-        start, stop = max(begin, step.start_us), min(end, step.end_us)
-        if stop <= start:
-            continue
-        text, count = _does(plan, step.op)
-        if runs and runs[-1].text == text and start - runs[-1].end < column:
-            runs[-1].end, runs[-1].count = stop, runs[-1].count + count
-            runs[-1].busy += stop - start
-        else:
-            runs.append(_Run(text, start, stop, stop - start, count))
-    return runs
-
-
-def _sums(runs: Sequence[_Run]) -> str:
-    """How often a stream does what, and for how long."""
-    count, us = Counter[str](), dict[str, float]()
-    for run in runs:
-        count[run.text] += run.count
-        us[run.text] = us.get(run.text, 0.0) + run.busy
-    return ", ".join(f"{n} x {text} {span(us[text])}" for text, n in count.items()) or "nothing"
-
-
-def _does(plan: Plan, op: Op) -> tuple[str, int]:
-    """What an op does, in a word or two, and on how many experts or batches."""
-    if isinstance(op, Bind):
-        return "bind", 1
-    kinds = {plan.tensors[t].kind for t in op.tensors}
-    if isinstance(op, Compute):
-        if op.fn != "experts":
-            return op.fn, 1
-        return "late experts" if "pick" in kinds else "experts", len(op.tensors)
-    layers = {plan.tensors[t].layer for t in op.tensors}
-    where = f"L{min(layers)} " if min(layers) >= 0 else ""
-    verb = "save " if isinstance(op, Store) else "copy " if op.link != op.stream else ""
-    kind = min(kinds)
-    what = {"expert": "experts", "pick": "late experts"}.get(kind, kind)
-    return f"{verb}{where}{what}", len(op.tensors)
-
-
-def _lane(runs: Sequence[_Run], begin: float, column: float, width: int) -> str:
-    """Runs as boxes in proportion to their time. A box too narrow for its name shows as much of it as fits."""
-    cells = ["."] * width
-    free = 0
-    for run in runs:
-        first = max(free, int((run.start - begin) / column))
-        last = min(width, max(first + 1, round((run.end - begin) / column)))
-        if first >= width:
-            break
-        room = last - first - 1
-        names = (
-            f"{run.text} x{run.count}" if run.count > 1 else run.text,
-            run.text,
-            run.text.partition(" ")[2],
-            run.text,
-        )
-        label = next((name for name in names if 0 < len(name) <= room), names[-1])
-        box = "|" + label[:room].rstrip().ljust(room, "=")
-        cells[first:last] = box
-        free = last
-    return "".join(cells)
 
 
 # ----------------------------------------------------------------------------------------------------------------- memory

@@ -17,6 +17,8 @@ import pytest
 from klotski_compiler import html, report
 from klotski_compiler.cli.inspect import main
 from klotski_compiler.plan import Candidate, Compute, Load, Plan
+from klotski_compiler.timeline import timeline
+from klotski_compiler.words import size, span
 from plans import edited, tiny_plan
 
 VOID = ("meta", "link", "input", "br", "hr", "img")
@@ -133,14 +135,14 @@ def test_every_section_of_the_report_is_there(plan: Plan) -> None:
         assert words in text
     for held in report.holdings(plan).values():
         for holding in held:
-            assert holding.name in text and all(report.size(n) in text for n in holding.nbytes if n)
+            assert holding.name in text and all(size(n) in text for n in holding.nbytes if n)
     for candidate in plan.candidates:
         assert candidate.policy in text
     for line in report.headline(plan).splitlines():
         assert line in text
     for _, us in report.bubble_causes(plan):
-        assert report.span(us) in text
-    assert report.timeline(plan, "decode") in text and plan.digest in text
+        assert span(us) in text
+    assert timeline(plan, "decode") in text and plan.digest in text
 
 
 def test_nothing_that_a_plan_says_becomes_markup(plan: Plan) -> None:

@@ -13,7 +13,9 @@ import pytest
 from klotski_compiler import report
 from klotski_compiler.cli.inspect import main
 from klotski_compiler.plan import Plan, load
+from klotski_compiler.timeline import timeline
 from klotski_compiler.trace import Row, chrome_trace, predicted
+from klotski_compiler.words import size
 from plans import edited, tiny_plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +39,7 @@ def timed(plan: Plan) -> Plan:
 
 def test_the_timeline_of_a_small_plan() -> None:
     plan = timed(tiny_plan("klotski", num_batches=1))
-    assert report.timeline(plan, "decode", 2, width=60) == GOLDEN.strip("\n")
+    assert timeline(plan, "decode", 2, width=60) == GOLDEN.strip("\n")
 
 
 GOLDEN = """
@@ -78,7 +80,7 @@ def test_the_memory_table_adds_up_to_the_budget() -> None:
     plan = tiny_plan("joint", gpu=True, kv="host")
     for tier, table in ((part.split(":")[0], part) for part in report.memory(plan).split("Memory of ")[1:]):
         free = plan.budgets[tier] - plan.forecast.peak_bytes[tier]
-        assert report.size(free) in table.splitlines()[-1]
+        assert size(free) in table.splitlines()[-1]
 
 
 def test_json_has_what_the_contract_names(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from klotski_compiler import report
 from klotski_compiler.plan import (
     ALL,
     Compute,
@@ -30,6 +29,7 @@ from klotski_compiler.plan import (
 )
 from klotski_compiler.policies import OURS, POLICIES, policy
 from klotski_compiler.program import HEAD_SLOTS
+from klotski_compiler.timeline import timeline
 from klotski_compiler.verify import verify
 from plans import tiny_decision, tiny_plan, tiny_spec
 
@@ -354,7 +354,7 @@ def golden(name: str) -> str:
     plan = tiny_plan(name, gpu, spec=spec, decision=decision)
     phase = "prefill" if decision.rolling else "decode"
     steps = plan.steps[phase]
-    drawn = report.timeline(plan, phase, 1).splitlines()[2 : 2 + len({s.op.stream for s in steps})]
+    drawn = timeline(plan, phase, 1).splitlines()[2 : 2 + len({s.op.stream for s in steps})]
     ops = [op_text(step.op, plan.names) for step in steps]
     lines = [f"{phase}, {plan.phase(phase).batches} batches, layer 1", *drawn, ""]
     for op, step in zip(ops, steps, strict=True):
