@@ -190,7 +190,8 @@ def test_the_command_writes_it_where_it_is_told(tmp_path: Path, plan: Plan, caps
     plan.save(tmp_path / "plan.json")
     target = tmp_path / "report.html"
     assert main([str(tmp_path / "plan.json"), "--html", str(target), "--phase", "prefill", "--layer", "3"]) == 0
-    assert "Timeline of prefill, layer 3" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Timeline of prefill, layer 3" in out and out.endswith(f"\n\nwritten to {target}\n")
     data = Page(target.read_text(encoding="utf-8")).data
     assert data["phases"][data["phase"]]["name"] == "prefill" and data["layer"] == 3
 

@@ -89,6 +89,11 @@ def _run(arguments: argparse.Namespace) -> str:
         _write("--html", arguments.html, html.page(plan, phase, arguments.layer))
     if arguments.json:
         return json.dumps(report.summary(plan)) + "\n"
+    written = "".join(f"written to {path}\n" for path in (arguments.trace, arguments.html) if path)
+    return _shown(arguments, plan, phase) + (f"\n{written}" if written else "")
+
+
+def _shown(arguments: argparse.Namespace, plan: Plan, phase: str) -> str:
     if arguments.ops:
         if not (shown := report.ops(plan, phase, *arguments.ops)):
             raise ConfigError("--ops", "", f"{phase} has no such ops; it has 0 to {len(plan.steps[phase]) - 1}")
