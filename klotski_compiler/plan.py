@@ -470,7 +470,8 @@ class Forecast(_Record):
     makespan_us: the whole workload without ``load``. pass_us: one middle pass. bound_us: for this decision (design 7.2).
     bubble_us: idle compute time of the whole workload by cause. link_bytes: planned bytes over each link, ``load`` included.
     tokens_per_s counts from the first weight byte to the last token. bound_tokens_per_s: of the schedule's own class; class_bounds:
-    of either class, prefill and decode in phases of their own or mixed in rolling order.
+    of either class, prefill and decode in phases of their own or mixed in rolling order. gap: by how much of tokens_per_s the bound
+    is above it; below 0 only where the bound is wrong.
     """
 
     makespan_us: int

@@ -24,6 +24,8 @@ CONTEXT_TOKENS = 4
 CHARACTERS_PER_TOKEN = 4
 """Of English text, roughly; used where there is no tokenizer to ask."""
 
+GIVEN = "given as token ids"
+
 # Fields of an OpenAI request that would change the result if they were obeyed, with the value besides "none" that would not.
 _UNSUPPORTED = {
     "n": 1, "best_of": 1, "temperature": 0, "stop": None, "stream": False, "echo": False, "suffix": None, "logprobs": False,
@@ -57,6 +59,10 @@ class Request:
 class Encoder(Protocol):
     """Turns text into token ids."""
 
+    @property
+    def how(self) -> str:
+        """Where the ids of all prompts so far came from, in words."""
+
     def encode(self, text: str) -> list[int]:
         """Of a prompt."""
 
@@ -67,7 +73,11 @@ class Encoder(Protocol):
 class Estimate:
     """About as many ids as a tokenizer would give; they mean nothing."""
 
+    def __init__(self) -> None:
+        self.how = GIVEN
+
     def encode(self, text: str) -> list[int]:
+        self.how = f"estimated as 1 per {CHARACTERS_PER_TOKEN} characters: no tokenizer beside the model"
         return [0] * -(-len(text) // CHARACTERS_PER_TOKEN)
 
     def encode_chat(self, messages: list[Any]) -> list[int]:
@@ -84,6 +94,10 @@ class Tokenizer:
     def exists(self) -> bool:
         """Whether the folder has one."""
         return any((self._folder / name).exists() for name in TOKENIZER_FILES)
+
+    @property
+    def how(self) -> str:
+        return "counted by the model's tokenizer" if "_loaded" in self.__dict__ else GIVEN
 
     def load(self) -> None:
         """Now, if the folder has one: before the hours of work whose results it is to write. Raises ConfigError where it is damaged."""
@@ -122,8 +136,11 @@ class Tokenizer:
             raise ConfigError(
                 self._folder, "", 'has no tokenizer; put its files there, or give prompts as {"prompt": [token ids]}'
             )
-        from transformers import AutoTokenizer  # not above: it takes seconds, and token ids need none of it
-
+        try:
+            from transformers import AutoTokenizer  # not above: it takes seconds, and token ids need none of it
+        except ImportError:
+            why = 'to read text with its tokenizer takes transformers; install it, or give prompts as {"prompt": [token ids]}'
+            raise ConfigError(self._folder, "", why) from None
         try:
             return AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
         except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
@@ -133,10 +150,9 @@ class Tokenizer:
 
 def check_source(source: str) -> None:
     """Refuse, before any work, what ``read_requests`` cannot read. Raises ConfigError."""
-    path = Path(source)
-    fault = EACCES if not os.access(path, os.R_OK) else EISDIR if path.is_dir() else 0
+    fault = EACCES if not os.access(source, os.R_OK) else EISDIR if os.path.isdir(source) else 0
     if source != "-" and fault:
-        raise _unreadable(source, os.strerror(fault if path.exists() else ENOENT))
+        raise _unreadable(source, os.strerror(fault if os.path.exists(source) else ENOENT))
 
 
 def read_requests(source: str, tokenizer: Encoder, limits: Limits) -> list[Request]:

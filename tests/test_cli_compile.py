@@ -180,7 +180,7 @@ def test_rows_say_how_many_tokens_they_want(
 
 
 def test_tokens_are_counted_as_the_run_counts_them(
-    model: Path, machine: Path, tmp_path: Path, asked: list[Request]
+    model: Path, machine: Path, tmp_path: Path, asked: list[Request], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With what the tokenizer adds by itself, and what the chat template does."""
     words = ("a", "?", "<s>", "user", ":", "model")
@@ -197,6 +197,10 @@ def test_tokens_are_counted_as_the_run_counts_them(
     rows.write_text('{"messages": [{"role": "user", "content": "a a a"}]}\n')
     assert main([str(model), str(machine), "--input", str(rows)]) == 0
     assert [request.workload.prompt_len for request in asked] == [6, 7]
+    assert "1 prompt, the longest 7 tokens (line 1), counted by the model's tokenizer" in capsys.readouterr().out
+    rows.write_text('{"prompt": [1, 2, 3]}\n')
+    assert main([str(model), str(machine), "--input", str(rows)]) == 0
+    assert "1 prompt, the longest 3 tokens (line 1), given as token ids" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -214,7 +218,7 @@ def test_tokens_are_counted_as_the_run_counts_them(
         ),
         (
             ["--input", "long.txt"],
-            "exceed the 128 positions of small; ask for fewer; long.txt: 1 prompt, the longest 125",
+            "long.txt: its longest prompt (125 tokens, line 1) and its most new tokens (32, line 1) exceed the 128 positions",
         ),
         (["--input", "odd.jsonl", "--prompt-len", "3"], "leave out --prompt-len"),
         (["--json", "--dump-after", "slots"], "choose one of them"),

@@ -329,6 +329,16 @@ def test_the_forecast_counts_every_token_from_the_first_weight_on(gpu: bool) -> 
         assert forecast.makespan_us >= forecast.bound_us * (1 - 1e-6)
 
 
+def test_a_bound_that_is_beaten_is_said_to_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Search, "ceiling", lambda search, rolling: 1e-3)
+    request = Request(
+        SPEC, tiny_hardware(False), uniform(SPEC), WORKLOAD, {"host": RICH, "disk": RICH}, "bf16", "flexgen"
+    )
+    plan = compile_plan(request)
+    assert plan.forecast.gap < 0 and plan.forecast.bound_tokens_per_s == 1e-3
+    assert any("beats the bound of its class" in note for note in plan.notes)
+
+
 def test_a_large_file_of_prompts_is_taken_in_rolling_order() -> None:
     """Four layers of Mixtral: where there are many groups, prompts that are taken in while weights travel for decode beat any
     schedule with phases apart; one group alone is done sooner in phases."""

@@ -42,7 +42,7 @@ def resident_picks(folder: Path, prompts: list[list[int]], top_k: int) -> list[t
 def test_equals_a_direct_count(family: str, top_k: int, tmp_path: Path) -> None:
     folder, prompts = make_checkpoint(family, tmp_path / family), write_prompts(tmp_path / "p.jsonl", 30, 5, 1, 17)
     steps: list[tuple[str, float]] = []
-    text = routing.measure(str(folder), tmp_path / "p.jsonl", lambda what, done: steps.append((what, done)))
+    text = routing.measure(str(folder), str(tmp_path / "p.jsonl"), lambda what, done: steps.append((what, done)))
     measured = Routing.model_validate_json(text)
     picks = resident_picks(folder, prompts, top_k)
     assert measured.tokens == 53
@@ -64,7 +64,7 @@ def test_what_is_written_can_be_read(tmp_path: Path) -> None:
     """A model with a dense layer, which has no routing."""
     folder = make_checkpoint("glm4_moe", tmp_path / "model")
     write_prompts(tmp_path / "p.jsonl", 9, 4)
-    (tmp_path / "routing.json").write_text(routing.measure(str(folder), tmp_path / "p.jsonl", silent))
+    (tmp_path / "routing.json").write_text(routing.measure(str(folder), str(tmp_path / "p.jsonl"), silent))
     measured = read_routing(tmp_path / "routing.json", read_model(folder))
     assert measured.popularity[0] == ()
     assert measured.successors[0] == ()
@@ -75,7 +75,7 @@ def test_long_input_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(routing, "MAX_TOKENS", 20)
     folder = make_checkpoint("mixtral", tmp_path / "model")
     write_prompts(tmp_path / "p.jsonl", 15, 15, 15)
-    measured = Routing.model_validate_json(routing.measure(str(folder), tmp_path / "p.jsonl", silent))
+    measured = Routing.model_validate_json(routing.measure(str(folder), str(tmp_path / "p.jsonl"), silent))
     assert measured.tokens == 20
     assert "2 prompts" in measured.source
 
@@ -83,7 +83,7 @@ def test_long_input_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.skipif(not MODEL.exists(), reason="the trained model is not here")
 def test_a_trained_model_routes_unevenly(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("And the king said unto the people, Go.\nIn the beginning was the word.\n")
-    measured = Routing.model_validate_json(routing.measure(str(MODEL), tmp_path / "p.txt", silent))
+    measured = Routing.model_validate_json(routing.measure(str(MODEL), str(tmp_path / "p.txt"), silent))
     top = [sum(sorted(layer)[-8:]) for layer in measured.popularity]
     assert min(top) > 0.5  # a quarter if it were even
 
@@ -92,9 +92,9 @@ def test_prompts_that_cannot_be_used(tmp_path: Path) -> None:
     folder = make_checkpoint("mixtral", tmp_path / "model")
     (tmp_path / "p.jsonl").write_text('{"prompt": []}\n')
     with pytest.raises(ConfigError, match="no prompt that can be used"):
-        routing.measure(str(folder), tmp_path / "p.jsonl", silent)
+        routing.measure(str(folder), str(tmp_path / "p.jsonl"), silent)
     (tmp_path / "p.txt").write_text("text\n")
     with pytest.raises(ConfigError, match="has no tokenizer"):
-        routing.measure(str(folder), tmp_path / "p.txt", silent)
+        routing.measure(str(folder), str(tmp_path / "p.txt"), silent)
     with pytest.raises(ConfigError, match="neither a folder nor"):
-        routing.measure(str(tmp_path / "nowhere"), tmp_path / "p.jsonl", silent)
+        routing.measure(str(tmp_path / "nowhere"), str(tmp_path / "p.jsonl"), silent)

@@ -307,6 +307,11 @@ def test_finished_rows_survive_a_failure(
     assert "holds finished rows of another run" in capsys.readouterr().err
     assert read_lines(tmp_path / "out.jsonl.partial") == saved
 
+    assert main([*arguments, "--max-new-tokens", "2"]) == 2
+    again = make_checkpoint("qwen3_moe", tmp_path / "again")  # other weights, or these once more: who knows
+    assert main([str(tiny.path), "--model", str(again), *arguments[3:]]) == 2
+    assert read_lines(tmp_path / "out.jsonl.partial") == saved
+
     (tmp_path / "out.jsonl.partial").write_text("notes")
     assert main(arguments) == 2
     assert (tmp_path / "out.jsonl.partial").read_text() == "notes"
@@ -346,9 +351,36 @@ def test_a_run_goes_on_from_what_is_finished(
         fcntl.flock(held, fcntl.LOCK_EX)
         assert main(command) == 2
     assert "is what another klotski-run is writing" in capsys.readouterr().err
-    assert main(command) == 0
+    assert main([*command, "--trace", str(tmp_path / "trace.json")]) == 0
     assert len(ran) == 7
     assert output.read_bytes() == whole.read_bytes()
+    err = capsys.readouterr().err
+    assert "10 rows, 1 of them refused, 9 finished by an earlier run; written to" in err
+    assert "trace.json is not written" in err
+
+    partial.write_bytes(lines[0][:20])  # killed in the midst of the first row
+    assert main(command) == 0
+    assert len(ran) == 16
+
+
+def test_a_run_that_ends_as_another_begins_takes_no_file_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one opens what the first one is about to take away."""
+    requests, ids = [Prompt(1, "line-1", [1], 1)], ["1"]
+    first, flock = Results(tmp_path / "out.jsonl", requests, ids), fcntl.flock
+
+    def ended(file: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        first.keep()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", ended)
+    second = Results(tmp_path / "out.jsonl", requests, ids)
+    second.add([(0, {"error": None})])
+    assert len(read_lines(tmp_path / "out.jsonl.partial")) == 1
+    second.finish()
+    assert len(read_lines(tmp_path / "out.jsonl")) == 1
 
 
 def without_times(path: Path) -> list[dict[str, Any]]:
@@ -387,7 +419,7 @@ def test_ctrl_c(policy: str, tiny: SimpleNamespace, tmp_path: Path) -> None:
 @pytest.mark.parametrize("call", ["write", "fsync"])
 def test_ctrl_c_while_rows_are_saved(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [Prompt(line, f"line-{line}", [line], 1) for line in (1, 2, 3)]
-    results = Results(tmp_path / "out.jsonl", requests, "a model")
+    results = Results(tmp_path / "out.jsonl", requests, ["1", "2", "3"])
     results.add([(0, {"error": None})])
     real = getattr(os, call)
 

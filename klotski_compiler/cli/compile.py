@@ -23,8 +23,9 @@ from klotski_compiler.output import check_file, write_whole
 from klotski_compiler.pipeline import PASSES, lower
 from klotski_compiler.plan import Plan, Workload
 from klotski_compiler.policies import POLICIES
-from klotski_compiler.prompts import CHARACTERS_PER_TOKEN, Encoder, Estimate, Limits, Tokenizer, read_requests
+from klotski_compiler.prompts import Encoder, Estimate, Limits, Tokenizer, read_requests
 from klotski_compiler.routing import Routing, read_routing, uniform
+from klotski_compiler.words import count
 
 if TYPE_CHECKING:
     from klotski_compiler.planner import Request
@@ -73,7 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     work.add_argument(
         "--prompt-len", type=_positive, metavar="N", help=f"tokens of the longest prompt (default: {PROMPT_LEN})"
     )
-    work.add_argument("--gen-len", type=_positive, metavar="N", help=f"new tokens per prompt (default: {GEN_LEN})")
+    work.add_argument(
+        "--gen-len",
+        type=_positive,
+        metavar="N",
+        help=f"new tokens per prompt (default: {GEN_LEN}, or the most that a row of --input asks for)",
+    )
     work.add_argument("--num-sequences", type=_positive, metavar="N", help=f"prompts (default: {NUM_SEQUENCES})")
     work.add_argument(
         "--input", metavar="FILE|-", help="take lengths and count from the prompts that klotski-run is to be given"
@@ -192,7 +198,7 @@ def _run(arguments: argparse.Namespace) -> str:
     routing = read_routing(arguments.routing, spec) if arguments.routing else uniform(spec)
     asked = workload(arguments, spec)
     if arguments.sweep:
-        return _swept(arguments, _request(arguments, spec, hardware, routing, asked))
+        return _swept(arguments, _request(arguments, spec, hardware, routing, asked), asked)
     plan = _compiled(arguments, _request(arguments, spec, hardware, routing, asked), asked)
     if output is not None:
         try:
@@ -229,7 +235,7 @@ def _request(
     )
 
 
-def _swept(arguments: argparse.Namespace, request: Request) -> str:
+def _swept(arguments: argparse.Namespace, request: Request, asked: Asked) -> str:
     """The table of a sweep; its picture is written to --output."""
     from klotski_compiler import sweep
 
@@ -238,7 +244,7 @@ def _swept(arguments: argparse.Namespace, request: Request) -> str:
         raise ConfigError("--output", "", f"{output} is no picture: name a file that ends in {', '.join(PICTURES)}")
     with _progress() as progress:
         found = sweep.sweep(request, arguments.sweep, progress)
-    text = "\n".join(sweep.table(request, arguments.sweep, found)) + "\n"
+    text = "\n".join([*sweep.table(request, arguments.sweep, found), *asked.notes]) + "\n"
     if output is None:
         return f"{text}\nno picture: give -o sweep.svg to draw one\n"
     try:
@@ -294,45 +300,43 @@ def _progress() -> Iterator[Report]:
 
 def workload(arguments: argparse.Namespace, spec: ModelSpec) -> Asked:
     """Lengths and count as given, or as found in the input file. Raises ConfigError."""
-    asked = _counted(arguments, spec) if arguments.input is not None else _given(arguments)
-    prompt_len, gen_len = asked.workload.prompt_len, asked.workload.gen_len
+    if arguments.input is not None:
+        return _counted(arguments, spec)
+    prompt_len, gen_len = arguments.prompt_len or PROMPT_LEN, arguments.gen_len or GEN_LEN
     if prompt_len + gen_len > spec.max_positions:
         why = f"{prompt_len} prompt and {gen_len} new tokens exceed the {spec.max_positions} positions of {spec.name}"
         option = "--gen-len" if prompt_len < spec.max_positions else "--prompt-len"
-        raise ConfigError(option, "", "; ".join((why, "ask for fewer", *asked.notes)))
-    return asked
-
-
-def _given(arguments: argparse.Namespace) -> Asked:
-    lengths = {"prompt_len": arguments.prompt_len or PROMPT_LEN, "gen_len": arguments.gen_len or GEN_LEN}
-    return Asked(Workload(**lengths, num_sequences=arguments.num_sequences or NUM_SEQUENCES))
+        raise ConfigError(option, "", f"{why}; ask for fewer")
+    sequences = arguments.num_sequences or NUM_SEQUENCES
+    return Asked(Workload(prompt_len=prompt_len, gen_len=gen_len, num_sequences=sequences))
 
 
 def _counted(arguments: argparse.Namespace, spec: ModelSpec) -> Asked:
-    """What the rows need that klotski-run would take, all of which it would read as they are read here."""
+    """What a file of prompts asks for, read as klotski-run reads it. Raises ConfigError."""
     if arguments.prompt_len or arguments.num_sequences:
         why = "lengths and count come from the file; leave out --prompt-len and --num-sequences"
         raise ConfigError("--input", "", why)
-    tokenizer: Encoder
-    if (own := Tokenizer(located(arguments.model).parent)).exists:
-        tokenizer, how = own, "counted by the model's tokenizer"
-    else:
-        how = f"estimated as 1 per {CHARACTERS_PER_TOKEN} characters: no tokenizer beside the model"
-        tokenizer = Estimate()
+    own = Tokenizer(located(arguments.model).parent)
+    encoder: Encoder = own if own.exists else Estimate()
     limits = Limits(sys.maxsize, arguments.gen_len or sys.maxsize, arguments.gen_len or GEN_LEN, spec.vocab_size)
-    rows = read_requests(arguments.input, tokenizer, limits)
+    rows = read_requests(arguments.input, encoder, limits)
     usable = [row for row in rows if not row.refused]
     if not usable:
-        why = f"none of {len(rows):,} rows can be run, the first because {rows[0].refused}"
+        why = f"none of {len(rows)} rows can be run, the first because {rows[0].refused}"
         raise ConfigError(arguments.input, "", why)
-    longest = max(usable, key=lambda row: len(row.ids))
-    gen_len = arguments.gen_len or max(row.new_tokens for row in usable)
+    longest, wanting = max(usable, key=lambda row: len(row.ids)), max(usable, key=lambda row: row.new_tokens)
+    prompt_len, gen_len = len(longest.ids), arguments.gen_len or wanting.new_tokens
+    if prompt_len + gen_len > spec.max_positions:
+        why = f"its longest prompt ({prompt_len} tokens, line {longest.line}) and its most new tokens ({gen_len}, line {wanting.line})"
+        mend = f"exceed the {spec.max_positions} positions of {spec.name}; leave such rows out, or give fewer with --gen-len"
+        raise ConfigError(arguments.input, "", f"{why} {mend}")
     name = "standard input" if arguments.input == "-" else Path(arguments.input).name
-    size = f"the longest {len(longest.ids):,} tokens (line {longest.line}), {how}"
-    notes = [f"{name}: {len(usable):,} prompt{'s' * (len(usable) > 1)}, {size}"]
+    notes = [
+        f"{name}: {count(len(usable), 'prompt')}, the longest {prompt_len} tokens (line {longest.line}), {encoder.how}"
+    ]
     if refused := [row.refused for row in rows if row.refused]:
-        notes.append(f"{name}: {len(refused):,} of {len(rows):,} rows cannot be run, the first because {refused[0]}")
-    workload = Workload(prompt_len=len(longest.ids), gen_len=gen_len, num_sequences=len(usable))
+        notes.append(f"{name}: {len(refused)} of {len(rows)} rows cannot be run, the first because {refused[0]}")
+    workload = Workload(prompt_len=prompt_len, gen_len=gen_len, num_sequences=len(usable))
     return Asked(workload, tuple(notes))
 
 

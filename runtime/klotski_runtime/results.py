@@ -18,21 +18,23 @@ from klotski_compiler.errors import ConfigError, ExecError
 from klotski_compiler.output import is_device, write_stdout
 from klotski_compiler.prompts import Request, Tokenizer
 
+BEGIN = b'{"id": "batch-'  # of a row
+
 
 class Results:
     """The rows of one run. ``output``: a file, or None for standard output, which gets all rows at ``finish`` or ``keep``."""
 
-    def __init__(self, output: Path | None, requests: Sequence[Request], model: str) -> None:
-        """Finds what an earlier run has finished. Raises ConfigError where the output cannot be a file or another run's rows are in its
-        way."""
+    def __init__(self, output: Path | None, requests: Sequence[Request], ids: Sequence[str]) -> None:
+        """Finds what an earlier run has finished; ``ids`` are the requests' (``request_id``). Raises ConfigError where the output cannot
+        be a file or another run's rows are in its way."""
         output = output.resolve() if output and output.is_symlink() else output  # a link stays a link
-        self._output, self._requests, self._model = output, requests, model
+        self._output, self._expected = output, len(requests)
         self._finished: dict[int, bytes] = {}
         self._refused = {p: _line(_refusal(r)) for p, r in enumerate(requests) if r.refused}
         self._partial = None if output is None or is_device(output) else output.with_name(output.name + ".partial")
         if self._partial is not None:
             self._file = self._open(self._partial)
-            self._finished = self._earlier(self._partial)
+            self._finished = self._earlier(self._partial, {known: place for place, known in enumerate(ids)})
 
     @property
     def finished(self) -> frozenset[int]:
@@ -70,24 +72,26 @@ class Results:
             whole.replace(self._output)
         except OSError as error:
             whole.unlink(missing_ok=True)
-            why = f"{self._output} cannot be written: {error.strerror}; all rows are saved in {self._partial}"
+            why = f"{self._output} cannot be written: {error.strerror}; what is finished is saved in {self._partial}"
             raise ExecError(why) from error
-        self._partial.unlink()
-        os.close(self._file)
+        else:
+            self._partial.unlink(missing_ok=True)
+        finally:
+            os.close(self._file)
 
     def keep(self) -> str:
         """Leave what is finished where it can be found after a failure; returns a line that says where."""
         finished = len(self._finished)
         if self._partial is not None:
-            rows = _whole_rows(self._partial.read_bytes())
-            os.ftruncate(self._file, sum(map(len, rows)))
-            os.close(self._file)
+            rows = self._whole_rows()
             finished = len(rows)  # the file knows best: an interrupt may come between a write and what follows it
-        count = f"{finished:,} of {len(self._requests):,} rows are finished"
-        if self._partial is not None:
-            if finished:
-                return f"{count} and saved in {self._partial}; the same command goes on from there"
-            self._partial.unlink()
+            os.ftruncate(self._file, sum(map(len, rows)))
+            if not finished:
+                self._partial.unlink(missing_ok=True)
+            os.close(self._file)
+        count = f"{finished:,} of {self._expected:,} rows are finished"
+        if finished and self._partial is not None:
+            return f"{count} and saved in {self._partial}; the same command goes on from there"
         if not finished:  # refusals alone are not worth keeping: the next run finds them again
             return count
         where = self._output or "standard output"
@@ -97,35 +101,43 @@ class Results:
             return f"{where} took no rows"
         return f"{count} and in {where}"
 
-    def _earlier(self, partial: Path) -> dict[int, bytes]:
-        """What an earlier run has saved of the same requests."""
-        places = {request_id(request, self._model): place for place, request in enumerate(self._requests)}
-        rows = _whole_rows(partial.read_bytes())
+    def _earlier(self, partial: Path, places: dict[str, int]) -> dict[int, bytes]:
+        """What an earlier run has saved, by its place in the input, of which ``places`` has every request's."""
+        rows = self._whole_rows()
         try:
             found = {places[json.loads(row)["response"]["request_id"]]: row for row in rows}
         except (ValueError, LookupError, TypeError):
             found = {}
-        if len(found) < len(rows) or (partial.stat().st_size and not rows):
+        if len(found) < len(rows) or (not rows and os.pread(self._file, len(BEGIN), 0) not in (b"", BEGIN)):
             os.close(self._file)
-            why = "holds finished rows of another run: of other prompts, model or --max-new-tokens; move or remove it"
-            raise ConfigError(partial, "", why)
+            why = "holds finished rows of another run: of other prompts, another model or plan, or another --max-new-tokens"
+            raise ConfigError(partial, "", f"{why}; move or remove it")
         os.ftruncate(self._file, sum(map(len, rows)))
         return found
 
+    def _whole_rows(self) -> list[bytes]:
+        """What is saved, without half a row at its end."""
+        text = os.pread(self._file, os.fstat(self._file).st_size, 0)
+        return text[: text.rfind(b"\n") + 1].splitlines(keepends=True)
+
     def _open(self, partial: Path) -> int:
-        try:
-            file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        except OSError as error:
-            why = f"cannot be written ({error.strerror}); name another file"
-            raise ConfigError("--output", "", f"{self._output} {why}") from None
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-            raise ConfigError("--output", "", f"{self._output} is what another klotski-run is writing") from None
-        except OSError:
-            pass  # a file system without locks
-        return file
+        """Locked for this run alone, where the file system has locks."""
+        while True:
+            try:
+                file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            except OSError as error:
+                why = f"cannot be written ({error.strerror}); name another file"
+                raise ConfigError("--output", "", f"{self._output} {why}") from None
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(file)
+                raise ConfigError("--output", "", f"{self._output} is what another klotski-run is writing") from None
+            except OSError:
+                return file
+            if os.path.exists(partial) and os.path.samestat(os.fstat(file), os.stat(partial)):
+                return file
+            os.close(file)  # a run that ended at this moment took it away
 
     def _print(self, text: bytes) -> None:
         if self._output is None:
@@ -139,9 +151,9 @@ class Results:
 
 
 def completed(
-    request: Request, tokens: list[int], reason: str, model: str, tokenizer: Tokenizer, began_s: float
+    request: Request, known: str, tokens: list[int], reason: str, model: str, tokenizer: Tokenizer, began_s: float
 ) -> dict[str, Any]:
-    """The result of a request that ran."""
+    """The result of a request that ran; ``known`` is its id."""
     text = tokenizer.decode(request.ids, tokens) if tokenizer.exists else ""
     answer: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if request.chat else {"text": text}
     if not tokenizer.exists:
@@ -158,13 +170,13 @@ def completed(
             "total_tokens": len(request.ids) + len(tokens),
         },
     }
-    response = {"status_code": 200, "request_id": request_id(request, model), "body": body}
+    response = {"status_code": 200, "request_id": known, "body": body}
     return {"id": f"batch-{request.line}", "custom_id": request.custom_id, "response": response, "error": None}
 
 
-def request_id(request: Request, model: str) -> str:
-    """Names a line of an input and what it asks of a model: another prompt has another."""
-    asked = json.dumps([model, request.ids, request.new_tokens, request.chat, request.custom_id])
+def request_id(request: Request, answering: str) -> str:
+    """Names a line of an input and what it asks. answering: whatever else its answer depends on."""
+    asked = json.dumps([answering, request.ids, request.new_tokens, request.chat, request.custom_id])
     return f"req-{request.line}-{sha256(asked.encode()).hexdigest()[:16]}"
 
 
@@ -175,11 +187,6 @@ def _refusal(request: Request) -> dict[str, Any]:
 
 def _line(row: dict[str, Any]) -> bytes:
     return json.dumps(row, ensure_ascii=False).encode() + b"\n"
-
-
-def _whole_rows(text: bytes) -> list[bytes]:
-    """Without a half one at the end."""
-    return text[: text.rfind(b"\n") + 1].splitlines(keepends=True)
 
 
 def _write(file: int, data: bytes) -> None:

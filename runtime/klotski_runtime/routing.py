@@ -33,7 +33,7 @@ KEPT_SUCCESSORS = 8
 CHUNK_TOKENS = 512
 
 
-def measure(model: str, prompts: Path, report: Report) -> str:
+def measure(model: str, prompts: str, report: Report) -> str:
     """The routing profile (JSON) of a checkpoint folder or cached Hugging Face id, over the first tokens of ``prompts``.
 
     Raises ConfigError where the model or the prompts cannot be used.
@@ -43,7 +43,7 @@ def measure(model: str, prompts: Path, report: Report) -> str:
     config = import_model(folder)
     longest = min(MAX_PROMPT, spec.max_positions)
     everything = Limits(prompt_len=1 << 60, gen_len=1 << 60, new_tokens=1, vocabulary=spec.vocab_size)
-    taken = _first_tokens(read_tokens(str(prompts), Tokenizer(folder), everything), longest)
+    taken = _first_tokens(read_tokens(prompts, Tokenizer(folder), everything), longest)
     if not taken:
         raise ConfigError(prompts, "", "holds no prompt that can be used; give text lines or JSON lines with a prompt")
     dtype = torch.float32 if spec.compute_dtype == "fp32" else torch.bfloat16

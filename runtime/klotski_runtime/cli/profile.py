@@ -16,6 +16,7 @@ from klotski_compiler.hardware import Hardware, numbers, read_hardware, to_json
 from klotski_compiler.outcome import outcome
 from klotski_compiler.output import check_file, write_whole
 from klotski_compiler.plan import load
+from klotski_compiler.prompts import check_source
 from klotski_runtime.memory import tune_libraries
 
 EPILOG = """\
@@ -84,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     routing.add_argument("model", metavar="MODEL", help="a checkpoint folder or a Hugging Face id (local cache first)")
-    routing.add_argument("--input", type=Path, required=True, metavar="FILE", help="prompts: text lines or JSON lines")
+    routing.add_argument(
+        "--input", required=True, metavar="FILE|-", help="prompts: text lines, JSON lines or OpenAI batch lines"
+    )
     routing.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="write the profile here")
     return parser
 
@@ -129,7 +132,8 @@ def _shown(arguments: argparse.Namespace, hardware: Hardware) -> str:
 
 def _routing(arguments: argparse.Namespace) -> str:
     check_file("--output", arguments.output)
-    measure: Callable[[str, Path, Report], str] = import_module("klotski_runtime.routing").measure
+    check_source(arguments.input)
+    measure: Callable[[str, str, Report], str] = import_module("klotski_runtime.routing").measure
     with _progress() as report:
         text = measure(arguments.model, arguments.input, report)
     _write(arguments.output, text)

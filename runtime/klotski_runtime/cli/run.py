@@ -21,7 +21,7 @@ from klotski_compiler.report import CAUSES
 from klotski_compiler.trace import Row as Event
 from klotski_compiler.trace import chrome_trace
 from klotski_runtime.memory import PeakRss, rss_bytes, storage_read_bytes, tune_libraries
-from klotski_runtime.results import Results, completed
+from klotski_runtime.results import Results, completed, request_id
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help and usage errors need none of it
     from klotski_runtime.engine import Engine, Row
@@ -129,6 +129,8 @@ def _run(arguments: argparse.Namespace) -> str:
         job = rehearsal(plan, config, new_tokens)
     if not job.rows:
         job.finish({})
+        if arguments.trace:
+            print(f"klotski-run: nothing was left to run, so {arguments.trace} is not written", file=sys.stderr)
         return "{}\n" if arguments.json else ""
     idle, read = rss_bytes(), storage_read_bytes()
     try:
@@ -274,8 +276,10 @@ class Batch(Job):
         limits = Limits(envelope.prompt_len, envelope.gen_len, new_tokens, config.vocab_size)
         self._requests, ends = read_requests(arguments.input, self._tokenizer, limits), end_tokens(folder)
         self._tokenizer.load()
+        answering = json.dumps([plan.dtype, sorted(ends), _weights(folder)])
+        self._ids = [request_id(request, answering) for request in self._requests]
         usable = [place for place, request in enumerate(self._requests) if not request.refused]
-        self._results = Results(Path(arguments.output) if arguments.output else None, self._requests, plan.model)
+        self._results = Results(Path(arguments.output) if arguments.output else None, self._requests, self._ids)
         if not usable:
             self._results.finish()
             why = f"none of {len(self._requests):,} rows can be run, the first because {self._requests[0].refused}"
@@ -308,7 +312,13 @@ class Batch(Job):
 
     def _completed(self, place: int, row: Row) -> dict[str, Any]:
         request = self._requests[place]
-        return completed(request, row.tokens, row.reason, self._model, self._tokenizer, self._began)
+        return completed(request, self._ids[place], row.tokens, row.reason, self._model, self._tokenizer, self._began)
+
+
+def _weights(folder: Path) -> list[tuple[str, int, int]]:
+    """What tells a checkpoint from another, short of reading it."""
+    found = ((file.name, file.stat()) for file in sorted(folder.glob("*.safetensors")))
+    return [(name, state.st_size, state.st_mtime_ns) for name, state in found]
 
 
 def end_tokens(folder: Path) -> frozenset[int]:
