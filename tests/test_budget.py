@@ -67,7 +67,7 @@ def check_plan(plan: Plan, budget: int) -> None:
 
 def check_run(large: SimpleNamespace, path: Path, plan: Plan) -> dict[str, Any]:
     """A real run takes no more memory than allowed, and moves the bytes that were planned."""
-    done = klotski("klotski-run", path, "--model", large.model, "--scratch", large.folder, "--json")
+    done = klotski("klotski-run", path, "--model", large.model, "--scratch", large.folder, "--threads", 1, "--json")
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
     moved, planned = report["bytes_per_link"], report["planned_bytes_per_link"]
@@ -131,7 +131,7 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
     spec = read_model(folder)
     workload, budgets = Workload(prompt_len=8, gen_len=40, num_sequences=4), {"host": 150_000_000, "disk": 10**12}
     request = Request(spec, read_hardware("dev-2core"), uniform(spec), workload, budgets, "fp32", "flexgen", 4, 1)
-    engine = Engine(compile_plan(request), folder, import_model(folder), tmp_path)
+    engine = Engine(compile_plan(request), folder, import_model(folder), tmp_path, threads=1)
     engine.load()
     yield engine
     engine.close()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -217,9 +218,10 @@ def test_every_way_to_read_reads_the_files(tmp_path: Path, monkeypatch: pytest.M
     assert limit.fastest(found).bytes_per_s == max(reading.bytes_per_s for reading in found)
 
 
-@pytest.mark.parametrize(("budget", "reads"), [(2 << 30, True), (8 << 30, True), (24 << 30, False)])
+@pytest.mark.parametrize(("budget", "reads"), [(1 << 30, True), (2 << 30, True), (6 << 30, False)])
 def test_no_plan_reads_less_than_the_limit_says(budget: int, reads: bool) -> None:
     spec, hardware = read_model("olmoe-1b-7b"), read_hardware("dev-2core")
+    spec = replace(spec, layers=spec.layers[:4])
     budgets, workload = {"host": budget, "disk": 1 << 40}, Workload(prompt_len=16, gen_len=4, num_sequences=8)
     plan = compile_plan(Request(spec, hardware, uniform(spec), workload, budgets, "bf16", "joint", 8, 1))
     least = limit.limit(plan, Cost(spec, hardware, uniform(spec), "bf16"))
@@ -307,7 +309,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ran(peer: str, model: Path, **setting: Any) -> Any:
     words = [sys.executable, ROOT / "benchmarks" / "peer.py", peer, model, model.parent / "prompts.jsonl"]
-    options = ["--gen-len", "3", "--setting", json.dumps({"batch": 2, "experts": "eager"} | setting)]
+    # One thread: where tests run side by side, two that wait for each other spin for minutes.
+    options = ["--gen-len", "3", "--setting", json.dumps({"batch": 2, "experts": "eager", "threads": 1} | setting)]
     done = subprocess.run([*map(str, words), *options], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -310,13 +310,13 @@ def candidates_of(plan: Plan) -> tuple[Candidate, ...]:
 
 @MACHINES
 def test_auto_is_at_least_as_fast_as_every_policy_alone(gpu: bool) -> None:
-    for near in ladder(gpu)[1::2]:
-        auto = plan_of(compiled(gpu, near))
-        for name in POLICIES:
-            alone = compiled(gpu, near, name)
-            if isinstance(alone, Plan):
-                assert auto.forecast.tokens_per_s >= alone.forecast.tokens_per_s * (1 - 1e-9)
-                assert alone.policy == name
+    near = ladder(gpu)[1]
+    auto = plan_of(compiled(gpu, near))
+    for name in POLICIES:
+        alone = compiled(gpu, near, name)
+        if isinstance(alone, Plan):
+            assert auto.forecast.tokens_per_s >= alone.forecast.tokens_per_s * (1 - 1e-9)
+            assert alone.policy == name
 
 
 @MACHINES

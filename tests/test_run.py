@@ -53,7 +53,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     path = tmp_path_factory.mktemp("plan") / "plan.json"
     plan = compiled(folder)
     plan.save(path)
-    return SimpleNamespace(folder=folder, path=path, plan=plan, run=[str(path), "--model", str(folder)])
+    # One thread: several that wait for each other spin, and where tests run side by side they hardly come to an end.
+    return SimpleNamespace(
+        folder=folder, path=path, plan=plan, run=[str(path), "--model", str(folder), "--threads", "1"]
+    )
 
 
 def prompts(*lengths: int) -> list[list[int]]:
@@ -184,12 +187,13 @@ def test_text_and_chat_of_a_model_with_a_tokenizer(tmp_path: Path, capsys: pytes
     folder.mkdir()
     for file in MODEL.iterdir():
         (folder / file.name).symlink_to(file)
+    run = [str(plan), "--model", str(folder), "--threads", "1"]
     text = "And the king said unto the"
     (tmp_path / "in.txt").write_text(f"{text}\n\n")
     chat = {"custom_id": "c", "body": {"messages": [{"role": "user", "content": text}]}}
     source = write_lines(tmp_path / "chat.jsonl", [chat])
 
-    assert main([str(plan), "--model", str(folder), "--input", str(tmp_path / "in.txt")]) == 0
+    assert main([*run, "--input", str(tmp_path / "in.txt")]) == 0
     row, empty = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     tokenizer: Any = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
@@ -199,13 +203,13 @@ def test_text_and_chat_of_a_model_with_a_tokenizer(tmp_path: Path, capsys: pytes
     assert "token_ids" not in choice(row)
     assert empty["error"]["message"] == "line 2: the prompt is empty"
 
-    assert main([str(plan), "--model", str(folder), "--input", source]) == 2
+    assert main([*run, "--input", source]) == 2
     assert "no chat template" in json.loads(capsys.readouterr().out)["error"]["message"]
     settings = json.loads((MODEL / "tokenizer_config.json").read_text())
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     (folder / "tokenizer_config.json").unlink()
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
-    assert main([str(plan), "--model", str(folder), "--input", source]) == 0
+    assert main([*run, "--input", source]) == 0
     body = json.loads(capsys.readouterr().out)["response"]["body"]
     assert body["object"] == "chat.completion"
     assert body["choices"][0]["message"] == {"role": "assistant", "content": choice(row)["text"]}
@@ -215,7 +219,7 @@ def test_text_and_chat_of_a_model_with_a_tokenizer(tmp_path: Path, capsys: pytes
 
 
 def test_a_rehearsal_compares_with_the_plan(tiny: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*tiny.run, "--threads", "1"]) == 0
+    assert main(tiny.run) == 0
     out = capsys.readouterr().out
     for word in ("predicted", "measured", "tokens/s", "decode pass", "disk>host moved", "54 tokens in"):
         assert word in out
@@ -397,11 +401,10 @@ def test_ctrl_c(policy: str, tiny: SimpleNamespace, tmp_path: Path) -> None:
     plan = compiled(tiny.folder, policy=policy)
     assert plan.decision.rolling == (policy == "moe_lens")
     plan.save(tmp_path / "plan.json")
-    run = [str(tmp_path / "plan.json"), "--model", str(tiny.folder)]
+    run = [str(tmp_path / "plan.json"), *tiny.run[1:]]
     source = write_lines(tmp_path / "in.jsonl", [{"prompt": p} for p in prompts(*[20] * 4000)])
     output = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "klotski_runtime.cli.run", *run, "--input", source, "--output", str(output)]
-    command += ["--threads", "1"]  # one that spins beside others would hardly come to an end
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'runtime'}"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     partial = tmp_path / "out.jsonl.partial"
