@@ -54,6 +54,6 @@ def test_plans_of_every_policy_are_for_the_checkpoint_that_is_made_later(
     for policy in ("joint", "klotski"):
         path = tmp_path / "plans" / "small" / f"{policy}.json"
         assert load(path).policy == policy
-        report = gpu.klotski_run([str(path), "--model", str(folder), "--emulate", "--json"])
+        report = gpu.klotski_run([str(path), "--model", str(folder), "--emulate", "--threads", "1", "--json"])
         assert report["generated_tokens"] == 6 * 3
         assert gpu.after_loading(report) > 0
