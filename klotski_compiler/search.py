@@ -228,13 +228,9 @@ class Search(Fills):
         ahead = sorted((r for r in timed if r.tokens_per_s > ours), key=lambda r: -r.tokens_per_s)
         found, by_batch = list[Rated](), list[Rated]()
         for other in ahead[:BORROWED] if ours else ():
-            d = other.decision
-            with suppress(Infeasible, PlanError):
-                found.append(Rated(self.estimate(OURS, d), OURS, d, "any"))
-            with suppress(Infeasible, PlanError):
-                if d.cpu_batches == d.num_batches:
-                    d = d.model_copy(update={"by_batch": True, "together": False})
-                    by_batch.append(Rated(self.estimate(OURS, d), OURS, d, "any"))
+            for d in _variants(other.decision):
+                with suppress(Infeasible, PlanError):
+                    (by_batch if d.by_batch else found).append(Rated(self.estimate(OURS, d), OURS, d, "any"))
         return [*found, *by_batch, *(self.improved(start) for start in best_of_orders(found))]
 
     def whole_best(self, timed: list[Rated], refusals: dict[str, Infeasible]) -> list[Best]:
@@ -266,7 +262,21 @@ class Search(Fills):
                 whole.append(smaller)
         if not whole:
             raise min(refusals.values(), key=lambda r: sum(r.shortfalls.values()))
+        whole += list(self._taken_over(whole))
         return sorted(whole, key=lambda best: -best.tokens_per_s * (1 - WORTH_ROLLING * best.decision.rolling))
+
+    def _taken_over(self, whole: Sequence[Best]) -> Iterator[Best]:
+        """Where another policy's whole schedule is ahead of ours, what it decided in our order, if that fits: where memory is short, that
+        may be another decision than the one that was estimated."""
+        ours = max((b.tokens_per_s for b in whole if b.policy == OURS), default=0.0)
+        ahead = max(whole, key=lambda b: b.tokens_per_s)
+        if self.request.policy != "auto" or ours >= ahead.tokens_per_s * (1 - TIE):
+            return
+        for d in _variants(ahead.decision):
+            with suppress(Infeasible, PlanError):
+                lowered = lower(self.cost, OURS, d, self.request.workload)
+                if not self.over(lowered) and (rate := self.rate(lowered)) > ours:
+                    yield Best(OURS, d, rate, lowered)
 
     def smaller(self, name: str, timed: Sequence[Rated]) -> Best | None:
         """What fits of a policy whose candidates turned out not to when they were lowered whole: of smaller groups; None if nothing
@@ -583,3 +593,10 @@ class Search(Fills):
 
     def _too_slow(self) -> Infeasible:
         return Infeasible({}, f"no schedule has a decode pass within --max-latency {self.request.max_latency_s} s")
+
+
+def _variants(decision: Decision) -> Iterator[Decision]:
+    """What ours can make of another policy's decision: where the CPU attends to all, also with experts computed batch by batch."""
+    yield decision
+    if decision.cpu_batches == decision.num_batches:
+        yield decision.model_copy(update={"by_batch": True, "together": False})

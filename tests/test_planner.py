@@ -495,6 +495,19 @@ def test_ours_is_lowered_whole_where_it_may_win(monkeypatch: pytest.MonkeyPatch)
         assert len(search.whole_best(timed, {})) == lowered
 
 
+def test_what_another_policy_turns_out_to_be_ahead_with_ours_takes_over() -> None:
+    """Where memory is short, the decision that a whole schedule has may be another one than what was estimated."""
+    request = Request(SPEC, tiny_hardware(True), uniform(SPEC), WORKLOAD, {"gpu": RICH, "host": RICH}, "bf16")
+    search = Search(request)
+    slow = Rated(1.0, "joint", search._stream_all("joint", next(search.bases("joint"))), "any")
+    other = search.timed("flexgen")[0]
+    found = {best.policy: best for best in reversed(search.whole_best([other, slow], {}))}
+    assert found["joint"].decision == found["flexgen"].decision
+    assert found["joint"].tokens_per_s >= found["flexgen"].tokens_per_s * (1 - 1e-9)
+    alone = Search(replace(request, policy="flexgen")).whole_best([other], {})
+    assert [best.policy for best in alone] == ["flexgen"]
+
+
 @MACHINES
 @pytest.mark.parametrize("asked", [{"batch_size": 2, "gen_len": 1000}, {"batch_size": 24, "gen_len": 8}])
 def test_a_refusal_names_sizes_that_fit(gpu: bool, asked: dict[str, int]) -> None:
