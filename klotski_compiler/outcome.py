@@ -12,7 +12,7 @@ from pathlib import Path
 from klotski_compiler.errors import ExecError, KlotskiError
 from klotski_compiler.output import write_stdout
 
-INTERRUPTED = 130
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def outcome(command: str, work: Callable[[], str], interrupted: str = "interrupted") -> int:
@@ -23,7 +23,9 @@ def outcome(command: str, work: Callable[[], str], interrupted: str = "interrupt
         except KlotskiError as error:
             return _fail(command, error, str(error), error.exit_code)
         except KeyboardInterrupt as interrupt:
-            return _fail(command, interrupt, interrupted, INTERRUPTED)
+            return _fail(
+                command, interrupt, interrupted, 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+            )
         except (OSError, RuntimeError, MemoryError) as error:
             # What torch or the system refuses; the user needs its words, not its stack.
             first_line, *_ = str(error).splitlines() or [type(error).__name__]
@@ -57,19 +59,24 @@ def _place(fault: BaseException) -> str:
 
 @contextmanager
 def _one_interrupt() -> Iterator[None]:
-    """Lets the first Ctrl-C end the command and ignores those after it: what is finished is being saved, in the time of an op."""
+    """Lets the first Ctrl-C, or request to end, end the command and ignores those after it: what is finished is being saved, in the time
+    of an op."""
 
     def interrupt(signum: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # for good: Python, too, ends more quietly so
-        raise KeyboardInterrupt
+        for name in before:
+            signal.signal(name, signal.SIG_IGN)  # for good: Python, too, ends more quietly so
+        raise KeyboardInterrupt(signum)
 
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+    usual = (signal.default_int_handler, signal.SIG_DFL)  # nohup ignores one, a program around this may have its own
+    before = {name: kept for name in SIGNALS if (kept := signal.getsignal(name)) in usual}
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    signal.signal(signal.SIGINT, interrupt)
+    for name in before:
+        signal.signal(name, interrupt)
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGINT) is interrupt:
-            signal.signal(signal.SIGINT, before)
+        for name, kept in before.items():
+            if signal.getsignal(name) is interrupt:
+                signal.signal(name, kept)

@@ -14,8 +14,12 @@ def is_device(path: Path) -> bool:
     return path.exists() and not path.is_file()
 
 
-def check_file(option: str, path: Path) -> None:
-    """Refuse, before any work, what cannot be written after it. Raises ConfigError."""
+def check_file(option: str, path: Path, *read: object) -> None:
+    """Refuse, before any work, what cannot be written after it, and what would take the place of a file that is ``read``. Raises
+    ConfigError."""
+    for other in read:
+        if path == other or (path.is_file() and os.path.exists(str(other)) and path.samefile(str(other))):
+            raise ConfigError(option, "", f"{path} would take the place of what is read; name another file")
     if path.is_dir() or not path.absolute().parent.is_dir() or path == Path("-"):
         raise ConfigError(option, "", f"{path} cannot be a file: give a file name in a folder that exists")
 
@@ -27,7 +31,7 @@ def write_whole(path: str | Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
         return
     target = path.resolve()  # a link stays a link
-    partial = target.with_name(target.name + ".partial")
+    partial = target.with_name(target.name + ".new")
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(target)

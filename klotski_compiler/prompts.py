@@ -36,12 +36,18 @@ _UNSUPPORTED = {
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What rows may ask for. new_tokens: for rows that do not say. vocabulary: token ids are below it."""
+    """What rows may ask for. new_tokens: for rows that do not say. vocabulary: token ids are below it. planned: whether a plan that takes
+    more would help."""
 
     prompt_len: int
     gen_len: int
     new_tokens: int
     vocabulary: int
+    planned: bool = True
+
+    def mend(self, option: str, number: int) -> str:
+        """What to do about a row that asks for more."""
+        return f"; compile a plan with {option} {number}, or with --input for all rows" if self.planned else ""
 
 
 @dataclass(slots=True)
@@ -77,7 +83,7 @@ class Estimate:
         self.how = GIVEN
 
     def encode(self, text: str) -> list[int]:
-        self.how = f"estimated as 1 per {CHARACTERS_PER_TOKEN} characters: no tokenizer beside the model"
+        self.how = f"estimated as 1 per {CHARACTERS_PER_TOKEN} characters, so some may be longer: no tokenizer beside the model"
         return [0] * -(-len(text) // CHARACTERS_PER_TOKEN)
 
     def encode_chat(self, messages: list[Any]) -> list[int]:
@@ -172,14 +178,16 @@ def read_tokens(source: str, tokenizer: Encoder, limits: Limits) -> list[list[in
 
 
 def _rows(source: str) -> Iterator[tuple[int, Any]]:
-    """(line number, what the line holds or a ValueError that says why it cannot be read). The first line tells text from JSON."""
+    """(line number, what the line holds or a ValueError that says why it cannot be read). JSON lines are told from text by most lines."""
     try:
         raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
     except OSError as error:
         raise _unreadable(source, str(error.strerror)) from None
     lines = raw.removeprefix(b"\xef\xbb\xbf").splitlines()
-    first = next((line for line in lines if line.strip()), b"")
-    objects = source.endswith((".jsonl", ".json")) or first.lstrip().startswith(b"{")
+    written = [line for line in lines if line.strip()]
+    objects = source.endswith((".jsonl", ".json")) or 2 * sum(line.lstrip()[:1] == b"{" for line in written) > len(
+        written
+    )
     for number, line in enumerate(lines, 1):
         if objects and not line.strip():
             continue
@@ -212,7 +220,7 @@ def _request(number: int, row: Any, tokenizer: Encoder, limits: Limits) -> Reque
         if isinstance(row, ValueError):
             raise row
         if not isinstance(row, dict):
-            raise ValueError(f"is a JSON {type(row).__name__}, not an object with a prompt")
+            raise ValueError("is not an object with a prompt: one per line")
         if "custom_id" in row:
             if not isinstance(row["custom_id"], str):
                 raise ValueError(f"custom_id is {row['custom_id']!r}, not text")
@@ -242,22 +250,34 @@ def _new_tokens(body: dict[str, Any], limits: Limits) -> int:
     if type(value) is not int or value < 1:
         raise ValueError(f"{name} is {value!r}, not a positive number")
     if value > limits.gen_len:
-        raise ValueError(
-            f"{name} is {value:,}, the plan takes {limits.gen_len:,}; compile one with klotski-compile --gen-len {value}"
-        )
+        raise ValueError(f"{name} is {value:,}, of which {limits.gen_len:,} are taken{limits.mend('--gen-len', value)}")
     return value
+
+
+def _message(number: int, message: Any) -> dict[str, Any]:
+    """With its content as one text. Raises ValueError where it has other content."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise ValueError(f"the content of message {number + 1} is not text")
+    return {**message, "content": content}
 
 
 def _ids(body: dict[str, Any], tokenizer: Encoder, limits: Limits) -> list[int]:
     prompt = body.get("messages", body.get("prompt"))
     if prompt is None:
         raise ValueError("has neither prompt nor messages")
+    if "messages" in body and "prompt" in body:
+        raise ValueError("has both prompt and messages; leave one out")
     if not prompt:
         raise ValueError("the prompt is empty")
     if "messages" in body:
         if not isinstance(prompt, list):
             raise ValueError("messages is not a list")
-        ids = tokenizer.encode_chat(prompt)
+        ids = tokenizer.encode_chat([_message(number, message) for number, message in enumerate(prompt)])
     elif isinstance(prompt, str):
         ids = tokenizer.encode(prompt)
     elif isinstance(prompt, list) and all(type(token) is int for token in prompt):
@@ -270,7 +290,7 @@ def _ids(body: dict[str, Any], tokenizer: Encoder, limits: Limits) -> list[int]:
         raise ValueError(f"token id {odd} is not one of the model's 0 to {limits.vocabulary - 1:,}")
     if len(ids) > limits.prompt_len:
         raise ValueError(
-            f"the prompt has {len(ids):,} tokens, the plan takes {limits.prompt_len:,}; "
-            f"compile one with klotski-compile --prompt-len {len(ids)}"
+            f"the prompt has {len(ids):,} tokens, of which {limits.prompt_len:,} are taken"
+            f"{limits.mend('--prompt-len', len(ids))}"
         )
     return ids

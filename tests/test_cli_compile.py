@@ -216,6 +216,7 @@ def test_tokens_are_counted_as_the_run_counts_them(
             ["--input", "odd.jsonl"],
             "none of 2 rows can be run, the first because line 1: has neither prompt nor messages",
         ),
+        (["--output", "text.txt", "--input", "text.txt"], "text.txt would take the place of what is read"),
         (
             ["--input", "long.txt"],
             "long.txt: its longest prompt (125 tokens, line 1) and its most new tokens (32, line 1) exceed the 128 positions",
@@ -235,6 +236,7 @@ def test_bad_input_is_a_line_and_exit_code_2(
     Path("empty.txt").write_text("\n")
     Path("odd.jsonl").write_text('{"text": "a"}\nb\n')
     Path("long.txt").write_text("a" * 500)
+    Path("text.txt").write_text("a")
     lengths = [] if "--input" in arguments else ["--prompt-len", "16"]
     assert main([str(model), str(machine), *lengths, *arguments]) == 2
     out = capsys.readouterr()

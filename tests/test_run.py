@@ -25,10 +25,11 @@ from klotski_compiler.hardware import read_hardware
 from klotski_compiler.model import read_model
 from klotski_compiler.plan import Plan, Workload
 from klotski_compiler.planner import Request, compile_plan
+from klotski_compiler.prompts import Estimate, Limits, read_requests
 from klotski_compiler.prompts import Request as Prompt
 from klotski_compiler.routing import uniform
 from klotski_runtime import memory
-from klotski_runtime.cli.run import main
+from klotski_runtime.cli.run import Lines, main
 from klotski_runtime.engine import Engine, Row
 from klotski_runtime.results import Results
 from klotski_runtime.skeleton import import_model
@@ -141,17 +142,22 @@ def test_a_row_ends_at_its_own_limit_or_at_an_end_token(tiny: SimpleNamespace, t
 def test_lines_that_cannot_be_run_become_error_rows(tiny: SimpleNamespace, tmp_path: Path) -> None:
     bad = {
         "not json": "line 2: is not JSON",
-        "[1, 2]": "line 3: is a JSON list",
+        "[1, 2]": "line 3: is not an object with a prompt",
         '{"prompt": []}': "line 4: the prompt is empty",
         '{"custom_id": 7, "prompt": [5]}': "line 5: custom_id is 7",
         '{"prompt": [5, 999]}': "line 6: token id 999",
-        json.dumps({"prompt": [5] * 21}): "line 7: the prompt has 21 tokens, the plan takes 20; compile one with "
-        "klotski-compile --prompt-len 21",
+        json.dumps(
+            {"prompt": [5] * 21}
+        ): "line 7: the prompt has 21 tokens, of which 20 are taken; compile a plan with "
+        "--prompt-len 21, or with --input for all rows",
         '{"prompt": [5], "max_tokens": 7}': "--gen-len 7",
         '{"prompt": [5], "temperature": 0.7}': "line 9: temperature is 0.7, which is not supported",
         '{"body": {"input": "x"}}': "line 10: has neither prompt nor messages",
         '{"custom_id": "\\ud83d", "prompt": [5]}': "line 11: has half a character",
         "[" * 100_000: "line 12: is nested too deeply",
+        '{"prompt": [5], "messages": [{"content": "x"}]}': "line 13: has both prompt and messages",
+        '{"messages": [{"content": "x"}, {"content": null}]}': "line 14: the content of message 2 is not text",
+        '{"messages": [{"content": [{"image_url": "x"}]}]}': "line 15: the content of message 1 is not text",
     }
     source = tmp_path / "in.jsonl"
     lines = [b'{"custom_id": "good", "prompt": [5, 6]}', *(line.encode() for line in bad), b"", b"\xff\xfe"]
@@ -163,7 +169,33 @@ def test_lines_that_cannot_be_run_become_error_rows(tiny: SimpleNamespace, tmp_p
     for row, message in zip(rest, bad.values(), strict=True):
         assert row["response"] is None
         assert message in row["error"]["message"]
-    assert undecodable["error"]["message"] == "line 14: is not UTF-8 text (byte 1)"
+    assert undecodable["error"]["message"] == "line 17: is not UTF-8 text (byte 1)"
+
+
+@pytest.mark.parametrize(
+    ("lines", "count"),
+    [
+        (['{"prompt": [5]}', "not json", '{"prompt": [6]}'], 2),
+        (["oops", '{"prompt": [5]}', '{"prompt": [6]}'], 2),
+        (["{x} is", "a set", ""], 0),
+    ],
+)
+def test_most_lines_tell_json_from_text(lines: list[str], count: int, tmp_path: Path) -> None:
+    """Whatever the first one is."""
+    (tmp_path / "in").write_text("\n".join(lines))
+    limits = Limits(20, 6, 6, 128)
+    found = read_requests(str(tmp_path / "in"), Estimate(), limits)
+    assert sum(request.ids in ([5], [6]) for request in found) == count
+
+
+def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    progress, now = Lines(), time.perf_counter()
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    progress.begin(1, 2)
+    for seconds in (1, 50, 20, 3):
+        now += seconds
+        progress.advance(10)
+    assert capsys.readouterr().err == "klotski-run: group 1 of 2, 30 tokens, 0.4 tokens/s\n"
 
 
 def test_standard_input_to_standard_output(
@@ -308,11 +340,14 @@ def test_finished_rows_survive_a_failure(
 
     other = write_lines(tmp_path / "other.jsonl", [{"custom_id": str(len(p)), "prompt": p[::-1]} for p in ids])
     assert main([*tiny.run, "--input", other, "--output", str(tmp_path / "out.jsonl")]) == 2
-    assert "holds finished rows of another run" in capsys.readouterr().err
+    assert "of its 8 rows only 0 are finished rows of this run" in capsys.readouterr().err
     assert read_lines(tmp_path / "out.jsonl.partial") == saved
 
     assert main([*arguments, "--max-new-tokens", "2"]) == 2
-    again = make_checkpoint("qwen3_moe", tmp_path / "again")  # other weights, or these once more: who knows
+    again = damaged(tiny.folder, tmp_path / "again")
+    with a_shard(again).open("r+b") as file:
+        file.seek(a_shard(again).stat().st_size // 2)
+        file.write(bytes(1000))
     assert main([str(tiny.path), "--model", str(again), *arguments[3:]]) == 2
     assert read_lines(tmp_path / "out.jsonl.partial") == saved
 
@@ -345,7 +380,7 @@ def test_a_run_goes_on_from_what_is_finished(
     assert main(command) == 0
     assert len(ran) == 7
     err = capsys.readouterr().err
-    assert "2 of 10 rows are finished by an earlier run; 7 are left" in err
+    assert "2 of 10 rows are finished by an earlier run; 7 left" in err
     assert "10 rows, 1 of them refused, 2 finished by an earlier run" in err
     assert without_times(output) == without_times(whole)
     assert not partial.exists()
@@ -395,8 +430,8 @@ def without_times(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize("policy", ["klotski", "moe_lens"])
-def test_ctrl_c(policy: str, tiny: SimpleNamespace, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("policy", "signum"), [("klotski", signal.SIGTERM), ("moe_lens", signal.SIGINT)])
+def test_ctrl_c(policy: str, signum: signal.Signals, tiny: SimpleNamespace, tmp_path: Path) -> None:
     """Group after group, or in rolling order, where all rows are one run."""
     plan = compiled(tiny.folder, policy=policy)
     assert plan.decision.rolling == (policy == "moe_lens")
@@ -411,9 +446,9 @@ def test_ctrl_c(policy: str, tiny: SimpleNamespace, tmp_path: Path) -> None:
     deadline = time.monotonic() + 120
     while not (partial.exists() and partial.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + signum
     assert "interrupted" in err
     assert "Traceback" not in err
     assert f"{len(read_lines(partial)):,} of 4,000 rows are finished and saved in {partial}" in err
@@ -553,7 +588,12 @@ def test_an_edited_plan(tiny: SimpleNamespace, tmp_path: Path, capsys: pytest.Ca
         (["--input", "/dev/null"], "holds no prompts"),
         (["--input", "text.txt"], "has no tokenizer"),
         (["--input", "empty.jsonl"], "none of 1 rows can be run, the first because line 1: the prompt is empty"),
+        (["--input", ""], "cannot be read (No such file or directory)"),
         (["--output", "out.jsonl"], "needs --input"),
+        (["--input", "empty.jsonl", "--output", "text.txt"], "line 1: the prompt is empty; text.txt stays as it was"),
+        (["--input", "text.txt", "--output", "link"], "link would take the place of what is read"),
+        (["--trace", "PLAN"], "would take the place of what is read"),
+        (["--input", "text.txt", "--output", "out", "--trace", "out"], "out would take the place of what is read"),
         (["--json", "--input", "text.txt"], "give --output FILE"),
         (["--input", "text.txt", "--output", "no/such/out.jsonl"], "in a folder that exists"),
         (["--trace", "."], "cannot be a file"),
@@ -572,11 +612,13 @@ def test_bad_usage(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("Once upon a time\n")
+    (tmp_path / "link").symlink_to("text.txt")
     (tmp_path / "empty.jsonl").write_text('{"prompt": ""}\n')
-    assert main([*tiny.run, *arguments]) == 2
+    assert main([*tiny.run, *(str(tiny.path) if word == "PLAN" else word for word in arguments)]) == 2
     err = capsys.readouterr().err
     assert message in err
     assert len(err.splitlines()) == 1
+    assert (tmp_path / "text.txt").read_text() == "Once upon a time\n"
 
 
 def test_a_plan_that_does_not_say_where_its_model_is(tiny: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:

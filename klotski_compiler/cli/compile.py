@@ -187,7 +187,7 @@ class Asked:
 def _run(arguments: argparse.Namespace) -> str:
     output: Path | None = arguments.output
     if output is not None:
-        check_file("--output", output)
+        check_file("--output", output, arguments.input, arguments.model, arguments.hardware, arguments.routing)
     if arguments.sweep and (arguments.json or arguments.dump_after):
         raise ConfigError("--sweep", "", "prints a table; leave out --json and --dump-after")
     if arguments.json and arguments.dump_after:
@@ -318,7 +318,8 @@ def _counted(arguments: argparse.Namespace, spec: ModelSpec) -> Asked:
         raise ConfigError("--input", "", why)
     own = Tokenizer(located(arguments.model).parent)
     encoder: Encoder = own if own.exists else Estimate()
-    limits = Limits(sys.maxsize, arguments.gen_len or sys.maxsize, arguments.gen_len or GEN_LEN, spec.vocab_size)
+    most, usual = arguments.gen_len or sys.maxsize, arguments.gen_len or GEN_LEN
+    limits = Limits(spec.max_positions - (arguments.gen_len or 1), most, usual, spec.vocab_size, planned=False)
     rows = read_requests(arguments.input, encoder, limits)
     usable = [row for row in rows if not row.refused]
     if not usable:

@@ -77,7 +77,9 @@ def _run(arguments: argparse.Namespace) -> str:
     for option in ("trace", "html"):
         path: Path | None = getattr(arguments, option)
         if path:
-            check_file(f"--{option}", path)
+            check_file(
+                f"--{option}", path, arguments.plan, arguments.compare, arguments.html if option == "trace" else None
+            )
     plan = load(arguments.plan)
     phase = _phase(plan, arguments.phase)
     layers = len(plan.decision.layers)

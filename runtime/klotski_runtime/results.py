@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ class Results:
     def __init__(self, output: Path | None, requests: Sequence[Request], ids: Sequence[str]) -> None:
         """Finds what an earlier run has finished; ``ids`` are the requests' (``request_id``). Raises ConfigError where the output cannot
         be a file or another run's rows are in its way."""
-        output = output.resolve() if output and output.is_symlink() else output  # a link stays a link
+        if output and output.is_symlink() and not is_device(output):
+            output = output.resolve()  # a link stays a link
         self._output, self._expected = output, len(requests)
         self._finished: dict[int, bytes] = {}
         self._refused = {p: _line(_refusal(r)) for p, r in enumerate(requests) if r.refused}
@@ -103,15 +105,15 @@ class Results:
 
     def _earlier(self, partial: Path, places: dict[str, int]) -> dict[int, bytes]:
         """What an earlier run has saved, by its place in the input, of which ``places`` has every request's."""
-        rows = self._whole_rows()
-        try:
-            found = {places[json.loads(row)["response"]["request_id"]]: row for row in rows}
-        except (ValueError, LookupError, TypeError):
-            found = {}
+        rows, found = self._whole_rows(), dict[int, bytes]()
+        for row in rows:
+            with suppress(ValueError, LookupError, TypeError):
+                found[places[json.loads(row)["response"]["request_id"]]] = row
         if len(found) < len(rows) or (not rows and os.pread(self._file, len(BEGIN), 0) not in (b"", BEGIN)):
             os.close(self._file)
-            why = "holds finished rows of another run: of other prompts, another model or plan, or another --max-new-tokens"
-            raise ConfigError(partial, "", f"{why}; move or remove it")
+            why = f"of its {len(rows)} rows only {len(found)} are finished rows of this run"
+            others = "others may be of other prompts, another model or plan, or another --max-new-tokens"
+            raise ConfigError(partial, "", f"{why}; {others}; take them out, or move the file away")
         os.ftruncate(self._file, sum(map(len, rows)))
         return found
 

@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 def _hardware(arguments: argparse.Namespace) -> str:
     output: Path | None = arguments.output
     if output is not None:
-        check_file("--output", output)
+        check_file("--output", output, *(arguments.from_trace or ())[:2])
     if arguments.from_trace:
         trace, plan_path, base = arguments.from_trace
         plan = load(plan_path)
@@ -131,7 +131,7 @@ def _shown(arguments: argparse.Namespace, hardware: Hardware) -> str:
 
 
 def _routing(arguments: argparse.Namespace) -> str:
-    check_file("--output", arguments.output)
+    check_file("--output", arguments.output, arguments.input)
     check_source(arguments.input)
     measure: Callable[[str, str, Report], str] = import_module("klotski_runtime.routing").measure
     with _progress() as report:

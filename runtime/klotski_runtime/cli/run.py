@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ OUTPUT.partial until everything is: after an interruption the same command goes 
 """
 
 SEED = 0
+SAMPLE_BYTES = 1 << 16
+LINE_S = 60  # from one line of a log to the next
 FIRST_WORD = 3
 """The seeded workload leaves out the lowest token ids, which are special ones in most vocabularies."""
 
@@ -123,7 +126,7 @@ def _run(arguments: argparse.Namespace) -> str:
     device = device_of(plan, arguments.device, arguments.emulate)
     folder = model_folder(arguments.model or plan.model, "--model")
     config, gpu = import_model(folder), GpuMemory(device)
-    if arguments.input:
+    if arguments.input is not None:
         job: Job = Batch(plan, folder, config, arguments, new_tokens)
     else:
         job = rehearsal(plan, config, new_tokens)
@@ -169,23 +172,24 @@ def _run(arguments: argparse.Namespace) -> str:
         _write_trace(arguments.trace, engine)
     if arguments.json:
         return json.dumps(report) + "\n"
-    return "" if arguments.input else _table(plan, report)
+    return _table(plan, report) if arguments.input is None else ""
 
 
 def _check_usage(arguments: argparse.Namespace) -> None:
     """Refuses before an hour of work what could not be written after it."""
-    if arguments.output == "-":
+    if arguments.output in ("-", "/dev/stdout"):
         arguments.output = None
-    if arguments.output and not arguments.input:
+    if arguments.output is not None and arguments.input is None:
         raise ConfigError("--output", "", "needs --input: without prompts there are only measurements to print")
-    if arguments.json and arguments.input and not arguments.output:
+    if arguments.json and arguments.input is not None and arguments.output is None:
         raise ConfigError("--json", "", "takes standard output for itself: give --output FILE for the results")
-    if arguments.input:
+    if arguments.input is not None:
         check_source(arguments.input)
-    for option in ("output", "trace"):
-        path: str | Path | None = getattr(arguments, option)
-        if path:
-            check_file(f"--{option}", Path(path))
+    if arguments.output is not None:
+        check_file("--output", Path(arguments.output), arguments.input, arguments.plan)
+    if arguments.trace:
+        written = None if arguments.output is None else Path(arguments.output)
+        check_file("--trace", arguments.trace, arguments.input, arguments.plan, written)
     if not arguments.scratch.is_dir():
         raise ConfigError("--scratch", "", f"{arguments.scratch} is not a folder; name one with room for the KV cache")
 
@@ -281,15 +285,20 @@ class Batch(Job):
         usable = [place for place, request in enumerate(self._requests) if not request.refused]
         self._results = Results(Path(arguments.output) if arguments.output else None, self._requests, self._ids)
         if not usable:
-            self._results.finish()
             why = f"none of {len(self._requests):,} rows can be run, the first because {self._requests[0].refused}"
+            if arguments.output and Path(arguments.output).is_file():
+                raise ConfigError(arguments.input, "", f"{why}; {self._output} stays as it was")
+            self._results.finish()
             raise ConfigError(arguments.input, "", f"{why}; all reasons are in {self._output}")
+        if refused := [request.refused for request in self._requests if request.refused]:
+            count = f"{len(refused):,} of {len(self._requests):,} rows cannot be run"
+            print(f"klotski-run: {count}, the first because {refused[0]}", file=sys.stderr)
         left = [place for place in usable if place not in self._results.finished]
         self._order = sorted(left, key=lambda place: -len(self._requests[place].ids))
         self._refused, self._earlier = len(self._requests) - len(usable), len(usable) - len(left)
         if self._earlier:
             done = f"{self._earlier:,} of {len(self._requests):,} rows are finished by an earlier run"
-            print(f"klotski-run: {done}; {len(left):,} are left", file=sys.stderr)
+            print(f"klotski-run: {done}; {len(left):,} left", file=sys.stderr)
         rows = [Row(self._requests[place].ids, self._requests[place].new_tokens) for place in self._order]
         super().__init__(rows, ends)
 
@@ -315,10 +324,17 @@ class Batch(Job):
         return completed(request, self._ids[place], row.tokens, row.reason, self._model, self._tokenizer, self._began)
 
 
-def _weights(folder: Path) -> list[tuple[str, int, int]]:
-    """What tells a checkpoint from another, short of reading it."""
-    found = ((file.name, file.stat()) for file in sorted(folder.glob("*.safetensors")))
-    return [(name, state.st_size, state.st_mtime_ns) for name, state in found]
+def _weights(folder: Path) -> str:
+    """What tells a checkpoint from another, wherever it lies: a digest of a few pieces of each file."""
+    digest = sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for quarter in range(4):
+                file.seek(quarter * size // 4)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def end_tokens(folder: Path) -> frozenset[int]:
@@ -434,43 +450,59 @@ def _write_trace(path: Path, engine: Engine) -> None:
 
 
 class Progress:
-    """What a watching person sees of a run; this one is for nobody."""
+    """Tokens so far, and their rate since the first group began."""
+
+    def __init__(self) -> None:
+        self.tokens, self._began, self._group = 0, 0.0, ""
 
     def begin(self, group: int, groups: int) -> None:
         """A group starts."""
+        self._began = self._began or time.perf_counter()
+        self._group = f"group {group} of {groups}"
 
     def advance(self, tokens: int) -> None:
         """That many tokens were generated."""
+        self.tokens += tokens
+        rate = self.tokens / (time.perf_counter() - self._began)
+        self.show(f"{self._group}, {self.tokens:,} tokens, {rate:,.1f} tokens/s")
+
+    def show(self, said: str) -> None:
+        """To who watches."""
+
+
+class Lines(Progress):
+    """For a log: a line now and then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = time.perf_counter()
+
+    def show(self, said: str) -> None:
+        if (now := time.perf_counter()) - self._last > LINE_S:
+            self._last = now
+            print(f"klotski-run: {said}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def _progress(most_tokens: int) -> Iterator[Progress]:
     """A bar on standard error where that is a terminal. most_tokens: if no row ends early."""
     if not sys.stderr.isatty():
-        yield Progress()
+        yield Lines()
         return
     from rich import progress
     from rich.console import Console
 
-    columns = progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TimeElapsedColumn()
-
     class Bar(Progress):
-        """Tokens so far and their rate since the first group began."""
+        """For a person."""
 
         def __init__(self, shown: progress.Progress) -> None:
+            super().__init__()
             self._shown, self._task = shown, shown.add_task("loading weights", total=most_tokens)
-            self._tokens, self._began, self._group = 0, 0.0, ""
 
-        def begin(self, group: int, groups: int) -> None:
-            self._began = self._began or time.perf_counter()
-            self._group = f"group {group} of {groups}"
+        def show(self, said: str) -> None:
+            self._shown.update(self._task, completed=self.tokens, description=said)
 
-        def advance(self, tokens: int) -> None:
-            self._tokens += tokens
-            rate = self._tokens / (time.perf_counter() - self._began)
-            said = f"{self._group}, {self._tokens:,} tokens, {rate:,.1f} tokens/s"
-            self._shown.update(self._task, completed=self._tokens, description=said)
-
+    columns = progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TimeElapsedColumn()
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
         yield Bar(shown)
 
