@@ -62,24 +62,32 @@ def _side_by_side(search: Search, names: Sequence[str]) -> Iterator[tuple[str, l
         return
     search.sizes(OURS)  # their bounds, once for all processes
     with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_adopt, initargs=(search,)) as pool:
-        started = {name: pool.submit(_apart, Search.begun, name) for name in names}
-        ceilings: dict[bool, Future[Any]] = {
-            order: pool.submit(_apart, Search.ceiling, order) for order in search.classes
-        }
-        improving: dict[str, tuple[list[Rated], list[Future[Any]]]] = {}
-        for name, task in started.items():
-            begun = _told(search, task)
-            if isinstance(begun, Infeasible):
-                yield name, begun
-                continue
-            rated, starts = begun
-            improving[name] = rated, [pool.submit(_apart, Search.improved, start) for start in starts]
-            if not starts:
-                yield name, _refusal_or(search.chosen, name, rated)
-        for name, (rated, better) in improving.items():
-            if better:
-                yield name, _refusal_or(search.chosen, name, rated + [_told(search, task) for task in better])
-        search.ceilings.update({order: _told(search, task) for order, task in ceilings.items()})
+        try:
+            yield from _shared_out(pool, search, names)
+        except BaseException:  # an interrupt, too: nobody waits for what is not begun
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _shared_out(
+    pool: ProcessPoolExecutor, search: Search, names: Sequence[str]
+) -> Iterator[tuple[str, list[Rated] | Infeasible]]:
+    started = {name: pool.submit(_apart, Search.begun, name) for name in names}
+    ceilings: dict[bool, Future[Any]] = {order: pool.submit(_apart, Search.ceiling, order) for order in search.classes}
+    improving: dict[str, tuple[list[Rated], list[Future[Any]]]] = {}
+    for name, task in started.items():
+        begun = _told(search, task)
+        if isinstance(begun, Infeasible):
+            yield name, begun
+            continue
+        rated, starts = begun
+        improving[name] = rated, [pool.submit(_apart, Search.improved, start) for start in starts]
+        if not starts:
+            yield name, _refusal_or(search.chosen, name, rated)
+    for name, (rated, better) in improving.items():
+        if better:
+            yield name, _refusal_or(search.chosen, name, rated + [_told(search, task) for task in better])
+    search.ceilings.update({order: _told(search, task) for order, task in ceilings.items()})
 
 
 # Of a process that ``_side_by_side`` began: what its search remembers serves the next task, too.
