@@ -14,12 +14,12 @@ def is_device(path: Path) -> bool:
     return path.exists() and not path.is_file()
 
 
-def check_file(option: str, path: Path, *read: object) -> None:
-    """Refuse, before any work, what cannot be written after it, and what would take the place of a file that is ``read``. Raises
+def check_file(option: str, path: Path, *named: object) -> None:
+    """Refuse, before any work, what cannot be written after it, and what would take the place of another file that is ``named``. Raises
     ConfigError."""
-    for other in read:
+    for other in named:
         if path == other or (path.is_file() and os.path.exists(str(other)) and path.samefile(str(other))):
-            raise ConfigError(option, "", f"{path} would take the place of what is read; name another file")
+            raise ConfigError(option, "", f"{path} has another use here, too; name another file")
     if path.is_dir() or not path.absolute().parent.is_dir() or path == Path("-"):
         raise ConfigError(option, "", f"{path} cannot be a file: give a file name in a folder that exists")
 

@@ -216,7 +216,7 @@ def test_tokens_are_counted_as_the_run_counts_them(
             ["--input", "odd.jsonl"],
             "none of 2 rows can be run, the first because line 1: has neither prompt nor messages",
         ),
-        (["--output", "text.txt", "--input", "text.txt"], "text.txt would take the place of what is read"),
+        (["--output", "text.txt", "--input", "text.txt"], "text.txt has another use here, too"),
         (
             ["--input", "long.txt"],
             "long.txt: its longest prompt (125 tokens, line 1) and its most new tokens (32, line 1) exceed the 128 positions",

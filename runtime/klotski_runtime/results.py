@@ -119,7 +119,9 @@ class Results:
 
     def _whole_rows(self) -> list[bytes]:
         """What is saved, without half a row at its end."""
-        text = os.pread(self._file, os.fstat(self._file).st_size, 0)
+        with open(self._file, "rb", closefd=False) as file:
+            file.seek(0)
+            text = file.read()
         return text[: text.rfind(b"\n") + 1].splitlines(keepends=True)
 
     def _open(self, partial: Path) -> int:
