@@ -29,8 +29,9 @@ from klotski_compiler.prompts import Estimate, Limits, read_requests
 from klotski_compiler.prompts import Request as Prompt
 from klotski_compiler.routing import uniform
 from klotski_runtime import memory
-from klotski_runtime.cli.run import Lines, main
+from klotski_runtime.cli.run import main
 from klotski_runtime.engine import Engine, Row
+from klotski_runtime.progress import Lines
 from klotski_runtime.results import Results
 from klotski_runtime.skeleton import import_model
 from tiny import make_checkpoint

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from hashlib import sha256
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +14,13 @@ from klotski_compiler.errors import ConfigError, ExecError
 from klotski_compiler.outcome import outcome
 from klotski_compiler.output import check_file, write_whole
 from klotski_compiler.plan import Plan, load, op_text
-from klotski_compiler.prompts import Limits, Tokenizer, check_source, read_requests
+from klotski_compiler.prompts import check_source
 from klotski_compiler.report import CAUSES
 from klotski_compiler.trace import Row as Event
 from klotski_compiler.trace import chrome_trace
+from klotski_runtime.job import Batch, Job, Keeper, rehearsal
 from klotski_runtime.memory import PeakRss, rss_bytes, storage_read_bytes, tune_libraries
-from klotski_runtime.results import Results, completed, request_id
+from klotski_runtime.progress import progress_of
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help and usage errors need none of it
     from klotski_runtime.engine import Engine, Row
@@ -37,12 +35,6 @@ The input has one prompt per line of text, or JSON lines {"custom_id": "...", "p
 prompt may be a list of token ids. The output has OpenAI's batch results in input order. What is finished is kept in
 OUTPUT.partial until everything is: after an interruption the same command goes on from there.
 """
-
-SEED = 0
-SAMPLE_BYTES = 1 << 16
-LINE_S = 60  # from one line of a log to the next
-FIRST_WORD = 3
-"""The seeded workload leaves out the lowest token ids, which are special ones in most vocabularies."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,8 +118,9 @@ def _run(arguments: argparse.Namespace) -> str:
     device = device_of(plan, arguments.device, arguments.emulate)
     folder = model_folder(arguments.model or plan.model, "--model")
     config, gpu = import_model(folder), GpuMemory(device)
+    output = None if arguments.output is None else Path(arguments.output)
     if arguments.input is not None:
-        job: Job = Batch(plan, folder, config, arguments, new_tokens)
+        job: Job = Batch(plan, folder, config, arguments.input, output, new_tokens)
     else:
         job = rehearsal(plan, config, new_tokens)
     if not job.rows:
@@ -198,7 +191,7 @@ def _generate(engine: Engine, job: Job) -> float:
     """Run all groups, or all rows in rolling order; returns the seconds from the first weight byte to the last token."""
     size = len(job.rows) if engine.plan.decision.rolling else engine.plan.envelope.sequences
     began = time.perf_counter()
-    with _progress(sum(row.max_new_tokens for row in job.rows)) as bar:
+    with progress_of(sum(row.max_new_tokens for row in job.rows)) as bar:
         engine.load()
         for number, first in enumerate(range(0, len(job.rows), size)):
             group = job.rows[first : first + size]
@@ -214,142 +207,6 @@ def _generate(engine: Engine, job: Job) -> float:
             finally:
                 kept.rest()
     return time.perf_counter() - began
-
-
-class Keeper:
-    """Keeps the rows of a run as they end: in rolling order that is one cohort after the other, long before the last."""
-
-    def __init__(self, job: Job, first: int, group: Sequence[Row]) -> None:
-        self.job, self.first, self.group, self.kept = job, first, group, 0
-
-    def ended(self) -> None:
-        """Keep the rows that have ended before any that has not."""
-        done = self.kept
-        while done < len(self.group) and self.group[done].done:
-            done += 1
-        if done > self.kept:
-            self.job.save(self.first + self.kept, self.group[self.kept : done])
-            self.kept = done
-
-    def rest(self) -> None:
-        """Keep what else has ended."""
-        self.job.save(self.first + self.kept, self.group[self.kept :])
-        self.kept = len(self.group)
-
-
-class Job:
-    """Rows to run in this order. This plain one keeps no results: a rehearsal's tokens mean nothing."""
-
-    def __init__(self, rows: list[Row], end_tokens: frozenset[int]) -> None:
-        self.rows, self.end_tokens = rows, end_tokens
-
-    def save(self, first: int, group: Sequence[Row]) -> None:
-        """Keep the finished ones of rows ``first`` onwards."""
-
-    def keep(self) -> str:
-        """After a failure: a line that says where the finished rows are."""
-        return ""
-
-    def finish(self, report: dict[str, Any]) -> None:
-        """All rows have run. report: empty where there was none left to run."""
-
-
-def rehearsal(plan: Plan, config: Any, new_tokens: int) -> Job:
-    """The plan's own workload on seeded token ids; nothing ends a row early."""
-    from klotski_runtime.engine import Row
-
-    choose, workload = random.Random(SEED), plan.workload
-    first = min(FIRST_WORD, config.vocab_size - 1)
-    prompts = [
-        [choose.randrange(first, config.vocab_size) for _ in range(workload.prompt_len)]
-        for _ in range(workload.num_sequences)
-    ]
-    return Job([Row(prompt, new_tokens) for prompt in prompts], frozenset())
-
-
-class Batch(Job):
-    """The rows of an input file, longest prompt first: a group pads its prompts to its longest."""
-
-    def __init__(self, plan: Plan, folder: Path, config: Any, arguments: argparse.Namespace, new_tokens: int) -> None:
-        """Reads the input and opens the output, which gets the refused rows. Raises ConfigError where no row can run."""
-        from klotski_runtime.engine import Row
-
-        self._model, self._tokenizer, self._began = plan.model, Tokenizer(folder), time.time()
-        self._output = arguments.output or "standard output"
-        envelope = plan.envelope
-        limits = Limits(envelope.prompt_len, envelope.gen_len, new_tokens, config.vocab_size)
-        self._requests, ends = read_requests(arguments.input, self._tokenizer, limits), end_tokens(folder)
-        self._tokenizer.load()
-        answering = json.dumps([plan.dtype, sorted(ends), _weights(folder)])
-        self._ids = [request_id(request, answering) for request in self._requests]
-        usable = [place for place, request in enumerate(self._requests) if not request.refused]
-        self._results = Results(Path(arguments.output) if arguments.output else None, self._requests, self._ids)
-        if not usable:
-            why = f"none of {len(self._requests):,} rows can be run, the first because {self._requests[0].refused}"
-            if arguments.output and Path(arguments.output).is_file():
-                raise ConfigError(arguments.input, "", f"{why}; {self._output} stays as it was")
-            self._results.finish()
-            raise ConfigError(arguments.input, "", f"{why}; all reasons are in {self._output}")
-        if refused := [request.refused for request in self._requests if request.refused]:
-            count = f"{len(refused):,} of {len(self._requests):,} rows cannot be run"
-            print(f"klotski-run: {count}, the first because {refused[0]}", file=sys.stderr)
-        left = [place for place in usable if place not in self._results.finished]
-        self._order = sorted(left, key=lambda place: -len(self._requests[place].ids))
-        self._refused, self._earlier = len(self._requests) - len(usable), len(usable) - len(left)
-        if self._earlier:
-            done = f"{self._earlier:,} of {len(self._requests):,} rows are finished by an earlier run"
-            print(f"klotski-run: {done}; {len(left):,} left", file=sys.stderr)
-        rows = [Row(self._requests[place].ids, self._requests[place].new_tokens) for place in self._order]
-        super().__init__(rows, ends)
-
-    def save(self, first: int, group: Sequence[Row]) -> None:
-        places = self._order[first : first + len(group)]
-        self._results.add((p, self._completed(p, row)) for p, row in zip(places, group, strict=True) if row.done)
-
-    def keep(self) -> str:
-        return self._results.keep()
-
-    def finish(self, report: dict[str, Any]) -> None:
-        self._results.finish()
-        rows = f"{len(self._requests):,} rows" + (f", {self._refused:,} of them refused" if self._refused else "")
-        if self._earlier:
-            rows += f", {self._earlier:,} finished by an earlier run"
-        if report:
-            speed = f"{report['tokens_per_s']:,.1f} tokens/s (predicted {report['predicted_tokens_per_s']:,.1f})"
-            rows += f": {report['generated_tokens']:,} tokens in {report['wall_s']:,.1f} s, {speed}"
-        print(f"{rows}; written to {self._output}", file=sys.stderr)
-
-    def _completed(self, place: int, row: Row) -> dict[str, Any]:
-        request = self._requests[place]
-        return completed(request, self._ids[place], row.tokens, row.reason, self._model, self._tokenizer, self._began)
-
-
-def _weights(folder: Path) -> str:
-    """What tells a checkpoint from another, wherever it lies: a digest of a few pieces of each file."""
-    digest = sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for quarter in range(4):
-                file.seek(quarter * size // 4)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def end_tokens(folder: Path) -> frozenset[int]:
-    """The ids that end a text: those of generation_config.json or, where it names none, of config.json."""
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        if not path.exists():
-            continue
-        try:
-            found = json.loads(path.read_bytes()).get("eos_token_id")
-        except (OSError, ValueError, AttributeError) as error:
-            raise ConfigError(path, "", f"cannot be read as JSON ({error}); download it again") from None
-        if found is not None:
-            return frozenset(found if isinstance(found, list) else [found])
-    return frozenset()
 
 
 # ------------------------------------------------------------------------------------------------- what it took
@@ -444,67 +301,6 @@ def _write_trace(path: Path, engine: Engine) -> None:
         write_whole(path, json.dumps(chrome_trace(rows) | {"plan": plan.digest}))
     except OSError as error:
         raise ExecError(f"{path} cannot be written: {error.strerror}") from error
-
-
-# ----------------------------------------------------------------------------------------------------------- progress
-
-
-class Progress:
-    """Tokens so far, and their rate since the first group began."""
-
-    def __init__(self) -> None:
-        self.tokens, self._began, self._group = 0, 0.0, ""
-
-    def begin(self, group: int, groups: int) -> None:
-        """A group starts."""
-        self._began = self._began or time.perf_counter()
-        self._group = f"group {group} of {groups}"
-
-    def advance(self, tokens: int) -> None:
-        """That many tokens were generated."""
-        self.tokens += tokens
-        rate = self.tokens / (time.perf_counter() - self._began)
-        self.show(f"{self._group}, {self.tokens:,} tokens, {rate:,.1f} tokens/s")
-
-    def show(self, said: str) -> None:
-        """To who watches."""
-
-
-class Lines(Progress):
-    """For a log: a line now and then."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._last = time.perf_counter()
-
-    def show(self, said: str) -> None:
-        if (now := time.perf_counter()) - self._last > LINE_S:
-            self._last = now
-            print(f"klotski-run: {said}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _progress(most_tokens: int) -> Iterator[Progress]:
-    """A bar on standard error where that is a terminal. most_tokens: if no row ends early."""
-    if not sys.stderr.isatty():
-        yield Lines()
-        return
-    from rich import progress
-    from rich.console import Console
-
-    class Bar(Progress):
-        """For a person."""
-
-        def __init__(self, shown: progress.Progress) -> None:
-            super().__init__()
-            self._shown, self._task = shown, shown.add_task("loading weights", total=most_tokens)
-
-        def show(self, said: str) -> None:
-            self._shown.update(self._task, completed=self.tokens, description=said)
-
-    columns = progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TimeElapsedColumn()
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        yield Bar(shown)
 
 
 if __name__ == "__main__":
