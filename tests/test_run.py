@@ -620,6 +620,7 @@ def test_bad_usage(
     assert message in err
     assert len(err.splitlines()) == 1
     assert (tmp_path / "text.txt").read_text() == "Once upon a time\n"
+    assert not [*tmp_path.glob("*.partial")]
 
 
 def test_a_plan_that_does_not_say_where_its_model_is(tiny: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:

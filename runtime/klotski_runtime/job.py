@@ -98,6 +98,7 @@ class Batch(Job):
         if not usable:
             why = f"none of {len(self._requests):,} rows can be run, the first because {self._requests[0].refused}"
             if output and output.is_file():
+                self._results.keep()
                 raise ConfigError(source, "", f"{why}; {self._output} stays as it was")
             self._results.finish()
             raise ConfigError(source, "", f"{why}; all reasons are in {self._output}")
