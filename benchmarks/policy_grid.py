@@ -221,6 +221,8 @@ def summary(arguments: argparse.Namespace, cells: dict[str, dict[str, Any]]) -> 
     if closed:
         yield f"headroom closed, in the {len(closed)} cells that have {HEADROOM:.0%}: median {statistics.median(closed):.0%}"
     yield f"gap to the bound: median {statistics.median(gaps):.1%}, 95th percentile {_percentile(gaps, 0.95):.1%}"
+    if beaten := sum(gap < 0 for gap in gaps):
+        yield f"in {beaten} cells the bound is beaten, and so wrong"
     yield ""
     yield f"{'model | machine | workload':<52}{OURS:>10}{'best other':>16}{'':>10}{'ratio':>7}{'gap':>8}{'s':>7}"
     yield from lines
