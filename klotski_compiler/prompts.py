@@ -184,10 +184,8 @@ def _rows(source: str) -> Iterator[tuple[int, Any]]:
     except OSError as error:
         raise _unreadable(source, str(error.strerror)) from None
     lines = raw.removeprefix(b"\xef\xbb\xbf").splitlines()
-    written = [line for line in lines if line.strip()]
-    objects = source.endswith((".jsonl", ".json")) or 2 * sum(line.lstrip()[:1] == b"{" for line in written) > len(
-        written
-    )
+    begins = [line.lstrip()[:1] for line in lines if line.strip()]
+    objects = source.endswith((".jsonl", ".json")) or 2 * begins.count(b"{") > len(begins)
     for number, line in enumerate(lines, 1):
         if objects and not line.strip():
             continue

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and usage errors need none o
     from klotski_runtime.engine import Row
 
 SEED = 0
-SAMPLE_BYTES = 1 << 16
+SAMPLE_BYTES = 1 << 16  # of each quarter of a file of weights
 FIRST_WORD = 3
 """The seeded workload leaves out the lowest token ids, which are special ones in most vocabularies."""
 
