@@ -8,8 +8,8 @@ from heapq import heapify, heapreplace
 from itertools import pairwise
 from math import inf, isinf
 
-from klotski_compiler.bounds.least import DECODE, PREFILL, SCALE_US, Weight
-from klotski_compiler.bounds.runs import MOST_BATCHES, RUNS, UNKNOWN, Division, Runs
+from klotski_compiler.bounds.least import DECODE, PREFILL, SCALE_US, Cores, Weight
+from klotski_compiler.bounds.runs import MOST_BATCHES, UNKNOWN, Division, Runs
 from klotski_compiler.milp.formulation import Model, Row, Terms, Variable, plus, times
 from klotski_compiler.milp.solve import Solver
 from klotski_compiler.model import Layer
@@ -143,14 +143,15 @@ class Relaxation(Runs):
     ) -> Model:
         """min load + sum over phases of T, subject to T >= the work of each resource, and to the memory of each tier.
 
-        Variables, all shares of a weight i or of the KV cache: kept[i] in the compute tier, near[i] in host memory before a GPU
-        (the rest lives on disk), cpu[i] computed there in decode; kept[kv], cpu[kv]. T of decode's spans: decode[j].
+        Variables, all shares of a weight i or of the KV cache of layers that attend alike (k): kept[i] in the compute tier, near[i] in
+        host memory before a GPU (the rest lives on disk), cpu[i] computed there in decode; kept[kv.k], cpu[kv.k]. T of decode's spans:
+        decode[j].
         staging: places of an expert in host memory on its way to a GPU; 0 where none is needed for sure.
         """
         model, batches = Model(), known.batches
         links, on_gpu = self.cost.hardware.links, self.tier == "gpu"
         weights = self.weights(first, low, high, known)
-        kv_bytes = low * self.positions * self.kv_position
+        kinds = [low * self.positions * kind.position_bytes for kind in self.attentions]
         helped = [min(weight.cpu_us) < inf for weight in weights]
 
         def share(name: str, most: float = 1.0) -> str:
@@ -164,19 +165,20 @@ class Relaxation(Runs):
         for name in self.phases:
             share(name, inf)
             model.objective[name] = 1.0
-        share("kept[kv]")
-        share("cpu[kv]", 1.0 if self.cost.cpu_attends else 0.0)
-        row("kv", {"kept[kv]": 1.0, "cpu[kv]": 1.0}, upper=1.0)
-        if self.cost.links[1] not in links:
-            row("kv_stays", {"kept[kv]": 1.0}, lower=1.0)
+        for kind in range(len(kinds)):
+            kept = share(f"kept[kv.{kind}]")
+            row(f"kv[{kind}]", {kept: 1.0, share(f"cpu[kv.{kind}]", float(self.cost.cpu_attends)): 1.0}, upper=1.0)
+            if self.cost.links[1] not in links:
+                row(f"kv_stays[{kind}]", {kept: 1.0}, lower=1.0)
 
         # A batch whose keys and values are kept elsewhere has a place for those of one layer while its prompts are there. The largest such
         # batch is no smaller than all of them are on average, over batches and layers.
-        one_layer = kv_bytes / len(self.cost.spec.layers)
-        passing = one_layer / batches if 0 < batches <= MOST_BATCHES else 0.0
-        here: Terms = {"": passing / GIB, "kept[kv]": (kv_bytes - passing) / GIB}
+        passing = 1 / len(self.cost.spec.layers) / batches if 0 < batches <= MOST_BATCHES else 0.0
+        here: Terms = {"": passing * sum(kinds) / GIB}
+        here |= {f"kept[kv.{kind}]": (1 - passing) * nbytes / GIB for kind, nbytes in enumerate(kinds)}
         beside = self.cost.spec.embedding.nbytes if on_gpu else 0  # in host memory
-        host: Terms = {"": (kv_bytes + beside) / GIB, "kept[kv]": -kv_bytes / GIB}
+        host: Terms = {"": (sum(kinds) + beside) / GIB}
+        host |= {f"kept[kv.{kind}]": -nbytes / GIB for kind, nbytes in enumerate(kinds)}
         disk_us = 1e6 / links["disk>host"].bandwidth_bytes_per_s / SCALE_US
         load: Terms = {"": beside * disk_us}
         for i, weight in enumerate(weights):
@@ -196,18 +198,23 @@ class Relaxation(Runs):
         row("memory", here, upper=room / GIB)
         if on_gpu:
             experts = [layer.expert.nbytes for layer in self.cost.spec.layers if layer.expert]
-            passing = min(nbytes / most_pages(nbytes) for nbytes in experts) * staging
-            row("host", host, upper=(self.budget["host"] - passing) / GIB)
+            staged = min(nbytes / most_pages(nbytes) for nbytes in experts) * staging
+            row("host", host, upper=(self.budget["host"] - staged) / GIB)
         for j in range(self.spans):
             share(f"decode[{j}]", inf)
         if self.attends(batches):
-            for run in range(1, RUNS + 1):
+            for number in range(len(self.runs)):
                 for phase in ("decode", *(f"decode[{j}]" for j in range(self.spans))):
-                    share(f"attention[{phase}.{run}]", inf)
-                share(f"run[{run}]", 1.0 if run == 1 or batches > 1 else 0.0)
-                row(f"run[{run}]", {f"run[{run}]": 1.0, share(f"cpu[run.{run}]"): -1.0}, lower=0.0)
-            row("runs", {f"run[{run}]": 1.0 for run in range(1, RUNS + 1)}, 1.0, 1.0)
-            row("cpu[runs]", {f"cpu[run.{run}]": 1.0 for run in range(1, RUNS + 1)} | {"cpu[kv]": -1.0}, 0.0, 0.0)
+                    share(f"attention[{phase}.{number}]", inf)
+            for kind in range(len(kinds)):
+                own = {f"{run}.{kind}": run for run, among in self.runs if kind in among}
+                for name, run in own.items():
+                    share(f"run[{name}]", 1.0 if run == 1 or batches > 1 else 0.0)
+                    row(f"run[{name}]", {f"run[{name}]": 1.0, share(f"cpu[run.{name}]"): -1.0}, lower=0.0)
+                row(f"runs[{kind}]", {f"run[{name}]": 1.0 for name in own}, 1.0, 1.0)
+                row(
+                    f"cpu[runs.{kind}]", {f"cpu[run.{name}]": 1.0 for name in own} | {f"cpu[kv.{kind}]": -1.0}, 0.0, 0.0
+                )
             row("barriers", self.barriers(weights), lower=0.0)
         if self.spans:  # what grows little is simulated at its middle only, which may take this much less
             least = {f"decode[{j}]": NEGLIGIBLE / 8 - 1 for j in range(self.spans)}
@@ -244,7 +251,7 @@ class Relaxation(Runs):
             prefill -= self._least(self._prompts_us, prompt, first, low, high)
             prefill += self._least(lambda n: batches * self._prompts_us(n / batches), prompt, first, low, high)
         most = 1.0 if batches else self.most(high)
-        joined = self.work(PREFILL, prefill, (0.0, inf), 0.0, weights, staging)
+        joined = self.work(PREFILL, prefill, self.nothing, 0.0, weights, staging)
         yield "prefill", self.shared(joined, joined)
         cores, middle = self.cores_us(high), sum(self.contexts) / 2
         whole = self.work(DECODE, decode, cores, self.passes, weights, staging, middle)
@@ -262,6 +269,11 @@ class Relaxation(Runs):
             if self.attends(batches):
                 yield from self.attention(f"decode[{j}]", first, low, batches, cores, ends * part, weights, part)
 
+    @property
+    def nothing(self) -> Cores:
+        """Where no keys and values of others are read."""
+        return [(0.0, 0.0)] * len(self.attentions)
+
     def _before_us(self, batches: int, tokens: float) -> float:
         """What is before all experts, with attention in so many batches."""
         return self._batched_us(self._choices_us, batches, tokens)
@@ -278,19 +290,21 @@ class Relaxation(Runs):
     def beside(
         self,
         layers_us: float,
-        cores_us: tuple[float, float],
+        cores_us: Cores,
         weights: list[Weight],
         most: float,
         part: float = 1.0,
     ) -> list[Terms]:
         """What cannot be done at the same time in decode: the GPU's attention and the CPU's experts; the CPU's attention and the GPU's
         experts. layers_us: of the GPU around attention. most: see ``most``."""
-        core_here, core_cpu = cores_us
-        gpu: Terms = {"": (layers_us + core_here) / SCALE_US}
+        gpu: Terms = {"": layers_us / SCALE_US}
         cpu: Terms = {"": 0.0}
-        if core_cpu < inf:
-            gpu["cpu[kv]"] = -core_here / SCALE_US
-            cpu = {"": -2 * (1 - most) * core_cpu / SCALE_US, "cpu[kv]": core_cpu / SCALE_US}
+        for kind, (core_here, core_cpu) in enumerate(cores_us):
+            gpu[""] += core_here / SCALE_US
+            if self.cost.cpu_attends:
+                gpu[f"cpu[kv.{kind}]"] = -core_here / SCALE_US
+                cpu[""] -= 2 * (1 - most) * core_cpu / SCALE_US
+                cpu[f"cpu[kv.{kind}]"] = core_cpu / SCALE_US
         for i, weight in enumerate(weights):
             if weight.cpu_us[DECODE] < inf:
                 gpu[f"cpu[{i}]"] = weight.alone_us * part / SCALE_US
@@ -301,7 +315,7 @@ class Relaxation(Runs):
         self,
         kind: int,
         other_us: float,
-        cores_us: tuple[float, float],
+        cores_us: Cores,
         passes: float,
         weights: list[Weight],
         staging: int,
@@ -314,23 +328,30 @@ class Relaxation(Runs):
         which a sequence decodes, 0 for prefill. context: positions seen then. part: of the kind's passes.
         """
         total, links = self.workload.num_sequences, self.cost.hardware.links
-        read = total * passes * (context - 1) * self.kv_position if passes else 0.0  # the new position is not sent
-        new = total * self.kv_position * (self.workload.prompt_len if kind == PREFILL else passes)
+        read = total * passes * (context - 1) if passes else 0.0  # the new position is not sent
+        new = total * (self.workload.prompt_len if kind == PREFILL else passes)
         link_us, back_us = (
             1e6 / links[n].bandwidth_bytes_per_s / SCALE_US if n in links else 0.0 for n in self.cost.links
         )
         disk_us = 1e6 / links["disk>host"].bandwidth_bytes_per_s / SCALE_US
-        core_here, core_cpu = cores_us
-        compute: Terms = {"": (other_us + core_here) / SCALE_US}
-        enter: Terms = {"": read * link_us, "kept[kv]": -read * link_us, "cpu[kv]": -read * link_us}
-        leave: Terms = {"": new * back_us, "kept[kv]": -new * back_us}
+        compute: Terms = {"": other_us / SCALE_US}
+        enter: Terms = {"": 0.0}
+        leave: Terms = {"": 0.0}
         cpu: Terms = {"": 0.0}
         far: Terms = {"": 0.0}
-        if passes and core_cpu < inf:
-            enter["cpu[kv]"] += total * passes * self.mixed_position * link_us
-            leave["cpu[kv]"] = total * passes * self.mixed_position * back_us
-            compute["cpu[kv]"] = -core_here / SCALE_US
-            cpu["cpu[kv]"] = core_cpu / SCALE_US
+        for each, (own, (core_here, core_cpu)) in enumerate(zip(self.attentions, cores_us, strict=True)):
+            kept, helped = f"kept[kv.{each}]", f"cpu[kv.{each}]"
+            read_us, new_us = read * own.position_bytes * link_us, new * own.position_bytes * back_us
+            compute[""] += core_here / SCALE_US
+            enter[""] += read_us
+            enter |= {kept: -read_us, helped: -read_us}
+            leave[""] += new_us
+            leave[kept] = -new_us
+            if passes and self.cost.cpu_attends:
+                enter[helped] += total * passes * own.mixed_bytes * link_us
+                leave[helped] = total * passes * own.mixed_bytes * back_us
+                compute[helped] = -core_here / SCALE_US
+                cpu[helped] = core_cpu / SCALE_US
         for i, weight in enumerate(weights):
             moved_us = weight.moved_bytes[kind] * part * link_us
             compute_us = weight.compute_us[kind] * part / SCALE_US

@@ -21,6 +21,8 @@ SPANS, GROWN = 4, 1.2  # decode whose context grows by more than that factor is 
 SCALE_US = 1e6  # of times in linear programs: they run to 1e9 microseconds beside shares of one, and solvers want both near one
 PREFILL, DECODE = 0, 1  # kinds of passes, as indices of a weight's work
 
+Cores = list[tuple[float, float]]  # reading keys and values, of each kind of attention: on the processor and on the CPU
+
 
 @dataclass(frozen=True, slots=True)
 class Weight:
@@ -41,6 +43,21 @@ class Weight:
     alone_us: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Layers that attend alike: (layer, how many are like it). Of all of them, bytes of a position's keys and values, and of what a token's
+    attention yields."""
+
+    layers: tuple[tuple[Layer, int], ...]
+    position_bytes: int
+    mixed_bytes: int
+
+    @property
+    def count(self) -> int:
+        """Layers."""
+        return sum(n for _, n in self.layers)
+
+
 class Least:
     """The workload on the machine: what all groups take at least, if they have between ``low`` and ``high`` sequences each."""
 
@@ -54,9 +71,8 @@ class Least:
         self.contexts = (prompt + 1, prompt + self.passes)  # first and last; phases are timed at both (``simulate``)
         self.layers = list(cost.layers.items())
         self.experts, self.routed = self._experts()
-        width = cost.compute_bytes
-        self.kv_position = sum(layer.kv_elements for layer in spec.layers) * width
-        self.mixed_position = sum(layer.attention_flops // 4 for layer in spec.layers) * width
+        self.attentions = self._attentions()
+        self.kv_position = sum(kind.position_bytes for kind in self.attentions)
         modules = [m for layer in spec.layers for kind in MODULES if (m := getattr(layer, kind))]
         self.module_bytes = sum(m.nbytes for m in modules) + spec.head.nbytes
         grows = self.passes >= SPANS and self.contexts[1] > GROWN * self.contexts[0]
@@ -79,6 +95,19 @@ class Least:
                 routed.append(Counter(found.setdefault((kind, q), len(found)) for q in shares))
         counts = sum(routed, Counter[int]())
         return [(self.layers[kind][0], q, counts[number]) for (kind, q), number in found.items()], routed
+
+    def _attentions(self) -> list[Attention]:
+        """By what an op does with keys and values: what is best for one kind of layers is not for another."""
+        alike: dict[tuple[int | None, ...], list[tuple[Layer, int]]] = {}
+        for layer, n in self.layers:
+            kind = (layer.sliding_window, layer.kv_elements, layer.attention_flops, layer.expand_flops)
+            alike.setdefault(kind, []).append((layer, n))
+        found = []
+        for layers in alike.values():
+            elements = sum(n * layer.kv_elements for layer, n in layers)
+            mixed = sum(n * (layer.attention_flops // 4) for layer, n in layers)
+            found.append(Attention(tuple(layers), *(each * self.cost.compute_bytes for each in (elements, mixed))))
+        return found
 
     @property
     def positions(self) -> int:
@@ -113,14 +142,15 @@ class Least:
         )
         return prefill, self.passes * (self._least(self._pass_us, 1, first, low, high) + head)
 
-    def cores_us(self, high: int, span: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float]:
-        """What reading keys and values takes the processor in decode or a span of it, and what it takes the CPU; infinite where it
-        cannot."""
-        cost, cpu = self.cost, self.cost.hardware.processors.get(CPU)
-        here = sum(n * self._core_us(layer, high, cost.processor, span) for layer, n in self.layers)
-        if not cpu or not cost.cpu_attends:
-            return here, inf
-        return here, sum(n * self._core_us(layer, high, cpu, span) for layer, n in self.layers)
+    def cores_us(self, high: int, span: tuple[float, float] = (0.0, 1.0)) -> Cores:
+        """What reading keys and values takes the processor in decode or a span of it, and what it takes the CPU, by ``attentions``; zero
+        where it cannot."""
+        here, cpu = self.cost.processor, self.cost.hardware.processors.get(CPU) if self.cost.cpu_attends else None
+
+        def core_us(kind: Attention, processor: Processor) -> float:
+            return sum(n * self._core_us(layer, high, processor, span) for layer, n in kind.layers)
+
+        return [(core_us(kind, here), core_us(kind, cpu) if cpu else 0.0) for kind in self.attentions]
 
     def pairs_us(self) -> float:
         """Attention of all prompts to themselves, in the last layer of one token of each."""

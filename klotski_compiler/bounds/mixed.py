@@ -8,7 +8,7 @@ from itertools import pairwise, zip_longest
 from math import inf
 
 from klotski_compiler.bounds.apart import Relaxation
-from klotski_compiler.bounds.least import DECODE, PREFILL, SCALE_US, Weight
+from klotski_compiler.bounds.least import DECODE, PREFILL, SCALE_US, Attention, Cores, Weight
 from klotski_compiler.bounds.runs import UNKNOWN, Division
 from klotski_compiler.cost import Cost
 from klotski_compiler.milp.formulation import Model, Row, Terms, Variable, plus
@@ -104,8 +104,8 @@ class Mixed(Relaxation):
         staging: int = 0,
         known: Division = UNKNOWN,
     ) -> Model:
-        """With late: the share, by sequences, of what decodes beside what joins or late that is late; late[kept], late[cpu]: of all
-        positions that are seen so, those that are seen late and kept, or late by the CPU."""
+        """With late: the share, by sequences, of what decodes beside what joins or late that is late; late[kept.k], late[cpu.k]: of all
+        positions that layers of a kind see so, those that are seen late and kept, or late by the CPU."""
         model = super().program(first, low, high, room, staging, known)
         twice, least = 2 * self.workload.num_sequences, self.ages[0]
         shares = ((least - 2) / least * low / twice, high / twice)
@@ -113,14 +113,16 @@ class Mixed(Relaxation):
         for i in range(len(self.experts) if self.cost.cpu_attends else 0):
             for phase in ("prefill", "after"):
                 model.variables[f"parts[{phase}.{i}]"] = Variable(f"parts[{phase}.{i}]", 0.0, 1.0, False)
-        for share in ("kept", "cpu"):
-            model.variables[f"late[{share}]"] = Variable(f"late[{share}]", 0.0, 1.0, False)
-            model.rows.append(Row(f"late[{share}]", {f"late[{share}]": 1.0, f"{share}[kv]": -1.0}, -inf, 0.0))
-        model.rows.append(Row("late", {"late[kept]": 1.0, "late[cpu]": 1.0, "late": -self.later}, -inf, 0.0))
         as_many = self.later * min(1.0, shares[1])
-        model.rows.append(Row("late[places]", {"late[kept]": 1.0, "kept[kv]": -as_many}, -inf, 0.0))
-        early = {"kept[kv]": 1.0, "cpu[kv]": 1.0, "late[kept]": -1.0, "late[cpu]": -1.0}
-        model.rows.append(Row("early", early | {"late": 1.0}, -inf, 1.0))
+        for k in range(len(self.attentions)):
+            among = {f"late[{share}.{k}]": f"{share}[kv.{k}]" for share in ("kept", "cpu")}
+            for late, whole in among.items():
+                model.variables[late] = Variable(late, 0.0, 1.0, False)
+                model.rows.append(Row(late, {late: 1.0, whole: -1.0}, -inf, 0.0))
+            model.rows.append(Row(f"late[{k}]", dict.fromkeys(among, 1.0) | {"late": -self.later}, -inf, 0.0))
+            model.rows.append(Row(f"late[places.{k}]", {f"late[kept.{k}]": 1.0, f"kept[kv.{k}]": -as_many}, -inf, 0.0))
+            early = dict.fromkeys(among.values(), 1.0) | dict.fromkeys(among, -1.0) | {"late": 1.0}
+            model.rows.append(Row(f"early[{k}]", early, -inf, 1.0))
         return model
 
     def demands(
@@ -133,7 +135,7 @@ class Mixed(Relaxation):
         known: Division,
     ) -> Iterator[tuple[str, list[Terms]]]:
         """Joining passes with what decodes beside them, those between, those after with what is late, and all of them together."""
-        other_us, cores_us = (*self._passes_us(high), 0.0), ((0.0, inf), *self._cores_us(high), (0.0, inf))
+        other_us, cores_us = (*self._passes_us(high), 0.0), (self.nothing, *self._cores_us(high), self.nothing)
         passes, seen = (0, self.between, self.passes - self.between, 0), (0.0, *self.seen, 0.0)
         work = [
             self.work(kind, other_us[kind], cores_us[kind], n, weights, staging, seen[kind] / n if n else 0.0)
@@ -141,7 +143,7 @@ class Mixed(Relaxation):
         ]
         work = [self.shared(own, own) for own in work]
         early, late = self.early_and_late(other_us[BESIDE], cores_us[BESIDE], weights)
-        beside = self.experts_beside(cores_us[BESIDE][1], low, high) if self.cost.cpu_attends else []
+        beside = self.experts_beside(cores_us[BESIDE], low, high) if self.cost.cpu_attends else []
         for phase, attends, _ in beside:
             yield phase, [attends]
         more = [[{}, parts] for _, _, parts in beside] or [[], []]
@@ -153,53 +155,39 @@ class Mixed(Relaxation):
         yield "prefill decode after", [plus(*resource) for resource in zip(*work, strict=True)]
 
     def early_and_late(
-        self, other_us: float, cores_us: tuple[float, float], weights: list[Weight]
+        self, other_us: float, cores_us: Cores, weights: list[Weight]
     ) -> tuple[Iterable[Terms], Iterable[Terms]]:
         """What link, processor and CPU do at least for what decodes beside what joins, and for what is late. What is written back or
         crosses with queries counts only in all passes together."""
-        here, cpu = (us / SCALE_US if us < inf else 0.0 for us in cores_us)
         link, other = self.cost.hardware.links[self.cost.links[0]], other_us / SCALE_US
-        read_bytes = self.workload.num_sequences * (self.seen[1] - self.passes + self.between) * self.kv_position
-        read = 1e6 * max(0.0, read_bytes) / link.bandwidth_bytes_per_s / SCALE_US
+        positions = max(0.0, self.workload.num_sequences * (self.seen[1] - self.passes + self.between))
         experts = sum(weight.compute_us[BESIDE] for weight in weights) / SCALE_US
-        late = (
-            {"late": read, "late[kept]": -read, "late[cpu]": -read},
-            {
-                "": sum(weight.compute_us[LATE] for weight in weights) / SCALE_US,
-                "late": other + here,
-                "late[cpu]": -here,
-            },
-            {"late[cpu]": cpu},
-        )
-        early = (
-            {
-                "": read,
-                "late": -self.later * read,
-                "kept[kv]": -read,
-                "late[kept]": read,
-                "cpu[kv]": -read,
-                "late[cpu]": read,
-            },
-            {
-                "": other + experts + here,
-                "late": -other - experts - self.later * here,
-                "cpu[kv]": -here,
-                "late[cpu]": here,
-            },
-            {"cpu[kv]": cpu, "late[cpu]": -cpu},
-        )
+        left = sum(weight.compute_us[LATE] for weight in weights) / SCALE_US
+        early: list[Terms] = [{}, {"": other + experts, "late": -other - experts}, {}]
+        late: list[Terms] = [{}, {"": left, "late": other}, {}]
+        for k, (core_here, core_cpu) in enumerate(cores_us):
+            here, cpu = core_here / SCALE_US, core_cpu / SCALE_US
+            read = 1e6 * positions * self.attentions[k].position_bytes / link.bandwidth_bytes_per_s / SCALE_US
+            kept, helped, late_kept, late_helped = f"kept[kv.{k}]", f"cpu[kv.{k}]", f"late[kept.{k}]", f"late[cpu.{k}]"
+            reads = {"": read, "late": -self.later * read, kept: -read, helped: -read}
+            early[0] = plus(early[0], reads | {late_kept: read, late_helped: read})
+            early[1] = plus(early[1], {"": here, "late": -self.later * here, helped: -here, late_helped: here})
+            early[2] |= {helped: cpu, late_helped: -cpu}
+            late[0] = plus(late[0], {"late": read, late_kept: -read, late_helped: -read})
+            late[1] = plus(late[1], {"late": here, late_helped: -here})
+            late[2] |= {late_helped: cpu}
         return self.shared(early, early), self.shared(late, late)
 
-    def experts_beside(self, core_us: float, low: int, high: int) -> list[tuple[str, Terms, Terms]]:
+    def experts_beside(self, cores_us: Cores, low: int, high: int) -> list[tuple[str, Terms, Terms]]:
         """Of joining passes and of those after them: the CPU's attention together with the GPU's experts that cover nearly all that
-        decodes, and what the processor does more where they do not. core_us: all of the CPU's attention in both."""
-        cpu, most = core_us / SCALE_US, self.most(max(1, low - self._cohort(high)))
-        few = 2 * (1 - most) * self.later * cpu
+        decodes, and what the processor does more where they do not. cores_us: all attention in both."""
+        cpu, most = [us / SCALE_US for _, us in cores_us], self.most(max(1, low - self._cohort(high)))
+        few = 2 * (1 - most) * self.later * sum(cpu)
         late = min(1.0, self.later * high / (2 * self.workload.num_sequences))
-        attends: list[Terms] = [
-            {"": -few, "cpu[kv]": cpu, "late[cpu]": -cpu},
-            {"": -few * late, "late[cpu]": cpu},
-        ]
+        attends: list[Terms] = [{"": -few}, {"": -few * late}]
+        for k, us in enumerate(cpu):
+            attends[0] |= {f"cpu[kv.{k}]": us, f"late[cpu.{k}]": -us}
+            attends[1] |= {f"late[cpu.{k}]": us}
         found = []
         for phase, terms, passes in zip(("prefill", "after"), attends, self._passes(low, high), strict=True):
             parts: Terms = {}
@@ -304,9 +292,18 @@ class Mixed(Relaxation):
         join, between, beside = (sum(parts) for parts in zip(ends, layers, times, strict=True))
         return join, between, beside
 
-    def _cores_us(self, high: int) -> Iterator[tuple[float, float]]:
-        """Reading keys and values between and beside: of the processor, and of the CPU."""
-        here, cpu = self.cores_us(high)
-        for seen in self.seen:
-            share = seen / sum(self.seen) if any(self.seen) else 0.0
-            yield here * share, cpu * share if cpu < inf else inf
+    def _cores_us(self, high: int) -> Iterator[Cores]:
+        """Reading keys and values between and beside, of the processor and of the CPU."""
+        cores, beside = self.cores_us(high), [self._seen_beside(kind) for kind in self.attentions]
+        yield [(here * (1 - share), cpu * (1 - share)) for (here, cpu), share in zip(cores, beside, strict=True)]
+        yield [(here * share, cpu * share) for (here, cpu), share in zip(cores, beside, strict=True)]
+
+    def _seen_beside(self, kind: Attention) -> float:
+        """Of the positions that layers of a kind see in decode, counted as ``_core_us`` does, those beside what joins: they come later,
+        which a window does not feel."""
+        (first, last), passes, window = self.contexts, self.passes - self.between, kind.layers[0][0].sliding_window
+        if not passes:
+            return 0.0
+        begin, end = (min(context, window or context) for context in (first, last))
+        more = (self.seen[1] - passes * first) * (end - begin) / max(1, last - first)
+        return (passes * begin + more) / (self.passes * (begin + end) / 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from klotski_compiler.bounds.least import DECODE, SCALE_US, Least, Weight
+from klotski_compiler.bounds.least import DECODE, SCALE_US, Cores, Least, Weight
 from klotski_compiler.milp.formulation import Terms, plus
 from klotski_compiler.plan import CPU
 from klotski_compiler.tensors import query_bytes
@@ -31,13 +31,19 @@ UNKNOWN = Division()
 class Runs(Least):
     """Rows for a known number of batches."""
 
+    @property
+    def runs(self) -> list[tuple[int, list[int]]]:
+        """What is between barriers, as (length, kinds of attention): a run of one layer attends in one way, others in any."""
+        kinds = list(range(len(self.attentions)))
+        return [*((1, [kind]) for kind in kinds), *((length, kinds) for length in range(2, RUNS + 1))]
+
     def attention(
         self,
         phase: str,
         first: int,
         low: int,
         batches: int,
-        cores_us: tuple[float, float],
+        cores_us: Cores,
         ends_us: float,
         weights: list[Weight],
         part: float = 1.0,
@@ -54,7 +60,8 @@ class Runs(Least):
 
         since the CPU begins after a first part, and a last part needs what it did last. With one batch x is 0 or 1 (and no run is
         longer than a layer): what layers take on average lies on the line between the two. With more, A is convex but for x = 0, where
-        what is around the CPU's attention must count no more than what the GPU does.
+        what is around the CPU's attention must count no more than what the GPU does. Layers that attend in different ways have shares of
+        their own, and are in runs of any length as many as they like.
 
         Barriers, runs and ends do not overlap, so T >= runs + ends + what barriers take. Of a layer's, let G be the GPU's experts on
         all, C the CPU's, of which there are c, and w their exchange; E the GPU's if it computed all of them, F those by batches. Then
@@ -66,10 +73,17 @@ class Runs(Least):
         """
         split_us = min(self._layer_sums([weight.split_us for weight in weights[1:]]), default=0.0)
         both: Terms = {"": ends_us / SCALE_US}
-        for run in range(1, RUNS + 1):
-            lines = self._attention_us(first, low, batches, run, cores_us, split_us, part)
-            both[time := f"attention[{phase}.{run}]"] = 1.0
-            yield time, [{f"run[{run}]": at_0, f"cpu[run.{run}]": slope} for slope, at_0 in lines]
+        for number, (run, kinds) in enumerate(self.runs):
+            lines = (
+                self._attention_us(first, low, batches, run, kind, cores_us[kind], split_us, part) for kind in kinds
+            )
+            both[time := f"attention[{phase}.{number}]"] = 1.0
+            rows = list[Terms]()
+            for row in zip(*lines, strict=True):
+                of_kinds = list(zip(kinds, row, strict=True))
+                rows.append({f"run[{run}.{kind}]": at_0 for kind, (_, at_0) in of_kinds})
+                rows[-1] |= {f"cpu[run.{run}.{kind}]": slope for kind, (slope, _) in of_kinds}
+            yield time, rows
         here = [weight.compute_us[DECODE] * part / SCALE_US for weight in weights[1:]]
         layers = self._layer_sums(here)
         least, greatest = min(layers, default=0.0), max(layers, default=0.0)
@@ -89,33 +103,31 @@ class Runs(Least):
         low: int,
         batches: int,
         run: int,
-        cores_us: tuple[float, float],
+        kind: int,
+        core_us: tuple[float, float],
         split_us: float,
         part: float,
     ) -> list[tuple[float, float]]:
-        """Lines (slope, value at 0) below what attention would take, were all runs of a length (the last one standing for all that are
-        longer), as a function of the CPU's share. split_us: of a layer's experts, batch by batch."""
-        cost, size, layers = self.cost, low / batches, len(self.cost.spec.layers)
+        """Lines (slope, value at 0) below what attention of a kind would take, were all its layers in runs of a length (the last one
+        standing for all that are longer), as a function of the CPU's share. split_us: of a layer's experts, batch by batch."""
+        cost, size, own = self.cost, low / batches, self.attentions[kind]
+        layers = own.count
         times = first * self.passes * part * layers / SCALE_US
-        layer_us = min(self._batches_us(layer, low, batches) + cost.choice_us(layer, low) for layer, _ in self.layers)
-        inside = (1 - 1 / run) * split_us * part * layers / SCALE_US if len(self.routed) == layers else 0.0
-        core_here, core_cpu = cores_us[0] / SCALE_US, cores_us[1] / SCALE_US
+        layer_us = min(self._batches_us(layer, low, batches) + cost.choice_us(layer, low) for layer, _ in own.layers)
+        all_route = len(self.routed) == len(self.cost.spec.layers)
+        inside = (1 - 1 / run) * split_us * part * layers / SCALE_US if all_route else 0.0
+        core_here, core_cpu = core_us[0] / SCALE_US, core_us[1] / SCALE_US
         here = times * layer_us + core_here + inside
-        alike = len({(layer.kv_elements, layer.sliding_window) for layer, _ in self.layers}) == 1
-        if batches == 1 and not alike:  # processors take turns
-            return [(core_cpu - core_here, here)]
-        if run == RUNS or not alike:
+        if run == RUNS:
             return [(-core_here, here), (core_cpu, 0.0)]
         there = max(1, int(size)) if batches == 1 else 1
-        mixed_bytes = there * max(layer.attention_flops // 4 for layer, _ in self.layers) * cost.compute_bytes
+        mixed_bytes = there * min(one.mixed_bytes / one.count for one in (self.attentions if run > 1 else [own]))
         around_us = cost.transfer_us(cost.links[1], query_bytes(cost.spec, there, cost.dtype))
         around_us += cost.transfer_us(cost.links[0], mixed_bytes) + cost.hardware.processors[CPU].op_us
         if run == 1 or len(self.layers) == 1:  # first and last part of layers that differ may take less
-            around_us += min(
-                self._projected_us(layer, there) + cost.choice_us(layer, there) for layer, _ in self.layers
-            )
+            around_us += min(self._projected_us(layer, there) + cost.choice_us(layer, there) for layer, _ in own.layers)
         around = times / run * around_us
-        if batches == 1:
+        if batches == 1 and run == 1:
             return [(max(here - core_here, around + core_cpu) - here, here)]
         return [(-core_here, here), (core_cpu, min(around, here))]
 
@@ -126,7 +138,11 @@ class Runs(Least):
         least = min(self._layer_sums(more), default=0.0)
         if least <= 0:
             return {}
-        terms: Terms = {f"run[{run}]": -(1 - 1 / run) * layers for run in range(1, RUNS + 1)}
+        terms: Terms = {
+            f"run[{run}.{kind}]": -(1 - 1 / run) * self.attentions[kind].count
+            for run, kinds in self.runs
+            for kind in kinds
+        }
         terms |= {f"split[{i}]": us / least for i, us in enumerate(more, 1)}
         return terms | {"": float(layers - len(self.routed))}
 
