@@ -30,14 +30,14 @@ def _smaller(request: Request) -> Iterator[str]:
         return replace(request, workload=workload.model_copy(update={"gen_len": length}))
 
     sizes: list[tuple[str, int | None, Callable[[int], Request]]] = [
-        ("--batch-size", request.batch_size, lambda size: replace(request, batch_size=size)),
-        ("--num-batches", request.num_batches, lambda count: replace(request, num_batches=count)),
-        ("--prompt-len", workload.prompt_len, prompts),
-        ("--gen-len", workload.gen_len, texts),
+        ("--batch-size {}", request.batch_size, lambda size: replace(request, batch_size=size)),
+        ("--num-batches {}", request.num_batches, lambda count: replace(request, num_batches=count)),
+        ("--prompt-len {} (with --input: without longer prompts)", workload.prompt_len, prompts),
+        ("--gen-len {}", workload.gen_len, texts),
     ]
-    for option, now, changed in sizes:
+    for mend, now, changed in sizes:
         if now is not None and (most := _most(now, lambda value, changed=changed: _fits(changed(value)))):  # type: ignore[misc]
-            yield f"{option} {most}"
+            yield mend.format(most)
 
 
 def _most(now: int, fits: Callable[[int], bool]) -> int:

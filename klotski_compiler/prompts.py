@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from errno import EACCES, EISDIR, ENOENT
@@ -183,7 +184,9 @@ def _rows(source: str) -> Iterator[tuple[int, Any]]:
         raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
     except OSError as error:
         raise _unreadable(source, str(error.strerror)) from None
-    lines = raw.removeprefix(b"\xef\xbb\xbf").splitlines()
+    if raw.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):  # as shells of Windows write it
+        raw = _transcoded(source, raw)
+    lines = raw.removeprefix(BOM_UTF8).splitlines()
     begins = [line.lstrip()[:1] for line in lines if line.strip()]
     objects = source.endswith((".jsonl", ".json")) or 2 * begins.count(b"{") > len(begins)
     for number, line in enumerate(lines, 1):
@@ -206,6 +209,13 @@ def _rows(source: str) -> Iterator[tuple[int, Any]]:
             yield number, ValueError("is nested too deeply")
         except ValueError as error:
             yield number, ValueError(f"is not JSON: {error}")
+
+
+def _transcoded(source: str, raw: bytes) -> bytes:
+    try:
+        return raw.decode("utf-16").encode()
+    except UnicodeDecodeError as error:
+        raise _unreadable(source, f"it begins as UTF-16 text but is none from byte {error.start + 1} on") from None
 
 
 def _unreadable(source: str, why: str) -> ConfigError:

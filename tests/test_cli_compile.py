@@ -141,11 +141,12 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         parse_size(text)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_lengths_and_count_come_from_the_input(
-    model: Path, machine: Path, tmp_path: Path, asked: list[Request], capsys: pytest.CaptureFixture[str]
+    encoding: str, model: Path, machine: Path, tmp_path: Path, asked: list[Request], capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "prompts.txt"
-    text.write_text("short\n\n" + "a" * 41 + "\n")
+    text.write_bytes(("short\n\n" + "\u010a" * 41 + "\n").encode(encoding))
     assert main([str(model), str(machine), "--input", str(text)]) == 0
     assert asked[0].workload == Workload(prompt_len=11, gen_len=32, num_sequences=2)
     out = capsys.readouterr().out

@@ -118,16 +118,19 @@ def test_tokens_are_the_engines_and_rows_in_input_order(tiny: SimpleNamespace, t
     assert not (tmp_path / "out.jsonl.partial").exists()
 
 
-def test_a_row_ends_at_its_own_limit_or_at_an_end_token(tiny: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_row_ends_at_its_own_limit_or_at_an_end_token(
+    tiny: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     prompt = prompts(9)[0]
     body = {"prompt": prompt, "max_tokens": 2}
     batch_line = {"custom_id": "two", "method": "POST", "url": "/v1/completions", "body": body}
-    source = write_lines(tmp_path / "in.jsonl", [{"prompt": prompt}, batch_line])
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": prompt}, batch_line, batch_line])
     output = tmp_path / "out.jsonl"
     assert main([*tiny.run, "--input", source, "--output", str(output), "--max-new-tokens", "4"]) == 0
-    longer, shorter = (choice(row)["token_ids"] for row in read_lines(output))
+    longer, *shorter = (choice(row)["token_ids"] for row in read_lines(output))
     assert len(longer) == 4
-    assert shorter == longer[:2]
+    assert shorter == [longer[:2]] * 2
+    assert "2 rows share a custom_id with others, the first lines 2 and 3 ('two')" in capsys.readouterr().err
 
     (tmp_path / "model").mkdir()
     for file in tiny.folder.iterdir():

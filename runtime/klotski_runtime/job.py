@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.plan import Plan
-from klotski_compiler.prompts import Limits, Tokenizer, read_requests
+from klotski_compiler.prompts import Limits, Request, Tokenizer, read_requests
 from klotski_runtime.results import Results, completed, request_id
 
 if TYPE_CHECKING:  # torch takes seconds to import, and usage errors need none of it
@@ -105,6 +105,8 @@ class Batch(Job):
         if refused := [request.refused for request in self._requests if request.refused]:
             count = f"{len(refused):,} of {len(self._requests):,} rows cannot be run"
             print(f"klotski-run: {count}, the first because {refused[0]}", file=sys.stderr)
+        if twice := _twice(self._requests):
+            print(f"klotski-run: {twice}; their results are told apart by id, and are in input order", file=sys.stderr)
         left = [place for place in usable if place not in self._results.finished]
         self._order = sorted(left, key=lambda place: -len(self._requests[place].ids))
         self._refused, self._earlier = len(self._requests) - len(usable), len(usable) - len(left)
@@ -134,6 +136,19 @@ class Batch(Job):
     def _completed(self, place: int, row: Row) -> dict[str, Any]:
         request = self._requests[place]
         return completed(request, self._ids[place], row.tokens, row.reason, self._model, self._tokenizer, self._began)
+
+
+def _twice(requests: Sequence[Request]) -> str:
+    """Which rows cannot be told apart by what they are called; empty where all can."""
+    lines: dict[str, list[int]] = {}
+    for request in requests:
+        lines.setdefault(request.custom_id, []).append(request.line)
+    repeated = {name: at for name, at in lines.items() if len(at) > 1}
+    if not repeated:
+        return ""
+    name, (first, second, *_) = next(iter(repeated.items()))
+    count = sum(map(len, repeated.values()))
+    return f"{count:,} rows share a custom_id with others, the first lines {first} and {second} ({name!r})"
 
 
 def _weights(folder: Path) -> str:

@@ -34,6 +34,8 @@ examples:
 The input has one prompt per line of text, or JSON lines {"custom_id": "...", "prompt": "..."}, or OpenAI batch lines; a
 prompt may be a list of token ids. The output has OpenAI's batch results in input order. What is finished is kept in
 OUTPUT.partial until everything is: after an interruption the same command goes on from there.
+
+Exit codes: 0 done, 2 bad usage or input, 4 a plan that cannot be trusted, 5 failed while it ran, 130 interrupted.
 """
 
 
