@@ -98,7 +98,8 @@ def _kinds(search: Search, d: Decision) -> list[list[int]]:
 def _kind(layer: LayerDecision) -> Kind:
     """How many experts are where, not which."""
     counts = (len(getattr(layer, home)) for home in HOMES)
-    return layer.resident, *counts, len(layer.on_disk), layer.kv, layer.kv_batches, layer.cpu_batches
+    rest = layer.cpu_picks, len(layer.on_disk), layer.kv, layer.kv_batches, layer.cpu_batches
+    return layer.resident, *counts, *rest
 
 
 def _changes(search: Search) -> Iterator[Change]:
@@ -136,7 +137,8 @@ class Move:
         there = (*getattr(layer, self.target), *going)
         if self.target in ("late", "cpu"):
             there = tuple(e for e in popular if e in there)
-        return layer.model_copy(update={self.source: left, self.target: there})
+        changed = layer.model_copy(update={self.source: left, self.target: there})
+        return changed.model_copy(update={"cpu_picks": min(changed.cpu_picks, len(changed.late))})
 
 
 def _step(experts: Sequence[int]) -> int:

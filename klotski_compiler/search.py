@@ -310,6 +310,9 @@ class Search(Fills):
             elif rate := self.rate(lowered):
                 found.append(Best(name, decision, rate, lowered))
         if not found:
+            late = self._too_slow()
+            if str(late) in map(str, refusals.values()):  # one that fits, which says more than what others lack
+                raise late
             raise min(refusals.values(), key=lambda r: sum(r.shortfalls.values()) or inf)
         return sorted(found, key=lambda best: -best.tokens_per_s)
 
@@ -469,7 +472,9 @@ class Search(Fills):
             other = base.model_copy(update={"prefill_groups": parts})
             if d.last_batch:
                 count, last = (max(1, round(n * d.prefill_groups / parts)) for n in (large, d.last_batch))
-                size = -(-(d.sequences // parts - last) // count)
+                if last >= (part := d.sequences // parts):  # of so few, none is left to the GPU
+                    continue
+                size = -(-(part - last) // count)
                 small = {key: min(getattr(base, key), size) for key in ("attention_batch", "decode_batch")}
                 shape = {"num_batches": (count + 1) * parts, "batch_size": size, "last_batch": last}
                 other = other.model_copy(update=shape | small)

@@ -191,6 +191,30 @@ def test_a_policy_that_cannot_have_such_sizes_says_why() -> None:
     assert isinstance(refusal, Infeasible) and "max-latency" not in str(refusal)
 
 
+def test_what_fits_but_is_too_slow_says_more_than_what_others_lack() -> None:
+    """With just the memory of one policy, beneath a latency that none has."""
+    near = least(False, "auto")
+    assert any(c.why_not for c in plan_of(compiled(False, near)).candidates)
+    refusal = compiled(False, near, max_latency_s=1e-7)
+    assert isinstance(refusal, Infeasible) and "--max-latency" in str(refusal)
+
+
+def test_prefill_in_more_parts_leaves_some_to_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a few sequences, the CPU's own batch may be all that a smaller part has."""
+    monkeypatch.setattr(Search, "is_rugged", True)
+    hardware = tiny_hardware(True)
+    budgets = {"gpu": 120 << 20, "host": RICH, "disk": RICH}
+    workload = WORKLOAD.model_copy(update={"num_sequences": 4})
+    search = Search(Request(SPEC, hardware, uniform(SPEC), workload, budgets, "bf16", "joint"))
+    base = next(search.bases_of("joint", [4]))
+    for last in (1, 2, 3):
+        sizes = {"num_batches": 2, "batch_size": 4 - last, "last_batch": last, "prefill_groups": 1}
+        found = Rated(1.0, "joint", base.model_copy(update=sizes), "any")
+        others = [other for other, _ in search._in_other_parts(found)]
+        assert all(other.batch_size > 0 for other in others)
+        assert bool(others) == (last < 3)
+
+
 def test_without_decode_no_ceiling_matters() -> None:
     assert plan_of(compiled(False, 120 << 20, max_latency_s=1e-6, gen_len=1)).forecast.pass_us.keys() == {"prefill"}
 

@@ -346,7 +346,7 @@ def golden(name: str) -> str:
         resident_experts=(0,),
         static=streamed[: 3 - late],
         late=streamed[3 - late :],
-        cpu_picks=int(getattr(policy(name), "CPU_EXPERTS", False)),
+        cpu_picks=int(late > 1 and getattr(policy(name), "CPU_EXPERTS", False)),
         kv="host",
     )
     decision = tiny_decision(name, spec, "host", 2, 8, layers=(chosen, chosen), lead=3, hot=late // 3)

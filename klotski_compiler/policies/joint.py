@@ -25,6 +25,7 @@ from klotski_compiler.program import HEAD_SLOTS, URGENT, Evict, Program, staging
 
 ONE_BATCH = False
 EXPERTS = "solved"
+CPU_EXPERTS = True
 ROLLING = (False, True)
 
 
@@ -49,7 +50,7 @@ def build(p: Program) -> None:
                 begun = begin_experts(p, queue, layer, leaving)
         queue.release(*p.attention_weights(layer), *(t for t in p.router_weights(layer) if t not in shared))
         if p.is_moe(layer):
-            p.bind(layer, "rank", 0, len(p.picks(layer)))
+            p.bind(layer, "rank", 0, len(p.late[layer]))
             queue.bound = layer
             p.experts_on_cpu(layer)
             queue.advance(layer)
