@@ -150,9 +150,13 @@ class Search(Fills):
         return rated, starts
 
     def chosen(self, name: str, rated: Sequence[Rated]) -> list[Rated]:
-        """Those of a policy's candidates that may be lowered whole, fastest first. Raises Infeasible."""
-        rated = sorted((r for r in rated if r.tokens_per_s > 0), key=lambda r: -r.tokens_per_s)
-        kept_whole = self.retimed(by_order(rated)) if policy(name).EXPERTS == "solved" else rated[:KEPT_WHOLE]
+        """Those of a policy's candidates that may be lowered whole, fastest first; where only shares of experts fitted, the leanest. Raises
+        Infeasible."""
+        if not rated:
+            lean = self.lean(name)
+            return [Rated(lean.tokens_per_s, name, lean.decision, "any")]
+        quick = sorted((r for r in rated if r.tokens_per_s > 0), key=lambda r: -r.tokens_per_s)
+        kept_whole = self.retimed(by_order(quick)) if policy(name).EXPERTS == "solved" else quick[:KEPT_WHOLE]
         if not kept_whole:
             raise self._too_slow()
         return kept_whole
@@ -296,25 +300,33 @@ class Search(Fills):
         return None
 
     def leanest(self, names: Sequence[str], refusals: dict[str, Infeasible]) -> list[Best]:
-        """One sequence at a time and nothing resident: what fits if anything does. Raises Infeasible with what even that lacks."""
+        """The leanest schedules, fastest first. Raises Infeasible with what even those lack."""
         found: list[Best] = []
         for name in names:
             if name in refusals and not refusals[name].shortfalls:  # for another reason than memory
                 continue
-            if not (base := next(self.bases_of(name, [self.request.batch_size or 1]), None)):
-                continue
-            decision = self._stream_all(name, self.smallest_pieces(name, base))
-            lowered = lower(self.cost, name, decision, self.request.workload)
-            if over := self.over(lowered):
-                refusals[name] = self._shortfall(over)
-            elif rate := self.rate(lowered):
-                found.append(Best(name, decision, rate, lowered))
+            try:
+                found.append(self.lean(name))
+            except Infeasible as refusal:
+                refusals[name] = refusal
         if not found:
             late = self._too_slow()
             if str(late) in map(str, refusals.values()):  # one that fits, which says more than what others lack
                 raise late
             raise min(refusals.values(), key=lambda r: sum(r.shortfalls.values()) or inf)
         return sorted(found, key=lambda best: -best.tokens_per_s)
+
+    def lean(self, name: str) -> Best:
+        """One sequence at a time and nothing resident: what fits of a policy if anything does. Raises Infeasible with what it lacks."""
+        if not (base := next(self.bases_of(name, [self.request.batch_size or 1]), None)):
+            raise self._none_of_these_sizes(name)
+        decision = self._stream_all(name, self.smallest_pieces(name, base))
+        lowered = lower(self.cost, name, decision, self.request.workload)
+        if over := self.over(lowered):
+            raise self._shortfall(over)
+        if not (rate := self.rate(lowered)):
+            raise self._too_slow()
+        return Best(name, decision, rate, lowered)
 
     @property
     def classes(self) -> tuple[bool, ...]:

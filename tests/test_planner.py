@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -382,6 +383,41 @@ def test_a_large_file_of_prompts_is_taken_in_rolling_order() -> None:
         verify(plan)
     assert rolling == [False, True]
     assert plan.forecast.tokens_per_s > plan.forecast.class_bounds["phases apart"]
+
+
+@pytest.mark.parametrize(
+    "model", ["mixtral-8x7b", "olmoe-1b-7b", "gpt-oss-20b", "deepseek-v2-lite", "qwen1.5-moe-a2.7b"]
+)
+def test_whatever_is_asked_for_is_planned_or_refused(model: str) -> None:
+    """Four layers of real models on real machines: a plan is proved and beneath its bound, a refusal says what to change."""
+    rng, whole = random.Random(model), read_model(model)
+    spec = replace(whole, layers=(*whole.layers[:3], whole.layers[-1]))
+    for machine in ("rtx3090", "t4", "dev-2core"):
+        hardware = read_hardware(machine)
+        near = int(spec.nbytes * 10 ** rng.uniform(-0.7, 0.2))
+        budgets = {tier: min(memory.capacity_bytes, near) for tier, memory in hardware.tiers.items() if tier != "disk"}
+        lengths = {"prompt_len": rng.choice([1, 32, 512]), "gen_len": rng.choice([1, 8, 64])}
+        workload = Workload(num_sequences=rng.choice([1, 4, 5, 60]), **lengths)
+        sizes = rng.choice([None, 1, 3]), rng.choice([None, None, 4])
+        disk = {"disk": hardware.tiers["disk"].capacity_bytes}
+        request = Request(spec, hardware, uniform(spec), workload, budgets | disk, "bf16", "auto", *sizes)
+        try:
+            plan = compile_plan(request)
+        except Infeasible as refusal:
+            assert re.search("(gpu|host) is short by|--batch-size|--num-batches", str(refusal)), request
+        else:
+            assert plan.forecast.gap >= 0, request
+
+
+def test_where_only_shares_of_experts_fit_the_leanest_schedule_is_tried() -> None:
+    """What is solved for in fractions may have no whole numbers: then what is missing is memory, not speed."""
+    for near, fits in ((least(False, "joint"), True), (50 << 20, False)):
+        budgets = {"host": near, "disk": RICH}
+        search = Search(Request(SPEC, tiny_hardware(False), uniform(SPEC), WORKLOAD, budgets, "bf16", "joint"))
+        try:
+            assert [rated.decision.sequences for rated in search.chosen("joint", [])] == [1]
+        except Infeasible as refusal:
+            assert not fits and refusal.shortfalls["host"] > 0
 
 
 # -------------------------------------------------------------------------- host memory that cannot hold all weights
