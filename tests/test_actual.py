@@ -106,7 +106,7 @@ def test_a_forecast_or_the_trace_of_another_plan_is_refused(tmp_path: Path) -> N
 
 
 def test_a_profile_is_corrected_by_what_was_slower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan, hardware = tiny_plan(gpu=True), tiny_hardware(True)
+    plan, hardware = tiny_plan("klotski", gpu=True), tiny_hardware(True)
     trace = write_trace(plan, tmp_path / "trace.json", {"host>gpu": 2.0, "gpu": 1.25})
     found = calibrated(hardware, plan, actual.read(plan, trace), trace)
     before, after = hardware.links["host>gpu"], found.links["host>gpu"]
@@ -129,7 +129,7 @@ def test_a_profile_is_corrected_by_what_was_slower(tmp_path: Path, capsys: pytes
 
 def test_a_plan_with_corrected_costs_takes_as_long_as_the_run(tmp_path: Path) -> None:
     """A GPU's ops of decode that took longer than planned: the same plan made with the corrected profile says so."""
-    plan, hardware = tiny_plan(gpu=True), tiny_hardware(True)
+    plan, hardware = tiny_plan("klotski", gpu=True), tiny_hardware(True)
     trace = write_trace(plan, tmp_path / "trace.json", {"gpu": 3.0})
     found = calibrated(hardware, plan, {"decode": actual.read(plan, trace)["decode"]}, trace)
     again = make_plan(tiny_spec(), found, plan.policy, plan.decision, WORKLOAD)
