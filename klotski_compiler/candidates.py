@@ -122,7 +122,7 @@ class Candidates:
                     continue  # too few batches for that: the other order has them
                 leads = self.leads(module.EXPERTS)
                 for lead, unit in (
-                    leads[1:2] if ages and module.EXPERTS == "solved" else leads
+                    (leads[1:2] or leads) if ages and module.EXPERTS == "solved" else leads
                 ):  # others: ``neighbours``
                     for parts in ages or self.prefill_parts(num_batches, batch_size):
                         base = self.base(module.EXPERTS, num_batches, batch_size, lead, unit, parts)
@@ -139,7 +139,7 @@ class Candidates:
         if request.num_batches:
             return [request.num_batches]
         if request.batch_size:
-            return [max(1, sequences // request.batch_size)]
+            return sorted({max(1, sequences // request.batch_size), -(-sequences // request.batch_size)})
         least = max(1, min(LEAST_BATCH, BATCH_TOKENS // request.workload.prompt_len))
         if rolling and sequences > 1:
             return [n for n in (2, 4, 8, 16, MOST_AGES) if n == 2 or sequences // n >= least]
@@ -182,7 +182,8 @@ class Candidates:
             parts[-1] < num_batches
             and state_bytes(self.request.spec, tokens // parts[-1], self.request.dtype) > budget / 6
         ):
-            parts.append(min(num_batches, parts[-1] * 2))
+            batches = -(-num_batches // min(num_batches, parts[-1] * 2))
+            parts.append(-(-num_batches // batches))  # none of which is empty
         return parts
 
     def base(self, experts: str, num_batches: int, batch_size: int, lead: int, unit: int, parts: int) -> Decision:

@@ -42,7 +42,7 @@ def _smaller(request: Request) -> Iterator[str]:
 
 def _most(now: int, fits: Callable[[int], bool]) -> int:
     """The largest value below ``now`` that fits, 0 if none does. Fitting is monotone."""
-    if not fits(1):
+    if now < 2 or not fits(1):
         return 0
     low, high = 1, now
     while high - low > 1:

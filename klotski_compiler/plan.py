@@ -347,11 +347,11 @@ class Decision(_Record):
     head (0: resident). prefill_groups: sub-groups that prefill runs in, each re-reading the weights. rolling: whether they join one
     after another, at equal distances over the life of a sequence, each in a pass in which the others decode, rather than all before the
     first decode pass. attention_batch, decode_batch: sequences whose attention runs at once in prefill and in decode. expert_rows:
-    tokens per matmul of an expert, router or dense MLP at most. cpu_batches: batches, the last ones, whose decode attention the CPU
-    computes where the KV lives. kv_ahead: batches whose KV, where a link brings it, may be on its way or wait for attention. together:
-    whether what surrounds decode attention is one op for several batches, which takes a GPU fewer calls; in between it attends to one
-    after the other. by_batch: whether decode computes experts batch by batch, those of one
-    while the CPU attends to the next.
+    tokens per matmul of an expert, router or dense MLP at most. cpu_batches: batches, the last ones, in rolling order as many of each
+    age, whose decode attention the CPU computes where the KV lives. kv_ahead: batches whose KV, where a link brings it, may be on its
+    way or wait for attention. together: whether what surrounds decode attention is one op for several batches, which takes a GPU fewer
+    calls; in between it attends to one after the other. by_batch: whether decode computes experts batch by batch, those of one while
+    the CPU attends to the next.
     hot: experts per layer that are prefetched before the router speaks. embedding: whether its rows are
     resident where the CPU computes; a GPU reads them from host memory.
     """
@@ -421,10 +421,14 @@ class Decision(_Record):
         return [batch for batch in range(self.num_batches) if batch % self.part_batches >= kept]
 
     def attended(self, layer: int) -> list[int]:
-        """Batches whose decode attention the CPU computes in a layer: the last ones of those in host memory."""
+        """Batches whose decode attention the CPU computes in a layer: the last ones of those in host memory; in rolling order of each
+        sub-group's, which are of one age, so that a share of them is one of the work, too."""
         chosen = self.layers[layer]
         share = self.cpu_batches if chosen.cpu_batches is None else chosen.cpu_batches
         away = self.away(layer) if chosen.kv == "host" and share else []
+        if self.rolling:
+            first = self.part_batches - share // self.prefill_groups
+            return [batch for batch in away if batch % self.part_batches >= first]
         return away[max(0, len(away) - share) :]
 
     def sends_kv(self, compute_tier: str) -> bool:

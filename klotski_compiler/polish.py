@@ -81,7 +81,9 @@ def _near(search: Search, d: Decision, free_bytes: int, seen: set[State]) -> Ite
                 layers[number] = change.of(search, d, number)
             states = {(n, _kind(layer)) for n, layer in enumerate(layers) if layer is not d.layers[n]}
             if not states <= seen:
-                batches = max(d.cpu_batches if layer.cpu_batches is None else layer.cpu_batches for layer in layers)
+                own = [d.cpu_batches if layer.cpu_batches is None else layer.cpu_batches for layer in layers]
+                if (batches := max(own)) != d.cpu_batches:  # which layers without a number of their own would follow
+                    layers = [one.model_copy(update={"cpu_batches": n}) for one, n in zip(layers, own, strict=True)]
                 changed = d.model_copy(update={"layers": tuple(layers), "cpu_batches": batches})
                 yield Changed(changed, change, each_bytes, states)
 
@@ -148,7 +150,7 @@ def _step(experts: Sequence[int]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Attend:
-    """The CPU attends to so many batches more."""
+    """The CPU attends to so many batches more, in rolling order of each age."""
 
     more: int
 
@@ -159,9 +161,10 @@ class Attend:
     def of(self, search: Search, d: Decision, number: int) -> LayerDecision:
         """A layer with the change; itself where that is not possible."""
         layer, now = d.layers[number], len(d.attended(number))
-        if layer.kv != "host" or not 0 <= now + self.more <= len(d.away(number)) or d.last_batch:
+        then = now + self.more * (d.prefill_groups if d.rolling else 1)
+        if layer.kv != "host" or not 0 <= then <= len(d.away(number)) or d.last_batch:
             return layer
-        return layer.model_copy(update={"cpu_batches": now + self.more})
+        return layer.model_copy(update={"cpu_batches": then})
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,7 +114,9 @@ def notes(search: Search, best: Best, predicted: Forecast) -> Iterator[str]:
         changes.append((f"{size(step)} more of {tier}", Search(more), decision.num_batches))
     if decision.sequences < request.workload.num_sequences:
         if not decision.last_batch and not request.max_latency_s:  # scores do not know how long a pass takes
-            changes.append(("one more batch", search, decision.num_batches + 1))
+            step = decision.prefill_groups  # of which each has as many batches
+            what = "one more batch" if step == 1 else f"{step} more batches"
+            changes.append((what, search, decision.num_batches + step))
     else:
         yield "one more batch: the workload already fits in one group"
     for what, tried, num_batches in changes:

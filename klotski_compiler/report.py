@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from klotski_compiler.plan import ALL, Candidate, Compute, Decision, Load, Phase, Plan, Step, Store, step_text
+from klotski_compiler.plan import ALL, Bind, Candidate, Compute, Decision, Load, Phase, Plan, Step, Store, step_text
 from klotski_compiler.timeline import timeline
 from klotski_compiler.words import bar, count, size, span
 
@@ -188,7 +188,8 @@ def _streamed(plan: Plan) -> Iterator[Row]:
             f"{kinds['expert']} experts ({size(sizes['expert'])}) travel in every pass without asking the router",
         )
     if kinds["pick"]:
-        hot = plan.decision.hot
+        predicted = any(isinstance(s.op, Bind) and s.op.rule == "predicted" for s in steps)
+        hot = plan.decision.hot if predicted else 0
         when = (
             f"the {hot} likeliest of a layer when a predictor names them, the others when the router does"
             if hot

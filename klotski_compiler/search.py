@@ -68,6 +68,10 @@ WHOLE_STEPS = 2500  # a pass of so few ops, about, is timed whole at once
 RETIMED_STEPS = 6000  # of an estimate that is timed whole before the best are lowered
 
 
+class TooSlow(Infeasible):
+    """What fits has passes longer than --max-latency."""
+
+
 @dataclass(slots=True)
 class Best:
     """A policy's best schedule so far. order: what is known of the order of its experts, in words."""
@@ -115,6 +119,8 @@ class Search(Fills):
                 if any(r.tokens_per_s for r in rated) or not self.request.max_latency_s:
                     return rated, starts
                 if self.out_of_time() or not self._narrowed(rated, SMALLER):
+                    if not rated:  # only shares of experts fit
+                        return [], []
                     raise self._too_slow()
         finally:
             self.most_sequences = most
@@ -123,7 +129,7 @@ class Search(Fills):
         """Go on with smaller groups than these, of at most that share of their sequences; False where there are none."""
         tried = min([self.most_sequences, *(rated.decision.sequences for rated in timed)])
         self.most_sequences = min(tried - 1, round(share * tried))
-        return self.most_sequences > 0 and not (self.request.batch_size and self.request.num_batches)
+        return self.most_sequences >= (self.request.batch_size or 1) and not self.request.num_batches
 
     def _begun(self, name: str) -> tuple[list[Rated], list[Rated]]:
         if policy(name).ONE_BATCH and (self.request.num_batches or 1) > 1:
@@ -232,7 +238,7 @@ class Search(Fills):
         ahead = sorted((r for r in timed if r.tokens_per_s > ours), key=lambda r: -r.tokens_per_s)
         found, by_batch = list[Rated](), list[Rated]()
         for other in ahead[:BORROWED] if ours else ():
-            for d in _variants(other.decision):
+            for d in self._variants(other.decision):
                 with suppress(Infeasible, PlanError):
                     (by_batch if d.by_batch else found).append(Rated(self.estimate(OURS, d), OURS, d, "any"))
         return [*found, *by_batch, *(self.improved(start) for start in best_of_orders(found))]
@@ -276,11 +282,17 @@ class Search(Fills):
         ahead = max(whole, key=lambda b: b.tokens_per_s)
         if self.request.policy != "auto" or ours >= ahead.tokens_per_s * (1 - TIE):
             return
-        for d in _variants(ahead.decision):
+        for d in self._variants(ahead.decision):
             with suppress(Infeasible, PlanError):
                 lowered = lower(self.cost, OURS, d, self.request.workload)
                 if not self.over(lowered) and (rate := self.rate(lowered)) > ours:
                     yield Best(OURS, d, rate, lowered)
+
+    def _variants(self, decision: Decision) -> Iterator[Decision]:
+        """What ours can make of another policy's decision: where the CPU attends to all, also with experts computed batch by batch."""
+        yield decision
+        if decision.cpu_batches == decision.num_batches and self.request.workload.gen_len > 1:
+            yield decision.model_copy(update={"by_batch": True, "together": False})
 
     def smaller(self, name: str, timed: Sequence[Rated]) -> Best | None:
         """What fits of a policy whose candidates turned out not to when they were lowered whole: of smaller groups; None if nothing
@@ -310,14 +322,12 @@ class Search(Fills):
             except Infeasible as refusal:
                 refusals[name] = refusal
         if not found:
-            late = self._too_slow()
-            if str(late) in map(str, refusals.values()):  # one that fits, which says more than what others lack
-                raise late
-            raise min(refusals.values(), key=lambda r: sum(r.shortfalls.values()) or inf)
+            # One that fits, if too slowly, says more than what others lack.
+            raise min(refusals.values(), key=lambda r: (not isinstance(r, TooSlow), sum(r.shortfalls.values()) or inf))
         return sorted(found, key=lambda best: -best.tokens_per_s)
 
     def lean(self, name: str) -> Best:
-        """One sequence at a time and nothing resident: what fits of a policy if anything does. Raises Infeasible with what it lacks."""
+        """One sequence at a time and nothing resident: about the least that a policy takes. Raises Infeasible with what it lacks."""
         if not (base := next(self.bases_of(name, [self.request.batch_size or 1]), None)):
             raise self._none_of_these_sizes(name)
         decision = self._stream_all(name, self.smallest_pieces(name, base))
@@ -601,19 +611,14 @@ class Search(Fills):
         return ceiling is not None and pass_us > 1e6 * ceiling
 
     def _none_of_these_sizes(self, name: str) -> Infeasible:
-        if self.request.max_latency_s:
+        if (
+            self.request.max_latency_s and self.most_sequences < self.request.workload.num_sequences
+        ):  # larger ones have some
             return self._too_slow()
         workload = self.request.workload
         return Infeasible(
             {}, f"{name} has no schedule of these sizes for {workload.num_sequences} prompts; choose others"
         )
 
-    def _too_slow(self) -> Infeasible:
-        return Infeasible({}, f"no schedule has a decode pass within --max-latency {self.request.max_latency_s} s")
-
-
-def _variants(decision: Decision) -> Iterator[Decision]:
-    """What ours can make of another policy's decision: where the CPU attends to all, also with experts computed batch by batch."""
-    yield decision
-    if decision.cpu_batches == decision.num_batches:
-        yield decision.model_copy(update={"by_batch": True, "together": False})
+    def _too_slow(self) -> TooSlow:
+        return TooSlow({}, f"no schedule has a decode pass within --max-latency {self.request.max_latency_s} s")

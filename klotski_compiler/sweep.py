@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from klotski_compiler.errors import Infeasible
+from klotski_compiler.errors import ConfigError, Infeasible
 from klotski_compiler.plan import Plan
 from klotski_compiler.planner import Request, compile_plan
 from klotski_compiler.policies import OURS
@@ -55,8 +55,12 @@ def points(request: Request, swept: str) -> list[tuple[float, Request]]:
 
 
 def sweep(request: Request, swept: str, progress: Callable[[str, float], None]) -> list[Point]:
-    """Compile every point; one that does not fit is part of the answer. Raises Infeasible where none fits."""
+    """Compile every point; one that does not fit is part of the answer. Raises Infeasible where none fits, ConfigError where none is."""
     asked, out = points(request, swept), list[Point]()
+    if not asked:
+        spec, new = request.spec, request.workload.gen_len
+        why = f"{new} new tokens leave no prompt of {PROMPT_LENS[0]} tokens room in the {spec.max_positions} positions of {spec.name}"
+        raise ConfigError("--gen-len", "", f"{why}; ask for fewer")
     for number, (value, point) in enumerate(asked):
         progress(f"{swept} {value:g}", number / len(asked))
         try:

@@ -96,11 +96,11 @@ def _does(plan: Plan, op: Op) -> tuple[str, int]:
     """What an op does, in a word or two, and on how many experts or batches."""
     if isinstance(op, Bind):
         return "bind", 1
-    kinds = {plan.tensors[t].kind for t in op.tensors}
+    kinds = Counter(plan.tensors[t].kind for t in op.tensors)
     if isinstance(op, Compute):
         if op.fn != "experts":
             return op.fn, 1
-        return "late experts" if "pick" in kinds else "experts", len(op.tensors)
+        return "late experts" if kinds["pick"] else "experts", kinds["pick"] + kinds["expert"]
     layers = {plan.tensors[t].layer for t in op.tensors}
     where = f"L{min(layers)} " if min(layers) >= 0 else ""
     verb = "save " if isinstance(op, Store) else "copy " if op.link != op.stream else ""

@@ -15,7 +15,7 @@ from klotski_compiler.bounds.least import SCALE_US, SPANS
 from klotski_compiler.bounds.mixed import Mixed
 from klotski_compiler.bounds.runs import MOST_BATCHES, Division
 from klotski_compiler.cost import Cost
-from klotski_compiler.hardware import read_hardware
+from klotski_compiler.hardware import Hardware, read_hardware
 from klotski_compiler.milp.solve import Solver, residency
 from klotski_compiler.model import ModelSpec, read_model
 from klotski_compiler.pipeline import Lowered, lower, most_pages
@@ -25,7 +25,7 @@ from klotski_compiler.rough import busiest_us
 from klotski_compiler.routing import uniform
 from klotski_compiler.search import WORK_ERROR
 from klotski_compiler.tensors import MODULES
-from plans import tiny_decision, tiny_hardware, tiny_spec
+from plans import module, tiny_decision, tiny_hardware, tiny_spec
 
 
 def tokens_per_s(lowered: Lowered, workload: Workload) -> float:
@@ -198,6 +198,65 @@ def test_what_is_late_in_rolling_order_is_bounded() -> None:
     assert min(slack) < 1.27
 
 
+def nearly_free(hardware: Hardware, rates: dict[str, dict[str, Any]]) -> Hardware:
+    """The machine with ops and links that take next to nothing, but for what ``rates`` say of its processors."""
+    free = dict.fromkeys(("op_us", "attention_op_us", "router_op_us", "expert_op_us"), 1e-4)
+    free |= dict.fromkeys(("hidden_bytes_per_s", "memory_bytes_per_s", "kv_bytes_per_s"), 1e15)
+    free |= {"prefill_attention_flops_per_s": 1e18}
+    links = {
+        name: link.model_copy(update={"latency_us": 0.0, "bandwidth_bytes_per_s": 1e14})
+        for name, link in hardware.links.items()
+    }
+    processors = {name: p.model_copy(update=free | rates[name]) for name, p in hardware.processors.items()}
+    return hardware.model_copy(update={"links": links, "processors": processors})
+
+
+@pytest.mark.parametrize("cpu_batches", range(5))
+def test_the_cpus_share_is_the_same_at_every_age(cpu_batches: int) -> None:
+    """Were it of the older one of two only, it would be all of what is read beside prompts, and about half of the rest."""
+    prompt_len, rate = 4096, 1e8
+    kv = {"kv_bytes_per_s": rate, "matmul": {"bf16": ((1, 1e14), (64, 8e14))}}
+    prompts = {"prefill_attention_flops_per_s": rate * prompt_len}
+    spec, hardware = tiny_spec(layers=2, experts=2), nearly_free(tiny_hardware(True), {"gpu": kv | prompts, "cpu": kv})
+    cost, workload = (
+        Cost(spec, hardware, uniform(spec), "bf16"),
+        Workload(prompt_len=prompt_len, gen_len=4, num_sequences=40),
+    )
+    layers = tuple(
+        LayerDecision(resident=("attention", "router"), resident_experts=tuple(range(layer.num_experts)), kv="host")
+        for layer in spec.layers
+    )
+    changes = {"layers": layers, "rolling": True, "prefill_groups": 2, "head_pages": 0, "cpu_batches": cpu_batches}
+    decision = tiny_decision("joint", spec, "host", 4, 1).model_copy(update=changes)
+    assert decision.attended(0) == [[], [], [1, 3], [1, 3], [0, 1, 2, 3]][cpu_batches]
+    lowered = lower(cost, "joint", decision, workload)
+    least_us = Mixed(cost, workload, lowered.peak_bytes, (2, 2)).least_us(4, 4)
+    assert least_us <= (lowered.load_us + lowered.group_us) * (1 + TOLERANCE)
+    assert tokens_per_s(lowered, workload) <= bound_tokens_per_s(cost, workload, lowered.peak_bytes, True) * (
+        1 + TOLERANCE
+    )
+
+
+def test_batches_of_two_sizes_may_take_less_than_of_one() -> None:
+    """Where few tokens are computed at nearly the rate of many, not at a rate in proportion."""
+    kv, rate = 2e7, {"bf16": ((1, 1e10), (65536, 256e10))}
+    rates = {"gpu": {"kv_bytes_per_s": kv, "matmul": rate}, "cpu": {"kv_bytes_per_s": kv / 7, "matmul": rate}}
+    base = tiny_spec(layers=3, experts=2)
+    wide = replace(base.layers[1], shared=None, attention=module(40 * (4 * 64 * 64 + 64), 5))
+    spec, hardware = replace(base, layers=(wide,) * 3), nearly_free(tiny_hardware(True), rates)
+    cost, workload = Cost(spec, hardware, uniform(spec), "bf16"), Workload(prompt_len=64, gen_len=2, num_sequences=64)
+    layer = LayerDecision(
+        resident=("attention", "router"), resident_experts=(0, 1), kv="host", kv_batches=1, cpu_batches=1
+    )
+    sizes = {"cpu_batches": 1, "last_batch": 8, "attention_batch": 64, "decode_batch": 64, "together": True}
+    decision = tiny_decision("joint", spec, "host", 2, 56).model_copy(
+        update={"layers": (layer,) * 3, "head_pages": 0, **sizes}
+    )
+    lowered = lower(cost, "joint", decision, workload)
+    least_us = Relaxation(cost, workload, lowered.peak_bytes).least_us(1, 1, Division(batches=2))
+    assert 0.9 < least_us / (lowered.load_us + lowered.group_us) <= 1
+
+
 def shared_schedule(policy_name: str, seed: int, window: int = 0) -> tuple[Relaxation, Decision, Lowered]:
     """Attention takes GPU and CPU about as long, and each layer shares it as it likes; with CPU experts, short last groups and
     batches. Half of the schedules are as a solver would have them: all layers alike but for one batch, and, where some attend to a
@@ -350,11 +409,19 @@ def test_an_interval_bounds_all_that_it_contains() -> None:
             assert relaxation.least_us(first, last) <= min(single[first - least : last - least + 1]) * (1 + 1e-9)
 
 
-def test_an_interval_of_strides_bounds_all_that_it_contains() -> None:
-    """However far apart cohorts join: each interval by itself, and all of them together, is no tighter than what lies in it."""
-    spec = tiny_spec()
-    cost = Cost(spec, tiny_hardware(True), uniform(spec), "bf16")
-    workload = Workload(prompt_len=64, gen_len=33, num_sequences=96)
+@pytest.mark.parametrize(("prompt_len", "quick"), [(64, False), (1, True)])
+def test_an_interval_of_strides_bounds_all_that_it_contains(prompt_len: int, quick: bool) -> None:
+    """However far apart cohorts join: each interval by itself, and all of them together, is no tighter than what lies in it. quick: a CPU
+    that computes experts of decode faster than the GPU, so that passes in which others join take longer than those between."""
+    spec, hardware = tiny_spec(experts=8), tiny_hardware(True)
+    if quick:
+        rates = {
+            "gpu": {"matmul": {"bf16": ((1, 1e10), (2, 1e10))}},
+            "cpu": {"matmul": {"bf16": ((1, 1e11), (2, 1e11))}},
+        }
+        hardware = nearly_free(hardware, rates)
+    cost = Cost(spec, hardware, uniform(spec), "bf16")
+    workload = Workload(prompt_len=prompt_len, gen_len=33, num_sequences=96)
     budgets = {"gpu": spec.nbytes // 3 + (60 << 20), "host": spec.nbytes}
     for size in (40, 60, 100):
         single = {s: Mixed(cost, workload, budgets, (s, s)).least_us(size, size) for s in range(1, 18)}

@@ -316,7 +316,7 @@ def test_a_sweep_prints_a_table_and_draws_a_picture(model: Path, machine: Path, 
     asked = [str(model), str(machine), *SHORT, "--policy", "joint", "--sweep", "prompt-len"]
     assert main([*asked, "-o", str(picture)]) == 0
     out = capsys.readouterr().out
-    assert "prompt, tokens" in out
+    assert "prompt, tokens" in out and "--prompt-len does not count: the sweep sets that" in out
     assert f"drawn to {picture}" in out
     assert picture.read_text().startswith("<?xml")
     assert main([*asked, "-o", str(tmp_path / "plan.json")]) == 2

@@ -185,6 +185,15 @@ def test_a_search_that_is_cut_short_says_so() -> None:
     assert search.truncated
 
 
+def test_batches_of_a_size_that_does_not_divide_the_workload_may_be_one_more() -> None:
+    """So that all of it is one group."""
+    request = Request(
+        SPEC, tiny_hardware(False), uniform(SPEC), WORKLOAD, {"host": RICH, "disk": RICH}, "bf16", "joint", 16
+    )
+    assert Search(request).batch_counts(24) == [1, 2]
+    assert Search(request).batch_counts(32) == [2]
+
+
 def test_a_policy_that_cannot_have_such_sizes_says_why() -> None:
     candidates = plan_of(compiled(False, 120 << 20, batch_size=3, num_batches=2)).candidates
     assert all("one batch at a time" in c.why_not for c in candidates if policy(c.policy).ONE_BATCH)
@@ -198,6 +207,9 @@ def test_what_fits_but_is_too_slow_says_more_than_what_others_lack() -> None:
     assert any(c.why_not for c in plan_of(compiled(False, near)).candidates)
     refusal = compiled(False, near, max_latency_s=1e-7)
     assert isinstance(refusal, Infeasible) and "--max-latency" in str(refusal)
+    # Of these sizes moe_lens has none, however slow they might be: what the others lack says more.
+    refusal = compiled(False, 1 << 20, batch_size=2, num_batches=4, num_sequences=4, max_latency_s=1e6)
+    assert isinstance(refusal, Infeasible) and refusal.shortfalls
 
 
 def test_prefill_in_more_parts_leaves_some_to_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,15 +421,21 @@ def test_whatever_is_asked_for_is_planned_or_refused(model: str) -> None:
             assert plan.forecast.gap >= 0, request
 
 
-def test_where_only_shares_of_experts_fit_the_leanest_schedule_is_tried() -> None:
+@pytest.mark.parametrize("max_latency_s", [None, 1e9])
+def test_where_only_shares_of_experts_fit_the_leanest_schedule_is_tried(
+    max_latency_s: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is solved for in fractions may have no whole numbers: then what is missing is memory, not speed."""
-    for near, fits in ((least(False, "joint"), True), (50 << 20, False)):
+    monkeypatch.setattr(Search, "fills", lambda *_: iter(()))
+
+    def plan(near: int) -> Plan:
         budgets = {"host": near, "disk": RICH}
-        search = Search(Request(SPEC, tiny_hardware(False), uniform(SPEC), WORKLOAD, budgets, "bf16", "joint"))
-        try:
-            assert [rated.decision.sequences for rated in search.chosen("joint", [])] == [1]
-        except Infeasible as refusal:
-            assert not fits and refusal.shortfalls["host"] > 0
+        request = Request(SPEC, tiny_hardware(False), uniform(SPEC), WORKLOAD, budgets, "bf16", "joint")
+        return compile_plan(replace(request, max_latency_s=max_latency_s))
+
+    assert plan(least(False, "joint") + (16 << 20)).decision.sequences == 1
+    with pytest.raises(Infeasible, match="host is short by"):
+        plan(50 << 20)
 
 
 # -------------------------------------------------------------------------- host memory that cannot hold all weights

@@ -47,6 +47,12 @@ def decided(kv: str, cpu: int = 0, late: int = 2, policy: str = "joint", **chang
     return base.model_copy(update={"layers": tuple(layers)})
 
 
+def with_picks(decision: Decision, cpu_picks: int) -> Decision:
+    """The CPU computes so many of the late experts."""
+    layers = (layer.model_copy(update={"cpu_picks": min(cpu_picks, len(layer.late))}) for layer in decision.layers)
+    return decision.model_copy(update={"layers": tuple(layers)})
+
+
 def best_of(search: Search, decision: Decision, policy: str = "joint") -> Best:
     lowered = lower(search.cost, policy, decision, WORKLOAD)
     return Best(policy, decision, search.rate(lowered), lowered)
@@ -63,6 +69,7 @@ CASES = {
     "gpu beside cpu": (True, decided("gpu", cpu=3)),
     "kv in host memory": (True, decided("host", cpu=2)),
     "in parts": (True, decided("host", cpu=2, prefill_groups=2)),
+    "picks of the cpu": (True, with_picks(decided("gpu", late=3), 2)),
     "attention beside cpu": (True, decided("host", cpu=1).model_copy(update={"cpu_batches": 2})),
 }
 
@@ -101,6 +108,30 @@ def test_what_all_layers_take_from_the_decision_stays() -> None:
     assert all(layer.cpu_batches is None for layer in decision.layers)
     near = polish._near(search, decision, 0, set())
     assert {one.decision.cpu_batches for one in near if not isinstance(one.change, polish.Attend)} == {2}
+
+
+def test_what_one_layer_gives_the_cpu_no_other_follows() -> None:
+    """Layers without a number of their own have the decision's, which is the most of any."""
+    search, decision = searching(), decided("host", cpu=1).model_copy(update={"cpu_batches": 1})
+    few = decision.layers[:3]
+    layers = (
+        *few,
+        *(layer.model_copy(update={"late": layer.late[:1], "static": (2, 3, 4, 6)}) for layer in decision.layers[3:]),
+    )
+    decision = decision.model_copy(update={"layers": layers})
+    more = [one for one in polish._near(search, decision, RICH, set()) if one.change == polish.Attend(1)]
+    assert more
+    for one in more:
+        changed = {number for number, _ in one.states}
+        assert all(len(one.decision.attended(n)) == 1 + (n in changed) for n in range(len(layers)))
+
+
+def test_no_more_picks_are_the_cpus_than_there_are_late_experts() -> None:
+    """Where an expert that was late goes elsewhere."""
+    search, decision = searching(), decided("host", late=2)
+    for number in range(1, len(decision.layers)):
+        moved = polish.Move("late", "static").of(search, with_picks(decision, 2), number)
+        assert (len(moved.late), moved.cpu_picks) == (1, 1)
 
 
 def test_a_layer_that_keeps_the_others_waiting_is_mended() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from klotski_compiler import sweep
-from klotski_compiler.errors import Infeasible
+from klotski_compiler.errors import ConfigError, Infeasible
 from klotski_compiler.plan import Plan, Workload
 from klotski_compiler.planner import Request
 from klotski_compiler.routing import uniform
@@ -67,3 +68,6 @@ def test_a_point_that_does_not_fit_is_part_of_the_answer_and_none_that_fits_a_re
     assert "short by" in "\n".join(sweep.table(asked, "memory", found))
     with pytest.raises(Infeasible):
         sweep.sweep(request(1 << 10), "memory", silent)
+    long = replace(asked, workload=asked.workload.model_copy(update={"gen_len": asked.spec.max_positions}))
+    with pytest.raises(ConfigError, match="leave no prompt of 64 tokens room"):
+        sweep.sweep(long, "prompt-len", silent)

@@ -249,7 +249,7 @@ class Relaxation(Runs):
             decode += self.passes * self._least(ops, 1, first, low, high) - layers
             prompt = self.workload.prompt_len
             prefill -= self._least(self._prompts_us, prompt, first, low, high)
-            prefill += self._least(lambda n: batches * self._prompts_us(n / batches), prompt, first, low, high)
+            prefill += self._least(partial(self._parted_us, batches), prompt, first, low, high)
         most = 1.0 if batches else self.most(high)
         joined = self.work(PREFILL, prefill, self.nothing, 0.0, weights, staging)
         yield "prefill", self.shared(joined, joined)
@@ -268,6 +268,13 @@ class Relaxation(Runs):
             yield f"decode[{j}]", self.beside(before * part, cores, weights, most, part)
             if self.attends(batches):
                 yield from self.attention(f"decode[{j}]", first, low, batches, cores, ends * part, weights, part)
+
+    def _parted_us(self, batches: int, tokens: float) -> float:
+        """``_prompts_us`` in so many batches: of equal size they take least, if they are of equal size; where one is the CPU's own, of
+        another size, their ops take no less than one op on all and what it costs to begin the others."""
+        if self.cost.cpu_attends:
+            return self._prompts_us(tokens) + (batches - 1) * self._prompts_us(0)
+        return batches * self._prompts_us(tokens / batches)
 
     @property
     def nothing(self) -> Cores:

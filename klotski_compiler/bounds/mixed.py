@@ -8,7 +8,7 @@ from itertools import pairwise, zip_longest
 from math import inf
 
 from klotski_compiler.bounds.apart import Relaxation
-from klotski_compiler.bounds.least import DECODE, PREFILL, SCALE_US, Attention, Cores, Weight
+from klotski_compiler.bounds.least import DECODE, PREFILL, SCALE_US, Cores, Weight
 from klotski_compiler.bounds.runs import UNKNOWN, Division
 from klotski_compiler.cost import Cost
 from klotski_compiler.milp.formulation import Model, Row, Terms, Variable, plus
@@ -63,12 +63,15 @@ class Mixed(Relaxation):
         super().__init__(cost, workload, budgets)
         self.spans, self.strides = 0, strides
         self.ages = -(-workload.gen_len // strides[1]), -(-workload.gen_len // strides[0])  # least and most
-        # Decode passes of a sequence in which others join, by the stride.
+        # Decode passes of a sequence in which others join, by the stride; positions that attention sees in all of them.
         beside = [self.passes // s for s in range(strides[0], strides[1] + 1)]
+        joined = [m * workload.prompt_len + s * m * (m + 1) / 2 for s, m in enumerate(beside, strides[0])]
         self.between = self.passes - max(beside)  # decode passes of a sequence in which none joins
-        positions = self.passes * sum(self.contexts) / 2
-        joined = max(m * workload.prompt_len + s * m * (m + 1) / 2 for s, m in enumerate(beside, strides[0]))
-        self.seen = positions - joined, joined  # positions that attention sees in both, summed over passes
+        self.seen = (
+            self.passes * sum(self.contexts) / 2 - max(joined),
+            max(joined),
+        )  # positions in those, and in the others
+        self.fewest = min(beside), min(joined)  # the others, and positions in them, at least
         middles = (workload.prompt_len + s * (m + 1) / 2 for s, m in enumerate(beside, strides[0]) if m)
         self.later = max((self.contexts[1] / middle for middle in middles), default=1.0)
 
@@ -142,26 +145,29 @@ class Mixed(Relaxation):
             for kind, n in enumerate(passes)
         ]
         work = [self.shared(own, own) for own in work]
-        early, late = self.early_and_late(other_us[BESIDE], cores_us[BESIDE], weights)
-        beside = self.experts_beside(cores_us[BESIDE], low, high) if self.cost.cpu_attends else []
+        share = self.fewest[0] / (self.passes - self.between) if self.passes > self.between else 0.0
+        fewest_us = self._shared_out(self.cores_us(high), *self.fewest)
+        early, late = self.early_and_late(share * other_us[BESIDE], fewest_us, weights, share)
+        beside = self.experts_beside(fewest_us, low, high) if self.cost.cpu_attends else []
         for phase, attends, _ in beside:
             yield phase, [attends]
         more = [[{}, parts] for _, _, parts in beside] or [[], []]
         yield "prefill", added(added(work[PREFILL], early), more[0])
         yield "decode", work[DECODE]
         before = self._layered_us(high, self.cost.choice_us)[DECODE]
-        yield "decode", self.beside(before, cores_us[DECODE], weights, self.most(high))
+        few = self.later * (1 - self.most(high))  # those that are left may be the oldest
+        yield "decode", self.beside(before, cores_us[DECODE], weights, 1 - few)
         yield "after", added(added(work[AFTER], late), more[1])
         yield "prefill decode after", [plus(*resource) for resource in zip(*work, strict=True)]
 
     def early_and_late(
-        self, other_us: float, cores_us: Cores, weights: list[Weight]
+        self, other_us: float, cores_us: Cores, weights: list[Weight], share: float
     ) -> tuple[Iterable[Terms], Iterable[Terms]]:
-        """What link, processor and CPU do at least for what decodes beside what joins, and for what is late. What is written back or
-        crosses with queries counts only in all passes together."""
+        """What link, processor and CPU do at least for what decodes beside what joins, and for what is late: at the stride of the fewest
+        such passes, which are a ``share`` of the most. What is written back or crosses with queries counts only in all passes together."""
         link, other = self.cost.hardware.links[self.cost.links[0]], other_us / SCALE_US
-        positions = max(0.0, self.workload.num_sequences * (self.seen[1] - self.passes + self.between))
-        experts = sum(weight.compute_us[BESIDE] for weight in weights) / SCALE_US
+        positions = max(0.0, self.workload.num_sequences * (self.fewest[1] - self.fewest[0]))
+        experts = share * sum(weight.compute_us[BESIDE] for weight in weights) / SCALE_US
         left = sum(weight.compute_us[LATE] for weight in weights) / SCALE_US
         early: list[Terms] = [{}, {"": other + experts, "late": -other - experts}, {}]
         late: list[Terms] = [{}, {"": left, "late": other}, {}]
@@ -294,16 +300,20 @@ class Mixed(Relaxation):
 
     def _cores_us(self, high: int) -> Iterator[Cores]:
         """Reading keys and values between and beside, of the processor and of the CPU."""
-        cores, beside = self.cores_us(high), [self._seen_beside(kind) for kind in self.attentions]
-        yield [(here * (1 - share), cpu * (1 - share)) for (here, cpu), share in zip(cores, beside, strict=True)]
-        yield [(here * share, cpu * share) for (here, cpu), share in zip(cores, beside, strict=True)]
+        cores, passes = self.cores_us(high), self.passes - self.between
+        beside = self._shared_out(cores, passes, self.seen[1])
+        yield [(here - less, cpu - same) for (here, cpu), (less, same) in zip(cores, beside, strict=True)]
+        yield beside
 
-    def _seen_beside(self, kind: Attention) -> float:
-        """Of the positions that layers of a kind see in decode, counted as ``_core_us`` does, those beside what joins: they come later,
+    def _shared_out(self, cores: Cores, passes: int, seen: float) -> Cores:
+        """What so many passes take of all of decode, in which attention sees so many positions: they come late in the life of a sequence,
         which a window does not feel."""
-        (first, last), passes, window = self.contexts, self.passes - self.between, kind.layers[0][0].sliding_window
         if not passes:
-            return 0.0
-        begin, end = (min(context, window or context) for context in (first, last))
-        more = (self.seen[1] - passes * first) * (end - begin) / max(1, last - first)
-        return (passes * begin + more) / (self.passes * (begin + end) / 2)
+            return self.nothing
+        (first, last), shares = self.contexts, list[float]()
+        for kind in self.attentions:  # counted as ``_core_us`` does
+            window = kind.layers[0][0].sliding_window
+            begin, end = (min(context, window or context) for context in (first, last))
+            more = (seen - passes * first) * (end - begin) / max(1, last - first)
+            shares.append((passes * begin + more) / (self.passes * (begin + end) / 2))
+        return [(here * share, cpu * share) for (here, cpu), share in zip(cores, shares, strict=True)]

@@ -45,6 +45,10 @@ Exit codes: 0 done, 2 bad usage or input, 3 nothing fits (which budgets, by how 
 """
 
 SWEPT = ("num-batches", "memory", "prompt-len")
+SETS = {
+    "num-batches": ("num-batches", "num-sequences"),  # each number is one group, and that all of the workload
+    "prompt-len": ("prompt-len",),
+}
 PICTURES = (".svg", ".png", ".pdf")
 PROMPT_LEN, GEN_LEN, NUM_SEQUENCES = 512, 32, 64
 
@@ -244,7 +248,9 @@ def _swept(arguments: argparse.Namespace, request: Request, asked: Asked) -> str
         raise ConfigError("--output", "", f"{output} is no picture: name a file that ends in {', '.join(PICTURES)}")
     with _progress() as progress:
         found = sweep.sweep(request, arguments.sweep, progress)
-    text = "\n".join([*sweep.table(request, arguments.sweep, found), *asked.notes]) + "\n"
+    unused = [option for option in SETS.get(arguments.sweep, ()) if getattr(arguments, option.replace("-", "_"))]
+    notes = [f"--{option} does not count: the sweep sets that" for option in unused]
+    text = "\n".join([*sweep.table(request, arguments.sweep, found), *asked.notes, *notes]) + "\n"
     if output is None:
         return f"{text}\nno picture: give -o sweep.svg to draw one\n"
     try:

@@ -1,8 +1,8 @@
 """joint: ours; what is resident, named, late-bound, in which order and how far ahead is solved for, and the link never rests.
 
 One queue of loads runs through the whole pass and into the next. An expert that is touched nearly always travels before the router
-speaks; the rest is bound to ranks and travels after it, while the named experts of the next layer fill the gap. Each expert
-computes once over the whole group: streamed ones by Johnson's rule (design 7.4) as they arrive, residents in between.
+speaks; the rest is bound to ranks and travels after it, or is the CPU's, while the named experts of the next layer fill the gap.
+Each expert computes once over the whole group: streamed ones by Johnson's rule (design 7.4) as they arrive, residents in between.
 
     link    | named l ... | attn, named l+1 .. | late l, by rank | named l+1 ... | late l+1
     compute | attn l | router l | named, resident l ...... late l | attn l+1 | router l+1 | ...
