@@ -83,7 +83,7 @@ def decided(
     model: Resident, policy_name: str, kv: str = "host", gen_len: int = STEPS, gpu: bool = False, **changes: Any
 ) -> Plan:
     """A plan in which every layer streams all of its weights; joint loads half of the experts by name and half by rank. On a GPU
-    the CPU has as much of the work as the policy gives it, and joint a named expert of every layer."""
+    the CPU has as much of the work as the policy gives it, and joint a named expert and half of the picks of every layer."""
     spec = replace(model.spec, compute_dtype="fp32")
     batch_size = 6 if policy(policy_name).ONE_BATCH else 2
     decision = tiny_decision(policy_name, spec, kv, batch_size=batch_size, **changes)

@@ -144,8 +144,9 @@ class Relaxation(Runs):
         """min load + sum over phases of T, subject to T >= the work of each resource, and to the memory of each tier.
 
         Variables, all shares of a weight i or of the KV cache of layers that attend alike (k): kept[i] in the compute tier, near[i] in
-        host memory before a GPU (the rest lives on disk), cpu[i] computed there in decode; kept[kv.k], cpu[kv.k]. T of decode's spans:
-        decode[j].
+        host memory before a GPU (the rest lives on disk), cpu[i] computed there in decode, most[i] in ops that cover all sequences but a
+        few, split[i] by parts; kept[kv.k], cpu[kv.k]. Of a known number of batches (``attention``) run[r.k], layers in runs of a length,
+        and cpu[run.r.k] of those. T of decode's spans: decode[j]; of attention between barriers: attention[decode.n].
         staging: places of an expert in host memory on its way to a GPU; 0 where none is needed for sure.
         """
         model, batches = Model(), known.batches

@@ -39,10 +39,11 @@ class Mixed(Relaxation):
     *Joining passes*, "prefill" here, are at least N A / S, and after them come A - 1 of the same ops until the last cohort is done, in
     which ever fewer decode. In both the CPU computes no experts, since it would have to for prompts; and nobody attends to a sequence
     while an expert computes over it, so that the CPU's attention takes its time beside the experts' ops that cover nearly all that
-    decodes, or an expert is computed by parts, in more time (``apart``). *Passes between*, "decode", follow
-    them after a drain: s - 1 after each of either kind, in which those decode that are there. A sequence decodes in gen_len - 1 passes,
-    A - 1 of which are joining ones or of those after them: beside what joins, or late. All of them together take what the one busiest
-    resource does; for that, the CPU may help with whatever decodes.
+    decodes, or an expert is computed by parts, in more time (``apart``). *Passes between*, "decode", follow them after a drain: s - 1
+    after each of either kind, in which those decode that are there. A sequence decodes in gen_len - 1 passes, A - 1 of which are joining
+    ones or of those after them: beside what joins, or late. The CPU attends to the same share of every cohort (``Decision.attended``),
+    so that one share stands for either kind. All of them together take what the one busiest resource does; for that, the CPU may help
+    with whatever decodes. Of an interval of strides, each kind counts at the stride that has least of it.
 
     *Late.* In the r-th pass after the last cohort has joined, A - r cohorts are left, the last of which may be small. So of the
     N (A - 1) sequences that decode beside what joins or late, a share between (A - 2) S / 2 A N and S / 2 N is late: where no prompts
