@@ -122,7 +122,7 @@ class Candidates:
                     continue  # too few batches for that: the other order has them
                 leads = self.leads(module.EXPERTS)
                 for lead, unit in (
-                    (leads[1:2] or leads) if ages and module.EXPERTS == "solved" else leads
+                    leads[1:2] if ages and module.EXPERTS == "solved" else leads
                 ):  # others: ``neighbours``
                     for parts in ages or self.prefill_parts(num_batches, batch_size):
                         base = self.base(module.EXPERTS, num_batches, batch_size, lead, unit, parts)

@@ -263,8 +263,11 @@ def test_rolling_order_beside_a_gpu(
     same: Same,
     tmp_path: Path,
 ) -> None:
+    """Where keys and values are in host memory, the CPU attends to one batch of each age."""
     model = models("qwen2_moe")
-    plan = decided(model, "joint", kv, gen_len, True, num_batches=num_batches, prefill_groups=ages, rolling=True)
+    sizes = {"num_batches": num_batches, "prefill_groups": ages, "cpu_batches": ages if kv == "host" else 0}
+    plan = decided(model, "joint", kv, gen_len, True, rolling=True, **sizes)
+    assert any(plan.decision.attended(layer) for layer in range(len(plan.decision.layers))) == (kv == "host")
     same(model, run(plan, model, tmp_path, device=device).rows)
 
 
@@ -295,8 +298,9 @@ def test_what_surrounds_attention_is_one_op_or_several(
 ) -> None:
     """For all batches that decode, of whatever age, and for the few tokens that an op takes at a time; or batch by batch."""
     model = models("qwen3_moe")
-    sizes = {"num_batches": 4, "prefill_groups": 4 if rolling else 1, "rolling": rolling, "expert_rows": 3}
-    plan = decided(model, "joint", "host", 7, gpu=True, cpu_batches=1, decode_batch=1, together=together, **sizes)
+    parts = 2 if rolling else 1
+    sizes = {"num_batches": 4, "prefill_groups": parts, "cpu_batches": parts, "rolling": rolling, "expert_rows": 3}
+    plan = decided(model, "joint", "host", 7, gpu=True, decode_batch=1, together=together, **sizes)
     lines = [line for phase in plan.phases for line in phase.lines if " project " in line]
     assert lines
     assert any(" b*" in line or ":" in line.split()[4] for line in lines) == together
