@@ -14,6 +14,7 @@ from klotski_compiler.cost import Cost
 from klotski_compiler.milp.formulation import Model, Row, Terms, Variable, plus
 from klotski_compiler.model import Layer
 from klotski_compiler.plan import Workload
+from klotski_compiler.simulate import Rounds
 
 BESIDE = 2  # a further kind of passes: those in which others join, for what decodes in them
 AFTER = 3  # and those in which no more join
@@ -24,12 +25,6 @@ def added(work: Iterable[Terms], more: Iterable[Terms]) -> list[Terms]:
     """The work of each resource, with more of the first ones."""
     nothing: Terms = {}
     return [plus(*both) for both in zip_longest(work, more, fillvalue=nothing)]
-
-
-def steps(first: int, end: int, most: int = 16) -> Iterator[tuple[int, int]]:
-    """The numbers from ``first`` to ``end``, exclusive, in at most so many ranges: the first number of each, and how many there are."""
-    size = max(1, -(-(end - first) // most))
-    yield from ((begin, min(size, end - begin)) for begin in range(first, end, size))
 
 
 class Mixed(Relaxation):
@@ -214,9 +209,23 @@ class Mixed(Relaxation):
         least, most = self.ages
         cohort = max(1, low // most)
         joins = max(least, self.workload.num_sequences * least / high)
-        rising = [(float(count), older * cohort, cohort) for older, count in steps(0, least - 1, 4)]
-        falling = [(float(count), older * cohort, 0) for older, count in steps(1, least - 1, 4)]
-        return [[*rising, (joins - (least - 1), (least - 1) * cohort, cohort)], falling]
+        rising, falling = self._rounds()
+        joining = [(count, (there - 1) * cohort, cohort) for there, count in rising]
+        return [
+            [*joining, (joins - least, (least - 1) * cohort, cohort)],
+            [(n, there * cohort, 0) for there, n in falling],
+        ]
+
+    def _rounds(self) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+        """While cohorts come one by one, until the least number of all ages is there, and while they go: (cohorts there, rounds). They are
+        those that ``simulate`` times, each for the ones that it interpolates."""
+        least = self.ages[0]
+        rounds = Rounds(least, least)
+        counts = rounds.weights(rounds.samples()).items()
+        there = [(len(rounds.there(k)), count, k < least) for k, count in counts]
+        return [(n, count) for n, count, comes in there if comes], [
+            (n, count) for n, count, comes in there if not comes
+        ]
 
     def _more_us(self, here: Callable[[float], float], most: float, prompts: int, decoding: int) -> float:
         """What an expert takes more than at once where none of its ops covers more than ``most`` of what decodes."""
@@ -233,14 +242,15 @@ class Mixed(Relaxation):
         modules = float(self.module_bytes)
         passes = joins, between + gaps * after, 0.0, after
         out = [Weight(modules, tuple(n * modules for n in passes), (0.0,) * 5)]
+        rising, falling = self._rounds()
         for layer, q, count in self.experts:
             assert layer.expert is not None
             nbytes = float(count * layer.expert.nbytes)
-            missed = (1 - q) ** cohort  # by one cohort's tokens; summed over 1, 2, ... cohorts that are left
-            left = after - (missed * (1 - missed**after) / (1 - missed) if missed < 1 else after)
-            # P(k) + P(A - k) = P(A) + P(k) P(A - k) for the probability that k cohorts touch it: as many as come also go. Summed over k.
-            sent = (missed - missed**least) / (1 - missed) if missed < 1 else float(after)  # missed + missed^2 + ...
-            partly = gaps * max(0.0, after * (1 + missed**least) - 2 * sent)
+            missed = (1 - q) ** cohort  # by one cohort's tokens
+            come, left = (sum(times * (1 - missed**there) for there, times in some) for some in (rising, falling))
+            partly = gaps * max(
+                0.0, come + left - least * (1 - missed**least)
+            )  # beyond what is counted as if all were there
             touched = (
                 joins * (1 - (1 - q) ** (cohort * self._fed(layer))),
                 between * (1 - (1 - q) ** high) + partly,
@@ -251,7 +261,7 @@ class Mixed(Relaxation):
             each = (
                 *self._each_us(per_pass, high, self._fed(layer)),
                 0.0,
-                sum(times * per_pass(cohort * full) for full, times in steps(1, after)),
+                sum(times * per_pass(cohort * there) for there, times in falling),
             )
             moved, far = (tuple(n * nbytes for n in times) for times in (touched, passes))
             if not self.cost.cpu_helps:
