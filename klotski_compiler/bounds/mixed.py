@@ -211,21 +211,18 @@ class Mixed(Relaxation):
         joins = max(least, self.workload.num_sequences * least / high)
         rising, falling = self._rounds()
         joining = [(count, (there - 1) * cohort, cohort) for there, count in rising]
-        return [
-            [*joining, (joins - least, (least - 1) * cohort, cohort)],
-            [(n, there * cohort, 0) for there, n in falling],
-        ]
+        joining.append((joins - least, (least - 1) * cohort, cohort))
+        return [joining, [(count, there * cohort, 0) for there, count in falling]]
 
     def _rounds(self) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
         """While cohorts come one by one, until the least number of all ages is there, and while they go: (cohorts there, rounds). They are
         those that ``simulate`` times, each for the ones that it interpolates."""
-        least = self.ages[0]
-        rounds = Rounds(least, least)
-        counts = rounds.weights(rounds.samples()).items()
-        there = [(len(rounds.there(k)), count, k < least) for k, count in counts]
-        return [(n, count) for n, count, comes in there if comes], [
-            (n, count) for n, count, comes in there if not comes
-        ]
+        rounds = Rounds(self.ages[0], self.ages[0])
+        counts = rounds.weights(rounds.samples())
+        return (
+            [(len(rounds.there(k)), count) for k, count in counts.items() if k < rounds.cohorts],
+            [(len(rounds.there(k)), count) for k, count in counts.items() if k >= rounds.cohorts],
+        )
 
     def _more_us(self, here: Callable[[float], float], most: float, prompts: int, decoding: int) -> float:
         """What an expert takes more than at once where none of its ops covers more than ``most`` of what decodes."""
