@@ -22,7 +22,7 @@ from klotski_compiler.errors import PlanError
 if TYPE_CHECKING:
     import networkx
 
-SCHEMA_VERSION = 10
+SCHEMA_VERSION = 11
 PAGE_BYTES = 4096
 ALL = -1  # the batch of an op that covers the whole group; -1 - n: all batches from number n on; see ``span``
 MOST_BATCHES = 1 << 16  # of a group
