@@ -129,7 +129,8 @@ class Search(Fills):
         """Go on with smaller groups than these, of at most that share of their sequences; False where there are none."""
         tried = min([self.most_sequences, *(rated.decision.sequences for rated in timed)])
         self.most_sequences = min(tried - 1, round(share * tried))
-        return self.most_sequences >= (self.request.batch_size or 1) and not self.request.num_batches
+        fixed = self.request.batch_size and self.request.num_batches
+        return self.most_sequences >= (self.request.batch_size or 1) and not fixed
 
     def _begun(self, name: str) -> tuple[list[Rated], list[Rated]]:
         if policy(name).ONE_BATCH and (self.request.num_batches or 1) > 1:
@@ -611,9 +612,8 @@ class Search(Fills):
         return ceiling is not None and pass_us > 1e6 * ceiling
 
     def _none_of_these_sizes(self, name: str) -> Infeasible:
-        if (
-            self.request.max_latency_s and self.most_sequences < self.request.workload.num_sequences
-        ):  # larger ones have some
+        narrowed = self.most_sequences < self.request.workload.num_sequences  # larger groups have some
+        if self.request.max_latency_s and narrowed:
             return self._too_slow()
         workload = self.request.workload
         return Infeasible(

@@ -174,6 +174,14 @@ def test_sizes_that_are_asked_for_are_tried_once(num_batches: int | None, monkey
     assert len(tries) == 1 if num_batches else len(tries) < 10
 
 
+def test_a_ceiling_is_met_by_smaller_batches_where_their_number_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smaller ones are tried until there are none."""
+    begun, tries = Search._begun, list[str]()
+    monkeypatch.setattr(Search, "_begun", lambda search, name: tries.append(name) or begun(search, name))  # type: ignore[func-returns-value]
+    assert isinstance(compiled(False, 120 << 20, "flexgen", max_latency_s=1e-7, num_batches=2), Infeasible)
+    assert len(tries) > 1
+
+
 def test_a_search_that_is_cut_short_says_so() -> None:
     """Wherever the limit strikes."""
     budgets = {"host": 120 << 20, "disk": RICH}
