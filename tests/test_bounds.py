@@ -218,10 +218,8 @@ def test_the_cpus_share_is_the_same_at_every_age(cpu_batches: int) -> None:
     kv = {"kv_bytes_per_s": rate, "matmul": {"bf16": ((1, 1e14), (64, 8e14))}}
     prompts = {"prefill_attention_flops_per_s": rate * prompt_len}
     spec, hardware = tiny_spec(layers=2, experts=2), nearly_free(tiny_hardware(True), {"gpu": kv | prompts, "cpu": kv})
-    cost, workload = (
-        Cost(spec, hardware, uniform(spec), "bf16"),
-        Workload(prompt_len=prompt_len, gen_len=4, num_sequences=40),
-    )
+    cost = Cost(spec, hardware, uniform(spec), "bf16")
+    workload = Workload(prompt_len=prompt_len, gen_len=4, num_sequences=40)
     layers = tuple(
         LayerDecision(resident=("attention", "router"), resident_experts=tuple(range(layer.num_experts)), kv="host")
         for layer in spec.layers
@@ -232,9 +230,8 @@ def test_the_cpus_share_is_the_same_at_every_age(cpu_batches: int) -> None:
     lowered = lower(cost, "joint", decision, workload)
     least_us = Mixed(cost, workload, lowered.peak_bytes, (2, 2)).least_us(4, 4)
     assert least_us <= (lowered.load_us + lowered.group_us) * (1 + TOLERANCE)
-    assert tokens_per_s(lowered, workload) <= bound_tokens_per_s(cost, workload, lowered.peak_bytes, True) * (
-        1 + TOLERANCE
-    )
+    bound = bound_tokens_per_s(cost, workload, lowered.peak_bytes, True)
+    assert tokens_per_s(lowered, workload) <= bound * (1 + TOLERANCE)
 
 
 def test_batches_of_two_sizes_may_take_less_than_of_one() -> None:

@@ -152,7 +152,7 @@ class Relaxation(Runs):
         model, batches = Model(), known.batches
         links, on_gpu = self.cost.hardware.links, self.tier == "gpu"
         weights = self.weights(first, low, high, known)
-        kinds = [low * self.positions * kind.position_bytes for kind in self.attentions]
+        kv_bytes = [low * self.positions * kind.position_bytes for kind in self.attentions]
         helped = [min(weight.cpu_us) < inf for weight in weights]
 
         def share(name: str, most: float = 1.0) -> str:
@@ -166,7 +166,7 @@ class Relaxation(Runs):
         for name in self.phases:
             share(name, inf)
             model.objective[name] = 1.0
-        for kind in range(len(kinds)):
+        for kind in range(len(kv_bytes)):
             kept = share(f"kept[kv.{kind}]")
             row(f"kv[{kind}]", {kept: 1.0, share(f"cpu[kv.{kind}]", float(self.cost.cpu_attends)): 1.0}, upper=1.0)
             if self.cost.links[1] not in links:
@@ -175,11 +175,11 @@ class Relaxation(Runs):
         # A batch whose keys and values are kept elsewhere has a place for those of one layer while its prompts are there. The largest such
         # batch is no smaller than all of them are on average, over batches and layers.
         passing = 1 / len(self.cost.spec.layers) / batches if 0 < batches <= MOST_BATCHES else 0.0
-        here: Terms = {"": passing * sum(kinds) / GIB}
-        here |= {f"kept[kv.{kind}]": (1 - passing) * nbytes / GIB for kind, nbytes in enumerate(kinds)}
+        here: Terms = {"": passing * sum(kv_bytes) / GIB}
+        here |= {f"kept[kv.{kind}]": (1 - passing) * nbytes / GIB for kind, nbytes in enumerate(kv_bytes)}
         beside = self.cost.spec.embedding.nbytes if on_gpu else 0  # in host memory
-        host: Terms = {"": (sum(kinds) + beside) / GIB}
-        host |= {f"kept[kv.{kind}]": -nbytes / GIB for kind, nbytes in enumerate(kinds)}
+        host: Terms = {"": (sum(kv_bytes) + beside) / GIB}
+        host |= {f"kept[kv.{kind}]": -nbytes / GIB for kind, nbytes in enumerate(kv_bytes)}
         disk_us = 1e6 / links["disk>host"].bandwidth_bytes_per_s / SCALE_US
         load: Terms = {"": beside * disk_us}
         for i, weight in enumerate(weights):
@@ -207,7 +207,7 @@ class Relaxation(Runs):
             for number in range(len(self.runs)):
                 for phase in ("decode", *(f"decode[{j}]" for j in range(self.spans))):
                     share(f"attention[{phase}.{number}]", inf)
-            for kind in range(len(kinds)):
+            for kind in range(len(kv_bytes)):
                 own = {f"{run}.{kind}": run for run, among in self.runs if kind in among}
                 for name, run in own.items():
                     share(f"run[{name}]", 1.0 if run == 1 or batches > 1 else 0.0)

@@ -245,9 +245,8 @@ class Mixed(Relaxation):
             nbytes = float(count * layer.expert.nbytes)
             missed = (1 - q) ** cohort  # by one cohort's tokens
             come, left = (sum(times * (1 - missed**there) for there, times in some) for some in (rising, falling))
-            partly = gaps * max(
-                0.0, come + left - least * (1 - missed**least)
-            )  # beyond what is counted as if all were there
+            # Beyond what is counted as if all were there.
+            partly = gaps * max(0.0, come + left - least * (1 - missed**least))
             touched = (
                 joins * (1 - (1 - q) ** (cohort * self._fed(layer))),
                 between * (1 - (1 - q) ** high) + partly,
