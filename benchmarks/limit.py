@@ -1,5 +1,6 @@
 """What a decode pass takes at least on this machine, whatever the schedule: the bytes that no schedule of a plan's sizes can avoid at the
-disk's best rate, or computing at the measured rates.
+disk's best rate, or its matmuls and cached keys and values at the measured rates, as if each weight met all tokens at once and nothing
+cost anything beside them: no op, no load that shares the memory.
 
 The disk's best rate is what an independent reader gets from the model's own files, out of the page cache: plain threads that read
 blocks in order, of every size and number that is tried, past the page cache and through it.
@@ -20,7 +21,7 @@ from benchmarks.cage import drop_page_cache
 from klotski_compiler.bounds.apart import Relaxation
 from klotski_compiler.bounds.least import DECODE
 from klotski_compiler.cost import Cost
-from klotski_compiler.plan import Compute, Plan
+from klotski_compiler.plan import Plan
 
 THREADS = (1, 2, 4, 8)
 BLOCKS = (1 << 20, 4 << 20, 16 << 20)
@@ -43,7 +44,8 @@ class Reading(NamedTuple):
 
 
 class Limit(NamedTuple):
-    """Of a decode pass: read_bytes that every schedule of its sizes reads at least, compute_s of its ops by the profile's rates."""
+    """Of a decode pass: read_bytes that every schedule of its sizes reads at least; compute_s of its matmuls by the measured rate(m), and
+    of what attention reads of the cache."""
 
     read_bytes: float
     compute_s: float
@@ -112,6 +114,17 @@ def limit(plan: Plan, cost: Cost) -> Limit | None:
         kept = min(1.0, max(0.0, room) / weight.nbytes)
         room -= weight.nbytes
         read += (1 - kept) * weight.moved_bytes[DECODE] / passes
-    steps = plan.steps["decode"]
-    stream = next(step.op.stream for step in steps if isinstance(step.op, Compute))
-    return Limit(read, sum(step.end_us - step.start_us for step in steps if step.op.stream == stream) / 1e6)
+    return Limit(read, work_us(cost, sequences, plan.envelope.prompt_len + passes / 2) / 1e6)
+
+
+def work_us(cost: Cost, sequences: int, context: float) -> float:
+    """What the compute tier's processor takes for one token of each sequence by its measured rates alone."""
+    total = cost.module_us(cost.spec.head, sequences)
+    for number, layer in enumerate(cost.spec.layers):
+        total += cost.attend_us(layer, sequences, context, cost.processor)
+        modules = (layer.attention, layer.router, layer.shared, layer.dense)
+        total += sum(cost.module_us(module, sequences) for module in modules if module)
+        if layer.expert:
+            asked = [(tokens, touched) for tokens, touched in cost.experts(number, sequences) if touched]
+            total += sum(touched * cost.module_us(layer.expert, tokens / touched) for tokens, touched in asked)
+    return total

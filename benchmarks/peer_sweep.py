@@ -41,8 +41,9 @@ def humblest(setting: Setting) -> Setting:
 def moves(peer: str, setting: Setting, prompts: int) -> Iterator[Setting]:
     """Settings beside one: what a sweep tries next."""
     most = min(prompts, LLAMA_SEQUENCES) if peer == "llama_cpp" else prompts
-    for batch in (4 * setting["batch"], 2 * setting["batch"], setting["batch"] // 2):
-        if batch and (batch := min(batch, most)) != setting["batch"]:
+    own = setting["batch"]
+    for batch in (4 * own, 2 * own, own + own // 2, own // 2):
+        if batch and (batch := min(batch, most)) != own:
             yield setting | {"batch": batch}
     for name, values in OPTIONS[peer].items():
         yield from (setting | {name: value} for value in values if value != setting[name])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 OURS = "klotski"
@@ -20,9 +21,9 @@ LEGEND = [
     "same: share of prompts whose first token is ours; in bf16 a random model's two best logits are often closer than rounding.",
     "Ratios are of neighbours in time: median (least to most). no load: of the time after loading. equal batch: ours held to the",
     "peer's batch, one batch at a time, end to end. Beside the machine: the bytes that no decode pass avoids (limit.py) and what the",
-    "best reader of the disk takes for them, computing by the profile's rates, the measured pass, and the greater of the first two as",
-    "its share; +-: how far forecasts of passes are above what was measured; the share of all passes in which neither the busiest stream",
-    "works nor the plan waits.",
+    "best reader of the disk takes for them, what matmuls and cached keys and values take by the profile's rates and nothing beside",
+    "them, the measured pass, and the greater of the first two as its share; +-: how far forecasts of passes are above what was",
+    "measured; the share of all passes in which neither the busiest stream works nor the plan waits (below 0: it waited less).",
 ]
 
 
@@ -111,20 +112,23 @@ COLUMNS: dict[str, tuple[Value, int]] = {  # of a run, and decimal places
 def tables(found: dict[str, Best], runs: dict[str, list[Report]]) -> Iterator[str]:
     """Speeds, ratios, what did not run, and ours beside what the machine can do."""
     ours = runs[OURS]
-    yield f"{f'medians of {len(ours)}':<26}" + "".join(f"{word:>9}" for word in [*COLUMNS, "same"]) + "  setting"
+    yield f"runs, {when(report for reports in runs.values() for report in reports)}:"
+    yield f"{'medians':<26}{'runs':>6}" + "".join(f"{word:>9}" for word in [*COLUMNS, "same"]) + "  setting"
     for name, reports in runs.items():
         if good := [report for report in reports if "failed" not in report]:
             shown = good[-1].get("shown") or described(found[name].setting)
-            cells = [*numbers(good), cell(same_first(ours, reports), 2) if name != OURS else cell(None)]
-            yield f"{name:<26}" + "".join(cells) + f"  {shown}"
+            beside = [report.get("beside", report) for report in reports]
+            cells = [*numbers(good), cell(same_first(beside, reports), 2) if name != OURS else cell(None)]
+            yield f"{name:<26}{len(good):>6}" + "".join(cells) + f"  {shown}"
     yield ""
     yield f"{'ours over theirs':<16}" + "".join(
         f"{word:>24}" for word in ("end to end", "no load", "prefill", "decode", "equal batch")
     )
     for name, reports in runs.items():
         if name in found:
-            all_pairs = [ratios(ours, reports, rate) for rate in (end_to_end, after_loading, prefill, decode)]
-            held = runs[held_to(found[name].setting["batch"])]
+            beside = [report["beside"] for report in reports]
+            all_pairs = [ratios(beside, reports, rate) for rate in (end_to_end, after_loading, prefill, decode)]
+            held = runs[held_to(name)]
             yield f"{name:<16}" + "".join(
                 f"{spread(pairs):>24}" for pairs in [*all_pairs, ratios(held, reports, end_to_end)]
             )
@@ -190,7 +194,8 @@ def numbers(reports: list[Report]) -> Iterator[str]:
 def sweeps(found: dict[str, Best]) -> Iterator[str]:
     """Every setting that was tried."""
     yield ""
-    yield "sweep: generated tokens/s after loading (one batch, or as many as hold --sweep-prompts; with"
+    tried = [one.report for best in found.values() for one in best.tried]
+    yield f"sweep, {when(tried)}: generated tokens/s after loading (one batch, or as many as hold --sweep-prompts; with"
     yield "--sweep-gen-len, as it follows from so many passes)"
     for name, best in found.items():
         for setting, factor, report in best.tried:
@@ -206,9 +211,16 @@ def described(setting: Setting, factor: int = 1) -> str:
     return ", ".join([*(f"{name} {value}" for name, value in sorted(setting.items())), *more])
 
 
-def held_to(batch: int | None) -> str:
-    """Name of ours, at a peer's batch size if one is given."""
-    return f"{OURS}, batch {batch}" if batch else OURS
+def held_to(peer: str) -> str:
+    """Name of ours at a peer's batch size."""
+    return f"{OURS}, as {peer}"
+
+
+def when(reports: Iterable[Report]) -> str:
+    """From when to when runs began, by this machine's clock."""
+    began = [report["began"] for report in reports if "began" in report]
+    ends = [time.strftime("%Y-%m-%d %H:%M", time.localtime(end(began))) for end in (min, max) if began]
+    return " to ".join(dict.fromkeys(ends))
 
 
 def cell(number: float | None, places: int = 0) -> str:

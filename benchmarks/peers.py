@@ -7,9 +7,11 @@ mapped; optional: ``pip install gguf llama-cpp-python``).
 The cap is what a process may take beyond an idle one that has imported its libraries and does nothing: the cgroup of a run gets the
 cap and what such a process was seen to take, page cache counted for both. So no one pays for Python, and everyone for cached pages.
 Every run is a process of its own and starts with the model's files out of the page cache. A peer that cannot run in the cap gets the
-least cap, in doubling steps, that it can run in; one that is killed in a cap in which it ran in the sweep may try again, a few
-times. What a peer writes once beside the model (an offload folder, a GGUF file) is made before and not timed; nor are Klotski's
-profile, measured anew in every repeat, and its compilation. Routing is profiled on other prompts than those of the runs.
+least cap, in doubling steps, that it can run in; one that is killed may try again: at the edge of a cap that is chance. What a peer
+writes once beside the model (an offload folder, a GGUF file) is made before and not timed; nor are Klotski's profile, measured anew
+for every run of ours, and its compilation. Routing is profiled on other prompts than those of the runs.
+
+Every run of ours stands in time between two peers, or beside one; and every peer beside one of ours at its own batch size, too.
 
 Speeds end to end count from the first weight byte to the last token, imports apart. ``device_map`` rewrites fused experts whenever it
 loads; so the ratio without loading is printed beside it. A peer takes a file batch by batch, each as long as the one before; with
@@ -41,6 +43,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import date
 from functools import cached_property, partial
 from pathlib import Path
@@ -79,7 +82,7 @@ from klotski_compiler.routing import read_routing  # noqa: E402
 
 CAP_SHARE = 4
 ROUTING_PROMPTS = 64
-TRIES = 4  # of a run that is killed, at the edge of its cap
+TRIES, SWEEP_TRIES = 4, 2  # of a run that is killed, at the edge of its cap
 SMALL = ("--layers", 16, "--hidden", 1024)  # of the model that is made where none is named: 0.68 GB
 PACKAGES = {"disk_offload": "accelerate", "device_map": "accelerate", "llama_cpp": "gguf llama-cpp-python"}
 
@@ -180,7 +183,8 @@ class Bench:
             raise ConfigError("--disk-rate", "", f"needs cgroups, which cannot be had here ({self.no_cage})")
         sizes = ("prompts", "prompt_len", "gen_len", "sweep_gen_len", "disk_rate")
         about = {name: getattr(asked, name) for name in sizes} | {"cap": self.cap, "weights": self.weights}
-        self.record = Record(asked.json, about | {"model": self.source.name})
+        about |= {"model": self.source.name, "processor": processor(), "packages": packages()}
+        self.record = Record(asked.json, about)
         self.idle: dict[str, int] = {}
 
     # -------------------------------------------------------------------------------------------------- what is run
@@ -197,7 +201,7 @@ class Bench:
             key = json.dumps([factor, setting], sort_keys=True)
             if key not in tried:
                 count = self._whole_batches(self.asked.sweep_prompts or 1, setting["batch"])
-                tried[key] = Tried(setting, factor, self.run(peer, setting, factor, count))
+                tried[key] = Tried(setting, factor, self.tries(peer, setting, factor, count, None, SWEEP_TRIES))
             return after_loading(tried[key].report)
 
         factor = 1
@@ -214,28 +218,51 @@ class Bench:
         return Best(best, factor, list(tried.values()))
 
     def repeat(self, number: int, found: dict[str, Best]) -> Iterator[tuple[str, Report]]:
-        """Ours after the disk, then each peer followed by ours at its batch size; (name, report), in this order in time."""
-        disk = self.record.once(f"repeat {number}: independent reader", self._reader)
-        yield OURS, self.ours(number, None, self.asked.prompts) | {"disk": disk}
-        held: set[int] = set()
-        for peer, best in found.items():
-            if best.why_not:
-                continue
-            batch = best.setting["batch"]
-            count = self._whole_batches(self.asked.peer_prompts or self.asked.prompts, batch)
-            for again in range(TRIES):
-                report = self.run(peer, best.setting, best.factor, count, number, again)
-                if not report.get("killed"):
-                    break
-            yield peer, report | ({"again": again} if again else {})
-            if batch not in held:
-                held.add(batch)
-                yield held_to(batch), self.ours(number, batch, count)
+        """(name, report) of each peer and of ours; a peer's report has that of ours next to it in time as ``beside``."""
+        running = [(peer, best) for peer, best in found.items() if not best.why_not]
+        for at in range(0, max(1, len(running)), 2):
+            yield from self._turn(f"{number}.{at // 2}", number, running[at : at + 1], running[at + 1 : at + 2])
+
+    def _turn(
+        self, turn: str, number: int, before: list[tuple[str, Best]], after: list[tuple[str, Best]]
+    ) -> Iterator[tuple[str, Report]]:
+        """Ours after the disk, between two peers."""
+        reports = dict[str, Report]()
+        for peer, best in before:
+            reports[held_to(peer)] = self._held(turn, best)
+            reports[peer] = self._peer(number, peer, best)
+        disk = self.record.once(f"repeat {turn}: independent reader", self._reader)
+        ours = self.ours(turn, None, self.asked.prompts) | {"disk": disk}
+        for peer, best in after:
+            reports[peer] = self._peer(number, peer, best)
+            reports[held_to(peer)] = self._held(turn, best)
+        yield OURS, ours
+        for name, report in reports.items():
+            yield name, report | {"beside": ours}
+
+    def _peer(self, number: int, peer: str, best: Best) -> Report:
+        return self.tries(peer, best.setting, best.factor, self._count(best), number, TRIES)
+
+    def _held(self, turn: str, best: Best) -> Report:
+        """Ours at a peer's batch size."""
+        return self.ours(turn, best.setting["batch"], self._count(best))
+
+    def _count(self, best: Best) -> int:
+        """Prompts that a peer runs."""
+        return self._whole_batches(self.asked.peer_prompts or self.asked.prompts, best.setting["batch"])
 
     def _whole_batches(self, prompts: int, batch: int) -> int:
         """Prompts of as few batches as hold so many; there are no more than all."""
         most: int = self.asked.prompts
         return min(-(-prompts // batch) * batch, most)
+
+    def tries(self, peer: str, setting: Setting, factor: int, count: int, repeat: int | None, most: int) -> Report:
+        """A run of a peer that may be killed, and try again, so many times."""
+        for again in range(most):
+            report = self.run(peer, setting, factor, count, repeat, again)
+            if not report.get("killed"):
+                return report | ({"again": again} if again else {})
+        return report
 
     def run(
         self, peer: str, setting: Setting, factor: int, count: int, repeat: int | None = None, again: int = 0
@@ -256,27 +283,28 @@ class Bench:
 
         return prolonged(self.record.once(f"{name}: {what}", work), gen_len, self.asked.gen_len)
 
-    def ours(self, repeat: int, batch: int | None, count: int) -> Report:
-        """Compile and run Klotski, in the least cap in which it can; the machine is profiled once in a repeat."""
+    def ours(self, turn: str, batch: int | None, count: int) -> Report:
+        """Compile and run Klotski, in the least cap in which it can; the machine is profiled once in a turn."""
         factor = 1
         while True:
-            what = f"repeat {repeat}: {held_to(batch)}, {count} prompts" + (f", cap x {factor}" if factor > 1 else "")
-            report = self.record.once(what, partial(self._ours, repeat, batch, count, factor))
+            size = f", batch {batch}" if batch else ""
+            what = f"repeat {turn}: {OURS}{size}, {count} prompts" + (f", cap x {factor}" if factor > 1 else "")
+            report = self.record.once(what, partial(self._ours, turn, batch, count, factor))
             if not report.get("killed") or factor * self.cap > CAP_SHARE * self.weights:
                 return report
             factor *= 2
 
-    def _ours(self, repeat: int, batch: int | None, count: int, factor: int) -> Report:
-        report = self._compiled_and_run(repeat, batch, count, factor)
+    def _ours(self, turn: str, batch: int | None, count: int, factor: int) -> Report:
+        report = self._compiled_and_run(turn, batch, count, factor)
         say_speed(report)
         return report
 
-    def _compiled_and_run(self, repeat: int, batch: int | None, count: int, factor: int) -> Report:
+    def _compiled_and_run(self, turn: str, batch: int | None, count: int, factor: int) -> Report:
         asked, path, out = self.asked, self.work / "plan.json", self.work / "out.jsonl"
         sizes = ("--prompt-len", asked.prompt_len, "--gen-len", asked.gen_len, "--num-sequences", count)
         known = ("--routing", self._routing, "--memory", f"host={self.cap * factor}")
         held = ("--batch-size", batch, "--num-batches", 1) if batch else ()
-        words = (*command("klotski_compiler.cli.compile"), self.model, self._profiled(repeat), "-o", path)
+        words = (*command("klotski_compiler.cli.compile"), self.model, self._profiled(turn), "-o", path)
         compiled = cage.run([*words, *sizes, *known, *held])
         if compiled.code:
             why = compiled.stderr.strip().replace("\n", "; ")
@@ -288,7 +316,7 @@ class Bench:
         if "failed" in report:
             return report
         plan, spec = load(path), read_model(str(self.model))
-        hardware, routing = read_hardware(str(self._profiled(repeat))), read_routing(self._routing, spec)
+        hardware, routing = read_hardware(str(self._profiled(turn))), read_routing(self._routing, spec)
         least, decision = limit(plan, Cost(spec, hardware, routing, plan.dtype)), plan.decision
         order = ", rolling" if decision.rolling else ""
         rows = [json.loads(line)["response"]["body"] for line in out.read_text().splitlines()]
@@ -393,9 +421,9 @@ class Bench:
         self._do([*command("klotski_runtime.cli.profile"), "routing", self.model, "--input", others, "-o", path])
         return path
 
-    def _profiled(self, repeat: int) -> Path:
-        """The machine, measured once in a repeat, with the disk as slow as in the runs."""
-        path = self.work / f"hw-{os.getpid()}-{repeat}.json"
+    def _profiled(self, turn: str) -> Path:
+        """The machine, measured once in a turn, with the disk as slow as in the runs."""
+        path = self.work / f"hw-{os.getpid()}-{turn}.json"
         if not path.exists():
             for old in self.work.glob("hw-*.json"):
                 old.unlink()
@@ -422,14 +450,12 @@ class Bench:
         asked = self.asked
         for name in [key.removeprefix("idle: ") for key in self.record.done if key.startswith("idle: ")]:
             self._idle(name)
-        versions = " ".join(f"{name} {version}" for name in ("torch", "transformers", "accelerate", "llama-cpp-python")
-                            if (version := installed(name)))  # fmt: skip
         rate = f"disk slowed to {asked.disk_rate / 1e6:.0f} MB/s" if asked.disk_rate else "disk as it is"
         cgroups = f"no cap on peers: no cgroup can be had here ({self.no_cage})" if self.no_cage else "in a cgroup each"
         idle = ", ".join(f"{name} {nbytes / 1e6:.0f}" for name, nbytes in self.idle.items())
         return [
             f"{date.today()}: {typed}",
-            f"{platform.machine()}, {CORES} cores, {machine_bytes() / 1e9:.0f} GB; {rate}; {versions}",
+            f"{CORES} cores of {processor()}, {machine_bytes() / 1e9:.0f} GB; {rate}; {packages()}",
             f"{self.source.name}: {self.weights / 1e9:.2f} GB of weights; {asked.prompts} prompts of {asked.prompt_len} tokens, "
             f"{asked.gen_len} new tokens each",
             f"cap {self.cap / 1e6:.0f} MB beyond an idle process (MB: {idle}); {cgroups}",
@@ -484,12 +510,21 @@ def bare(model: Path, folder: Path) -> Path:
     return folder
 
 
-def installed(package: str) -> str:
-    """A package's version; empty where it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+def packages() -> str:
+    """Versions of what runs, as far as it is installed."""
+    found = list[str]()
+    for name in ("torch", "transformers", "accelerate", "llama-cpp-python"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return " ".join(found)
+
+
+def processor() -> str:
+    """The processor's name, and which instructions it has for what everyone here computes in."""
+    told = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    name = next((value.strip() for key, _, value in told if key.strip() == "model name"), platform.machine())
+    features = next((value.split() for key, _, value in told if key.strip() in ("flags", "Features")), [])
+    return f"{name} ({', '.join(sorted(f for f in features if 'bf16' in f)) or 'no bf16 instructions'})"
 
 
 def machine_bytes() -> int:

@@ -143,6 +143,7 @@ def made_up(speed: float, **fields: Any) -> Report:
         "peak_bytes": 90 * MB,
         "own_bytes": 80 * MB,
         "storage_read_bytes": 1_000_000_000,
+        "began": 0.0,
     } | fields
 
 
@@ -190,10 +191,12 @@ def test_the_table_shows_speeds_ratios_and_what_did_not_run() -> None:
         "disk_offload": Best(setting, 2, [Tried(setting, 1, FAILED), Tried(setting, 2, made_up(2.0))]),
         "llama_cpp": Best({}, 1, [], "not installed here; pip install gguf llama-cpp-python"),
     }
+    ours = [made_up(8.0, **OWN), made_up(6.0, **OWN)]
+    theirs = [made_up(2.0), made_up(1.0, again=1)]
     runs = {
-        "klotski": [made_up(8.0, **OWN), made_up(6.0, **OWN)],
-        "disk_offload": [made_up(2.0), made_up(1.0, again=1)],
-        "klotski, batch 4": [made_up(4.0, shown="1 x 4"), made_up(2.0, shown="1 x 4")],
+        "klotski": ours,
+        "disk_offload": [report | {"beside": our} for our, report in zip(ours, theirs, strict=True)],
+        "klotski, as disk_offload": [made_up(4.0, shown="1 x 4"), made_up(2.0, shown="1 x 4")],
     }
     text = "\n".join([*tables(found, runs), *sweeps(found)])
     assert "5.00 (4.00 to 6.00)" in text
@@ -259,8 +262,25 @@ def test_a_sweep_climbs_to_the_best_setting_and_runs_nothing_twice() -> None:
     best = bench.sweep("disk_offload")
     assert best.setting == {"batch": 64, "experts": "eager"}
     assert best.factor == 1
-    assert len({json.dumps(one.setting) for one in best.tried}) == len(best.tried) == len(bench.ran)
+    assert len({json.dumps(one.setting) for one in best.tried}) == len(best.tried)
+    killed = sum("failed" in one.report for one in best.tried)
+    assert len(bench.ran) == len(best.tried) + killed  # which is tried once more
+    assert 96 in [one.setting["batch"] for one in best.tried]
     assert all(count % batch == 0 or count == 100 for batch, count in bench.ran)
+
+
+def test_every_run_of_ours_stands_between_two_peers() -> None:
+    bench, order = Pretend(lambda s, factor: 1.0), list[str]()
+    bench.asked.peer_prompts = 0
+    bench.record = peers.Record(None, {})
+    run = bench.run
+    bench.run = lambda peer, *rest: order.append(peer) or run(peer, *rest)  # type: ignore[method-assign, func-returns-value]
+    bench.ours = lambda turn, batch, count: order.append(f"{turn} {batch}") or made_up(2.0)  # type: ignore[method-assign, func-returns-value]
+    bench._reader = dict  # type: ignore[method-assign]
+    found = {name: Best({"batch": size}, 1, []) for name, size in (("a", 1), ("b", 2), ("c", 3))}
+    reports = dict(bench.repeat(4, found | {"d": Best({}, 1, [], "is not here")}))
+    assert order == ["4.0 1", "a", "4.0 None", "b", "4.0 2", "4.1 3", "c", "4.1 None"]
+    assert all("beside" in report for name, report in reports.items() if name != "klotski")
 
 
 def test_a_peer_that_is_killed_gets_the_least_cap_that_works() -> None:
