@@ -32,10 +32,12 @@ from klotski_compiler.errors import KlotskiError
 from klotski_compiler.hardware import read_hardware
 from klotski_compiler.output import write_whole
 from klotski_compiler.plan import Plan, load
+from klotski_compiler.policies import POLICIES
 
 GIB = 1 << 30
 MEMORY = Path("/dev/shm")  # the "disk" of these plans: what is measured here are the links of the GPU
 GPU_SHARE = 0.32  # of the weights: the GPU's budget
+NAMES = 29  # columns of a row's name
 
 
 class Model(NamedTuple):
@@ -50,10 +52,11 @@ class Model(NamedTuple):
     until: float  # share of the time by which it is through
 
 
-RIVALS = ("klotski", "moe_gen", "flexgen", "moe_lightning", "accelerate", "zero_inference")
+FIRST = ("joint", "klotski", "moe_gen", "flexgen", "moe_lightning", "accelerate", "zero_inference")
+ORDER = (*FIRST, *sorted(set(POLICIES) - set(FIRST)))  # of runs: the last ones may find no time left
 MODELS = (
-    Model("mixtral-8x7b", replace(SHAPES["mixtral-8x7b"], layers=10), 512, 128, 16, ("joint", *RIVALS), 0.65),
-    Model("qwen3-30b-a3b", replace(SHAPES["qwen3-30b-a3b"], layers=10), 1024, 128, 16, ("joint", *RIVALS), 1.0),
+    Model("mixtral-8x7b", replace(SHAPES["mixtral-8x7b"], layers=10), 512, 128, 16, ORDER, 0.65),
+    Model("qwen3-30b-a3b", replace(SHAPES["qwen3-30b-a3b"], layers=10), 1024, 128, 16, ORDER, 1.0),
 )
 FAMILY_POLICIES = ("joint", "klotski")
 PEER_BATCHES = (16, 64, 128)
@@ -250,21 +253,22 @@ def _compare(model: Model, folder: Path, plans: Path, link_rate: float, end: flo
     say(
         f"{model.name}, {model.shape.layers} layers: {total / 1e9:.1f} GB of weights, GPU {budget / 1e9:.1f} GB, {work}"
     )
-    say(
-        f"{'':22}{'size':>11}{'tokens/s':>17}{'prefill pass s':>18}{'decode pass s':>18}{'link s':>9}{'of link':>9}{'GPU':>14}"
-    )
-    say(f"{'':33}{'now / forecast':>17}{'now / forecast':>18}{'now / forecast':>18}{'':9}{'':9}{'peak / cap GB':>14}")
+    columns = f"{'tokens/s':>17}{'prefill pass s':>18}{'decode pass s':>18}{'link s':>9}{'of link':>9}{'of bound':>10}"
+    say(f"{'':{NAMES}}{'size':>11}{columns}{'GPU':>14}")
+    columns = f"{'now / forecast':>17}{'now / forecast':>18}{'now / forecast':>18}{'':28}"
+    say(f"{'':{NAMES}}{'':11}{columns}{'peak / cap GB':>14}")
     speeds: dict[str, float] = {}
     here = partial(_policy, model=model, folder=folder, plans=plans, link_rate=link_rate, say=say)
     runs: list[tuple[str, Callable[[], float]]] = [(policy, partial(here, policy)) for policy in model.policies]
-    peers = [(f"accelerate's own, batch {b}", partial(_peer, b, model, folder, say)) for b in PEER_BATCHES]
+    names = {f"accelerate's own, batch {batch}": batch for batch in PEER_BATCHES}
+    peers = [(name, partial(_peer, name, batch, model, folder, say)) for name, batch in names.items()]
     runs[2:2] = peers  # whatever there is no time for is none of those that matter most
     for name, run in runs:
         if time.perf_counter() > end:
-            say(f"{name:22}no time left")
+            say(f"{name:{NAMES}}no time left")
         elif speed := run():
             speeds[name] = speed
-    if "joint" in speeds:
+    if "joint" in speeds and len(speeds) > 1:
         ratios = [f"{name} {speeds['joint'] / speed:.2f}" for name, speed in speeds.items() if name != "joint"]
         say(f"joint x: {', '.join(ratios)}")
 
@@ -273,13 +277,13 @@ def _policy(policy: str, model: Model, folder: Path, plans: Path, link_rate: flo
     """Tokens per second of a plan, 0 where it did not run."""
     path = plans / model.name / f"{policy}.json"
     if not path.exists():
-        say(f"{policy:22}no plan")
+        say(f"{policy:{NAMES}}no plan")
         return 0.0
     traced = policy in model.policies[:2]
     trace = ["--trace", str(folder / "trace.json")] if traced else []
     found = attempt(klotski_run, [str(path), "--model", str(folder), "--json", *trace])
     if "failed" in found:
-        say(f"{policy:22}failed: {found['failed']}")
+        say(f"{policy:{NAMES}}failed: {found['failed']}")
         return 0.0
     say(_row(policy, load(path), found, link_rate, int(GPU_SHARE * weight_bytes(model.shape))))
     if traced:
@@ -289,19 +293,26 @@ def _policy(policy: str, model: Model, folder: Path, plans: Path, link_rate: flo
     return after_loading(found)
 
 
-def _peer(batch: int, model: Model, folder: Path, say: Report) -> float:
-    """Tokens per second of accelerate's own offloading, 0 where it did not run."""
-    found = attempt(peer, folder, model, batch, int(GPU_SHARE * weight_bytes(model.shape)))
+def _peer(name: str, batch: int, model: Model, folder: Path, say: Report) -> float:
+    """Tokens per second of accelerate's own offloading, 0 where it did not run; where memory is short, with no module kept on the GPU."""
+    budget = int(GPU_SHARE * weight_bytes(model.shape))
+    for kept_bytes in sorted({_room(model, batch, budget), 0}, reverse=True):
+        found = attempt(peer, folder, model, batch, budget, kept_bytes)
+        if "OutOfMemory" not in found.get("failed", ""):
+            break
     if "failed" in found:
-        say(f"accelerate's own, batch {batch}: {found['failed']}")
+        say(f"{name:{NAMES}}{found['failed']}")
         return 0.0
     passes = f"prefill {found['prefill_s']:.2f} s, decode pass {found['pass_s']:.3f} s"
     peak = f"GPU {found['peak_gpu_bytes'] / 1e9:.2f} GB"
-    say(f"accelerate's own, batch {batch}: {found['tokens_per_s']:,.1f} tokens/s, {passes}, {peak}")
+    kept = f"{kept_bytes / 1e9:.1f} GB of modules kept"
+    say(f"{name:{NAMES}}{found['tokens_per_s']:,.1f} tokens/s, {passes}, {peak}, {kept}")
     return float(found["tokens_per_s"])
 
 
 def _row(policy: str, plan: Plan, found: dict[str, Any], link_rate: float, budget: int) -> str:
+    """What a policy's run took. of link: what the link takes for the bytes that the plan moves in a decode pass, over that pass. of bound:
+    tokens/s from the first weight byte on, over what no schedule of the plan's class exceeds, whatever it moves."""
     size = f"{plan.decision.num_batches} x {plan.decision.batch_size}"
     passes = {phase: us["measured"] / 1e6 for phase, us in found["pass_us"].items()}
     planned = {phase: us["predicted"] / 1e6 for phase, us in found["pass_us"].items()}
@@ -312,7 +323,10 @@ def _row(policy: str, plan: Plan, found: dict[str, Any], link_rate: float, budge
     speed = f"{after_loading(found):,.0f} / {forecast:,.0f}"
     memory = f"{found['peak_gpu_bytes'] / 1e9:.2f} / {budget / 1e9:.2f}"
     share = link_s / passes[phase] if passes[phase] else 0.0
-    return f"{policy:22}{size:>11}{speed:>17}{spans[0]:>18}{spans[1]:>18}{link_s:>9.3f}{share:>9.1%}{memory:>14}"
+    whole = found["generated_tokens"] / (found["load_s"] + found["prefill_s"] + found["decode_s"])
+    bound = whole / plan.forecast.bound_tokens_per_s
+    row = f"{spans[0]:>18}{spans[1]:>18}{link_s:>9.3f}{share:>9.1%}{bound:>10.1%}"
+    return f"{policy:{NAMES}}{size:>11}{speed:>17}{row}{memory:>14}"
 
 
 def after_loading(found: dict[str, Any]) -> float:
@@ -396,16 +410,16 @@ def rows_of_family(family: str, folder: Path) -> dict[str, Any]:
     return {"parts": parts}
 
 
-def peer(folder: Path, model: Model, batch: int, budget: int) -> dict[str, Any]:
-    """transformers with a device map of accelerate's, in the same GPU memory; the rate of a whole workload from one prefill and a few
-    passes."""
+def peer(folder: Path, model: Model, batch: int, budget: int, kept_bytes: int) -> dict[str, Any]:
+    """transformers with a device map of accelerate's, in the same GPU memory, of which modules of ``kept_bytes`` stay there; the rate of a
+    whole workload from one prefill and a few passes."""
     import torch
 
     from benchmarks.peer import generate, import_accelerate, load_gpu_offload
 
     choose = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, model.shape.vocab, (batch, model.prompt_len), generator=choose).tolist()
-    setting = {"batch": batch, "cap_bytes": budget, "gpu_bytes": _room(model, batch, budget)}
+    setting = {"batch": batch, "cap_bytes": budget, "gpu_bytes": kept_bytes}
     asked = argparse.Namespace(setting=setting, gen_len=PEER_GEN_LEN)
     import_accelerate(folder)
     found = generate(lambda: load_gpu_offload(folder, setting, PEER_GEN_LEN), prompts, asked)

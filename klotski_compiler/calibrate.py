@@ -10,8 +10,8 @@ from typing import Any
 
 from klotski_compiler.actual import Log
 from klotski_compiler.errors import ConfigError
-from klotski_compiler.hardware import Hardware, Link
-from klotski_compiler.plan import Bind, Compute, Load, Op, Plan, Store
+from klotski_compiler.hardware import Hardware
+from klotski_compiler.plan import Bind, Compute, Op, Plan
 
 LEAST_SHARE = 0.01  # of all measured time, that a resource must have worked for it to be corrected
 LEAST_COST = 0.2  # of what was profiled: an op's own cost becomes no less
@@ -76,8 +76,6 @@ def _passes(hardware: Hardware, plan: Plan, phase: str, runs: Iterable[Log]) -> 
                 continue  # loads before the first pass are none of a pass
             step = plan.steps[phase][number]
             resource, planned_us = _resource(hardware, plan, phase, step.op), float(step.end_us - step.start_us)
-            if isinstance(step.op, Load | Store):  # the plan has them slower where others use the same memory
-                planned_us = _alone_us(hardware.links[step.op.link], plan, step.op)
             if resource and planned_us > 0:
                 own = found.setdefault((run, at, resource), _Found())
                 own.planned_us += planned_us
@@ -129,11 +127,6 @@ def _calls(plan: Plan, op: Op) -> float:
         case "project" | "output":
             return 0.5
     return 1.0
-
-
-def _alone_us(link: Link, plan: Plan, op: Load | Store) -> float:
-    nbytes = sum(plan.tensors[index].moved_bytes(op.pages if isinstance(op, Load) else None) for index in op.tensors)
-    return link.latency_us * len(op.tensors) + 1e6 * nbytes / link.bandwidth_bytes_per_s
 
 
 def _factors(hardware: Hardware, found: dict[Resource, _Found]) -> Iterator[tuple[str, float]]:

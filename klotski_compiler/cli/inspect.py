@@ -22,7 +22,7 @@ examples:
   klotski-inspect plan.json --compare other.json       two plans side by side
   klotski-inspect plan.json --compare trace.json       a run of it (klotski-run --trace) beside the plan: where time went
   klotski-inspect plan.json --html report.html         all of it and every op's place in a pass, in one file for a browser
-  klotski-inspect plan.json --trace trace.json         open it at https://ui.perfetto.dev
+  klotski-inspect plan.json --trace forecast.json      a predicted pass, to open at https://ui.perfetto.dev
 
 A line of --ops reads: number, stream, what, tensors, >slot, ^source slot, <op that must have ended (' in the pass before),
 @start+duration in microseconds of a middle pass.

@@ -99,7 +99,9 @@ def _hardware(arguments: argparse.Namespace) -> str:
     if arguments.from_trace:
         trace, plan_path, base = arguments.from_trace
         plan = load(plan_path)
-        return _shown(arguments, calibrated(read_hardware(base), plan, read(plan, trace), trace))
+        corrected = calibrated(read_hardware(base), plan, read(plan, trace), trace)
+        name = output.stem if output is not None else corrected.name  # a plan says by which of the two it was made
+        return _shown(arguments, corrected.model_copy(update={"name": name}))
     tune_libraries()
     # torch takes seconds to import, and --help and usage errors need none of it
     from klotski_runtime.profile import measure, processor_seconds
