@@ -507,7 +507,7 @@ def setup(case: Case) -> Setup:
 
 def sizes(case: Case, run: System, spec: ModelSpec, budgets: dict[str, int]) -> tuple[int, int]:
     """(batch size, number of batches): stated, or the largest that fit by the system's rule."""
-    asked, alone = case.workload, policy(run.policy).ONE_BATCH
+    asked, alone = case.workload, policy(run.policy).one_batch
     if asked.batch_size:
         return asked.batch_size, 1 if alone else asked.num_batches or 1
     sequences = min(asked.num_sequences or 1 << 30, largest_group(case, run, spec, budgets))

@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
-from types import ModuleType
 
 from klotski_compiler.cost import Cost
 from klotski_compiler.hardware import Hardware
 from klotski_compiler.model import ModelSpec
 from klotski_compiler.pipeline import LOAD_BYTES, most_pages
 from klotski_compiler.plan import Decision, LayerDecision, Workload
-from klotski_compiler.policies import policy
+from klotski_compiler.policies import Policy, policy
 from klotski_compiler.routing import Routing
 from klotski_compiler.tensors import state_bytes
 from klotski_compiler.workspace import decode_attention_bytes, prefill_attention_bytes, router_bytes
@@ -106,30 +105,27 @@ class Candidates:
 
     def orders(self, name: str) -> tuple[bool, ...]:
         """Whether a policy's sub-groups join in rolling order: as it has them, where sequences live for more than one pass."""
-        chosen: tuple[bool, ...] = getattr(policy(name), "ROLLING", (False,))
-        return chosen if self.request.workload.gen_len > 1 else (False,)
+        return policy(name).rolling if self.request.workload.gen_len > 1 else (False,)
 
     def bases_of(self, name: str, sizes: Sequence[int], rolling: bool = False) -> Iterator[Decision]:
         """The same for given sizes of the group."""
-        module, request = policy(name), self.request
+        chosen, request = policy(name), self.request
         for sequences in sizes:
-            for num_batches in (1,) if module.ONE_BATCH else self.batch_counts(sequences, rolling):
+            for num_batches in (1,) if chosen.one_batch else self.batch_counts(sequences, rolling):
                 batch_size = request.batch_size or -(-sequences // num_batches)
-                if module.ONE_BATCH and request.batch_size is None and num_batches * batch_size > sequences:
+                if chosen.one_batch and request.batch_size is None and num_batches * batch_size > sequences:
                     continue
                 ages = self.ages(num_batches) if rolling else []
                 if rolling and not ages and False in self.orders(name):
                     continue  # too few batches for that: the other order has them
-                leads = self.leads(module.EXPERTS)
-                for lead, unit in (
-                    leads[1:2] if ages and module.EXPERTS == "solved" else leads
-                ):  # others: ``neighbours``
+                leads = self.leads(chosen.experts)
+                for lead, unit in leads[1:2] if ages and chosen.solved else leads:  # others: ``neighbours``
                     for parts in ages or self.prefill_parts(num_batches, batch_size):
-                        base = self.base(module.EXPERTS, num_batches, batch_size, lead, unit, parts)
+                        base = self.base(chosen.experts, num_batches, batch_size, lead, unit, parts)
                         base = base.model_copy(update={"rolling": bool(ages)})
                         if ages and base.cohorts(request.workload.num_sequences) < parts:
                             continue  # they would never all be there
-                        for cpu_batches in self.cpu_batches(module, num_batches):
+                        for cpu_batches in self.cpu_batches(chosen, num_batches):
                             yield base.model_copy(update={"cpu_batches": cpu_batches})
 
     def batch_counts(self, sequences: int, rolling: bool = False) -> list[int]:
@@ -151,10 +147,9 @@ class Candidates:
         fitting = [a for a in range(2, min(num_batches, gen_len) + 1) if num_batches % a == 0]
         return [a for a in fitting if a * -(-gen_len // a) <= UNEVEN * gen_len][-1:]
 
-    def cpu_batches(self, module: ModuleType, num_batches: int) -> list[int]:
+    def cpu_batches(self, chosen: Policy, num_batches: int) -> list[int]:
         """Batches whose decode attention the CPU computes: the shares that the policy may choose from."""
-        solved = module.EXPERTS == "solved"  # and so is this share
-        shares = getattr(module, "CPU_ATTENTION", (0.0,)) if self.cost.cpu_attends and not solved else (0.0,)
+        shares = chosen.cpu_attention if self.cost.cpu_attends else (0.0,)
         return sorted({round(share * num_batches) for share in shares})
 
     @property
@@ -227,7 +222,7 @@ class Candidates:
 
     def smallest_pieces(self, name: str, base: Decision) -> Decision:
         """The same with the smallest pieces to stream in, whatever the budget."""
-        lead, unit = min(self.leads(policy(name).EXPERTS, unit=1))
+        lead, unit = min(self.leads(policy(name).experts, unit=1))
         return base.model_copy(update={"lead": lead, "unit": unit, "head_pages": self.head_pages(), "embedding": False})
 
     @cached_property
@@ -259,12 +254,12 @@ class Candidates:
 
     def bare(self, name: str, d: Decision, num_batches: int) -> Decision:
         """The sizes of a decision, in so many batches, with nothing resident."""
-        base = self.base(policy(name).EXPERTS, num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups)
+        base = self.base(policy(name).experts, num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups)
         kept = {
             size: getattr(d, size)
             for size in ("attention_batch", "decode_batch", "expert_rows", "rolling", "pages", "kv_ahead", "together")
         } | ({"last_batch": d.last_batch} if num_batches == d.num_batches else {})
-        shared = 0 if policy(name).EXPERTS == "solved" else min(d.cpu_batches, num_batches)
+        shared = 0 if policy(name).solved else min(d.cpu_batches, num_batches)
         return base.model_copy(update={**kept, "cpu_batches": shared})
 
     def neighbours(self, name: str, d: Decision) -> Iterator[Decision]:

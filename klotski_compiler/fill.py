@@ -42,7 +42,7 @@ class Fills(Candidates):
         what it finds with all layers alike and without a spill; and everything resident, where that fits. Nothing where only shares
         of experts fit. With the kind of fill that it is."""
         found: list[Decision] = []
-        for kind in FILLS if policy(name).EXPERTS == "solved" else ("any",):
+        for kind in FILLS if policy(name).solved else ("any",):
             with suppress(Infeasible):
                 decision = self.filled(name, base, kind)
                 if decision and decision not in found:
@@ -71,14 +71,11 @@ class Fills(Candidates):
         reserve: bytes per tier to leave free beyond what the slots of a short model showed. may_spill, uniform, stretch: see ``residency``.
         """
         capacity = self.capacity(name, base, reserve)
-        if policy(name).EXPERTS == "solved":
+        if policy(name).solved:
             solved = residency(self.cost, self.request.workload, base, capacity, may_spill, uniform, stretch)
             self.truncated |= solved.truncated
             return solved.decide(base)
-        filled = self.greedy(name, base, capacity)
-        if decide := getattr(policy(name), "decide", None):
-            filled = decide(self.cost, filled)
-        return filled
+        return policy(name).decide(self.cost, self.greedy(name, base, capacity))
 
     def all_kept(self, base: Decision, reserve: Mapping[str, int] = NOTHING) -> Decision | None:
         """Everything resident, where a GPU has room for all of it: the residency problem, to which a transfer that hides is free, sees
@@ -104,7 +101,7 @@ class Fills(Candidates):
         """Nothing resident, KV where it takes the least of the compute tier, experts on disk where that is possible."""
         spilled = self.least_kv_bytes(base) < sum(self.kv_bytes_of(base))
         kv = {"gpu": "host", "host": "disk"}[self.tier] if spilled else self.tier
-        far = self.tier == "gpu" and policy(name).EXPERTS != "picks"
+        far = self.tier == "gpu" and policy(name).experts != "picks"
         layers = (
             layer.model_copy(update={"kv": kv, "on_disk": tuple(sorted(layer.static)) if far else ()})
             for layer in base.layers
@@ -117,7 +114,7 @@ class Fills(Candidates):
         """Bytes of each tier for residents and KV: the budget without slots, hidden states, workspace and fixed residents."""
         spec, workload = self.request.spec, self.request.workload
         fixed = 0
-        if policy(name).EXPERTS != "solved":  # the residency problem counts these itself
+        if not policy(name).solved:  # the residency problem counts these itself
             fixed += spec.norm.nbytes + 4 * PAGE_BYTES
             fixed += 0 if base.head_pages else spec.head.nbytes + 2 * PAGE_BYTES
             fixed += spec.embedding.nbytes + 2 * PAGE_BYTES if base.embedding else 0
@@ -125,7 +122,7 @@ class Fills(Candidates):
         free, working = dict[str, int](), workspace(self.cost, base, workload)
         for tier, budget in self.request.budgets.items():
             slots = self.streaming(name, base.lead, base.unit, base.head_pages).get(tier, 0)
-            if self.tier == "gpu" and tier == "host" and policy(name).EXPERTS == "solved":
+            if self.tier == "gpu" and tier == "host" and policy(name).solved:
                 slots = max(slots, self._staging_bytes(base))
             states = 0
             if base.cpu_batches:
@@ -136,11 +133,11 @@ class Fills(Candidates):
                 )
             free[tier] = budget - reserve.get(tier, 0) - slots - states - sum(working.get(tier, {}).values())
         free[self.tier] -= fixed
-        if self.tier == "gpu" and policy(name).EXPERTS != "solved":
+        if self.tier == "gpu" and not policy(name).solved:
             free["host"] -= slot_bytes(spec.embedding)
         if short := {tier: -nbytes for tier, nbytes in free.items() if nbytes < 0}:
             raise self._shortfall(short)
-        if policy(name).EXPERTS != "solved":
+        if not policy(name).solved:
             free[self.tier] += self.least_kv_bytes(base)
         return free
 
@@ -173,10 +170,10 @@ class Fills(Candidates):
     def streaming(self, name: str, lead: int, unit: int, head_pages: int) -> dict[str, int]:
         """Bytes of every tier's slots when nothing is resident, found by lowering a short model: independent of the group's size. Of a
         policy whose residency is solved, without those of modules and head, which the problem counts where it streams them."""
-        base = self.base(policy(name).EXPERTS, 1 if policy(name).ONE_BATCH else 2, 1, lead, unit, 1)
+        base = self.base(policy(name).experts, 1 if policy(name).one_batch else 2, 1, lead, unit, 1)
         cut, cost = self.short(base.model_copy(update={"head_pages": head_pages, "embedding": False}), SAMPLED)
         trial = lower(cost, name, cut, Workload(prompt_len=2, gen_len=4, num_sequences=2), timed=False)
-        apart = (*MODULES, "head") if policy(name).EXPERTS == "solved" else ()
+        apart = (*MODULES, "head") if policy(name).solved else ()
         most = dict[str, int]()
         for phase in trial.phases.values():
             placed = {slot for _, slot in (*trial.placed, *phase.placed)}
@@ -224,9 +221,7 @@ class Fills(Candidates):
         """Ours for policies whose paper states no fill: KV, then routers, attention, shared experts, then popular experts."""
         spec, free = self.request.spec, capacity[self.tier]
         cache, kv_tier = self.kv_bytes_of(base), self.tier
-        if sum(cache) > free or (
-            self.tier == "gpu" and (base.cpu_batches or getattr(policy(name), "KV", "") == "host")
-        ):
+        if sum(cache) > free or (self.tier == "gpu" and (base.cpu_batches or policy(name).kv == "host")):
             kv_tier = "host" if self.tier == "gpu" else "disk"
             free -= self.least_kv_bytes(base)
         else:
@@ -245,7 +240,7 @@ class Fills(Candidates):
         share = {
             n: min(spec.layers[n].num_experts, total // len(moe) + (i < total % len(moe))) for i, n in enumerate(moe)
         }
-        if getattr(policy(name), "RESIDENT_EXPERTS", "") == "first layers":
+        if policy(name).first_layers:
             for n in moe:
                 share[n] = min(spec.layers[n].num_experts, total)
                 total -= share[n]
@@ -278,8 +273,8 @@ class Fills(Candidates):
         each = max(slot_bytes(expert) for _, expert in streamed)
         kept = max(0, free) // each
         total = sum(map(len, moving.values()))
-        if free < 0 or (kept < total and policy(name).EXPERTS == "picks"):
-            raise self._shortfall({"host": total * each - free if policy(name).EXPERTS == "picks" else -free})
+        if free < 0 or (kept < total and policy(name).experts == "picks"):
+            raise self._shortfall({"host": total * each - free if policy(name).experts == "picks" else -free})
         if kept >= total:
             return layers
         share = {n: kept * len(moving[n]) // total for n in moving}

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from types import ModuleType
 
 from klotski_compiler.cost import Cost, Shape
 from klotski_compiler.pipeline import LOAD_BYTES, shapes
 from klotski_compiler.plan import ALL, CPU, Decision, LayerDecision, Workload
+from klotski_compiler.policies import Policy
 from klotski_compiler.tensors import MODULES
 
 
-def rough_us(cost: Cost, policy: ModuleType, decision: Decision, workload: Workload) -> float:
+def rough_us(cost: Cost, policy: Policy, decision: Decision, workload: Workload) -> float:
     """The whole workload, from the first weight byte on."""
     rounds, kinds = decision.rounds(workload.num_sequences), _kinds(cost, decision)
     phases = (shape for shape in shapes(decision, workload) if shape.passes)
@@ -56,8 +56,8 @@ def load_us(cost: Cost, decision: Decision) -> float:
     return 1e6 * nbytes / disk.bandwidth_bytes_per_s + loads * cost.load_op_us("disk>host")
 
 
-def _pass_us(cost: Cost, policy: ModuleType, decision: Decision, shape: Shape, kinds: Sequence[int]) -> float:
-    busy = max if getattr(policy, "OVERLAPS", True) else sum
+def _pass_us(cost: Cost, policy: Policy, decision: Decision, shape: Shape, kinds: Sequence[int]) -> float:
+    busy = max if policy.overlaps else sum
     works = {first: layer_work(cost, decision, first, decision.layers[first], shape) for first in set(kinds)}
     known = {first: busy(work.values()) for first, work in works.items()}
     total = sum(known[first] for first in kinds)

@@ -133,11 +133,11 @@ class Search(Fills):
         return self.most_sequences >= (self.request.batch_size or 1) and not fixed
 
     def _begun(self, name: str) -> tuple[list[Rated], list[Rated]]:
-        if policy(name).ONE_BATCH and (self.request.num_batches or 1) > 1:
+        if policy(name).one_batch and (self.request.num_batches or 1) > 1:
             raise Infeasible(
                 {}, f"{name} computes one batch at a time; leave out --num-batches, or choose another --policy"
             )
-        solved = policy(name).EXPERTS == "solved"
+        solved = policy(name).solved
         scored, plain = self._scored(name)
         tried = in_both_orders(one_each(scored)) if solved else scored[:KEPT_SCORED]
         rated = list[Rated]()
@@ -163,7 +163,7 @@ class Search(Fills):
             lean = self.lean(name)
             return [Rated(lean.tokens_per_s, name, lean.decision, "any")]
         quick = sorted((r for r in rated if r.tokens_per_s > 0), key=lambda r: -r.tokens_per_s)
-        kept_whole = self.retimed(by_order(quick)) if policy(name).EXPERTS == "solved" else quick[:KEPT_WHOLE]
+        kept_whole = self.retimed(by_order(quick)) if policy(name).solved else quick[:KEPT_WHOLE]
         if not kept_whole:
             raise self._too_slow()
         return kept_whole
@@ -194,7 +194,7 @@ class Search(Fills):
                     refusals.append(fault)
             fitting.sort(key=lambda entry: entry[0])
             plain += fitting[:1]
-            if policy(name).EXPERTS == "solved":
+            if policy(name).solved:
                 bases = self.bases_of(name, [size], rolling) if not fitting else (d for _, d in one_each(fitting))
                 best_us = min([least(fitting), *alike])
                 fitting = self.fitted(name, self._hopeful(name, fitting, list(bases)[:KEPT_FITTED], best_us))
@@ -211,7 +211,7 @@ class Search(Fills):
         try:
             return self.score(name, base), base
         except Infeasible:
-            if policy(name).EXPERTS == "solved" or (small := self.smallest_pieces(name, base)) == base:
+            if policy(name).solved or (small := self.smallest_pieces(name, base)) == base:
                 raise
             return self.score(name, small), small
 
@@ -383,7 +383,7 @@ class Search(Fills):
     def score(self, name: str, base: Decision) -> float:
         """About how many microseconds the workload takes with the best residency, by which the sizes of one policy compare. Raises
         Infeasible where not even streaming everything fits."""
-        if policy(name).EXPERTS == "solved":
+        if policy(name).solved:
             alone = ALONE if base.lead < 2 * base.unit else 0.0
             return (1 + alone) * relaxed_us(self.cost, self.request.workload, base, self.capacity(name, base, {}))
         return rough_us(self.cost, policy(name), self.fill(name, base), self.request.workload)
@@ -570,7 +570,7 @@ class Search(Fills):
         try:
             return self._with_room(name, base, rated.decision, rated.kind)
         except Infeasible as refusal:
-            if policy(name).EXPERTS == "solved" or not refusal.shortfalls:
+            if policy(name).solved or not refusal.shortfalls:
                 raise
             small = self.smallest_pieces(name, base)
             with suppress(Infeasible):

@@ -54,7 +54,7 @@ def asked(
 ) -> Request:
     """A compilation with memory for all modules but the routed experts, and for ``share`` of those, beyond what streaming takes; for
     joint, which would stream other modules rather, for none of those."""
-    if policy(policy_name).ONE_BATCH:
+    if policy(policy_name).one_batch:
         num_batches, batch_size = 1, num_batches * batch_size
     spec, budgets = model.spec, {"host": 1 << 40, "disk": 1 << 40}
     work = workload(prompts, gen_len)
@@ -85,9 +85,9 @@ def decided(
     """A plan in which every layer streams all of its weights; joint loads half of the experts by name and half by rank. On a GPU
     the CPU has as much of the work as the policy gives it, and joint a named expert and half of the picks of every layer."""
     spec = replace(model.spec, compute_dtype="fp32")
-    batch_size = 6 if policy(policy_name).ONE_BATCH else 2
+    batch_size = 6 if policy(policy_name).one_batch else 2
     decision = tiny_decision(policy_name, spec, kv, batch_size=batch_size, **changes)
-    group = "late" if policy(policy_name).EXPERTS == "picks" else "static"
+    group = "late" if policy(policy_name).experts == "picks" else "static"
     layers = tuple(
         layer.model_copy(
             update={"resident": (), "resident_experts": (), group: (*layer.resident_experts, *getattr(layer, group))}
@@ -108,11 +108,11 @@ def decided(
 
 def drawn(spec: ModelSpec, policy_name: str, rng: random.Random) -> tuple[Decision, Workload]:
     """A random decision that the policy can take, for a random workload."""
-    module, layers = policy(policy_name), list[LayerDecision]()
+    own, layers = policy(policy_name), list[LayerDecision]()
     for layer in spec.layers:
         order = rng.sample(range(layer.num_experts), layer.num_experts)
         kept = rng.randint(0, len(order) - 1) if order else 0
-        picks = {"static": 0, "solved": rng.randint(0, len(order) - kept), "picks": len(order) - kept}[module.EXPERTS]
+        picks = {"static": 0, "solved": rng.randint(0, len(order) - kept), "picks": len(order) - kept}[own.experts]
         named = len(order) - picks
         modules = [k for k in ("attention", "router", "shared", "dense") if getattr(layer, k) and rng.random() < 0.4]
         layers.append(
@@ -122,17 +122,17 @@ def drawn(spec: ModelSpec, policy_name: str, rng: random.Random) -> tuple[Decisi
                 static=tuple(order[kept:named]),
                 late=tuple(order[named:]),
                 kv=rng.choice(["host", "disk"]),
-                kv_batches=rng.randint(0, 1) if module.EXPERTS == "solved" else 0,
+                kv_batches=rng.randint(0, 1) if own.solved else 0,
             )
         )
     most, top_k = max(layer.num_experts for layer in spec.layers), max(layer.top_k for layer in spec.layers)
-    num_batches = 1 if module.ONE_BATCH else rng.randint(1, 4)
+    num_batches = 1 if own.one_batch else rng.randint(1, 4)
     batch_size, unit, parts = rng.randint(1, 3), rng.randint(1, 3), rng.randint(1, num_batches)
     decision = Decision(
         num_batches=num_batches,
         batch_size=batch_size,
         lead={"static": most, "solved": unit * rng.randint(2, 5), "picks": rng.randint(min(most, top_k + unit), most)}[
-            module.EXPERTS
+            own.experts
         ],
         unit=unit,
         head_pages=rng.choice([0, 1, 2, 5]),
@@ -141,7 +141,7 @@ def drawn(spec: ModelSpec, policy_name: str, rng: random.Random) -> tuple[Decisi
         attention_batch=rng.randint(1, batch_size),
         decode_batch=rng.randint(1, batch_size),
         expert_rows=rng.choice([1, 7, 64]),
-        hot=rng.randint(0, top_k) if module.EXPERTS == "picks" else 0,
+        hot=rng.randint(0, top_k) if own.experts == "picks" else 0,
         embedding=rng.random() < 0.5,
         layers=tuple(layers),
     )

@@ -123,8 +123,8 @@ def tiny_decision(
     policy_name: str, spec: ModelSpec, kv: str, num_batches: int = 3, batch_size: int = 2, **changes: Any
 ) -> Decision:
     """A decision as the policy's planner could take it: one expert resident, the others as the policy moves them."""
-    module_ = policy(policy_name)
-    late = {"static": 0.0, "solved": 0.5, "picks": 1.0}[module_.EXPERTS]
+    own = policy(policy_name)
+    late = {"static": 0.0, "solved": 0.5, "picks": 1.0}[own.experts]
     layers = []
     for number, layer in enumerate(spec.layers):
         streamed = list(range(1, layer.num_experts))
@@ -139,7 +139,7 @@ def tiny_decision(
             )
         )
     decision = Decision(
-        num_batches=1 if module_.ONE_BATCH else num_batches,
+        num_batches=1 if own.one_batch else num_batches,
         batch_size=batch_size,
         lead=4,
         unit=1,
@@ -148,16 +148,16 @@ def tiny_decision(
         attention_batch=1,
         decode_batch=batch_size,
         expert_rows=64,
-        hot=2 if module_.EXPERTS == "picks" else 0,
+        hot=2 if own.experts == "picks" else 0,
         embedding=True,
         layers=tuple(layers),
     )
-    if kv == "host" and (module_.EXPERTS == "solved" or max(getattr(module_, "CPU_ATTENTION", (0.0,))) > 0):
+    if kv == "host" and (own.solved or max(own.cpu_attention) > 0):
         decision = decision.model_copy(update={"cpu_batches": min(2, decision.num_batches)})
-    if getattr(module_, "CPU_EXPERTS", False):
+    if own.cpu_experts:
         chosen = [layer.model_copy(update={"cpu_picks": len(layer.late) // 2}) for layer in decision.layers]
         decision = decision.model_copy(update={"layers": tuple(chosen)})
-    if getattr(module_, "ROLLING", (False,)) == (True,):
+    if own.rolling == (True,):
         decision = decision.model_copy(update={"rolling": True, "prefill_groups": decision.num_batches})
         changes.pop("prefill_groups", None)
     return decision.model_copy(update=changes)
@@ -174,7 +174,7 @@ def tiny_plan(
 ) -> Plan:
     """A sealed plan. ``kv``: the tier of the KV cache (default: the compute tier). ``changes`` replace fields of the decision."""
     spec, hardware = spec or tiny_spec(), tiny_hardware(gpu)
-    together = {"together": gpu and policy(policy_name).EXPERTS == "solved"}
+    together = {"together": gpu and policy(policy_name).solved}
     decision = decision or tiny_decision(policy_name, spec, kv or hardware.compute_tier, **(together | changes))
     return make_plan(spec, hardware, policy_name, decision, workload)
 

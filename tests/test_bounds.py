@@ -42,7 +42,7 @@ def sliding(spec: ModelSpec, window: int) -> ModelSpec:
 def random_schedule(policy_name: str, seed: int, window: int = 0) -> tuple[Cost, Workload, Decision, Lowered]:
     """A random decision that the policy can take, lowered."""
     rng = random.Random(f"{policy_name} {seed}")
-    gpu, module = rng.random() < 0.5, policy(policy_name)
+    gpu, own = rng.random() < 0.5, policy(policy_name)
     spec = sliding(tiny_spec(layers=rng.choice([2, 4]), experts=rng.choice([2, 4, 8])), window)
     hardware = tiny_hardware(gpu)
     popularity = []
@@ -59,12 +59,12 @@ def random_schedule(policy_name: str, seed: int, window: int = 0) -> tuple[Cost,
     for number, layer in enumerate(spec.layers):
         order = cost.popular(number)
         kept = rng.randint(0, len(order))
-        late = {"static": 0, "solved": rng.randint(0, len(order) - kept), "picks": len(order) - kept}[module.EXPERTS]
+        late = {"static": 0, "solved": rng.randint(0, len(order) - kept), "picks": len(order) - kept}[own.experts]
         cut = len(order) - late
         modules = [k for k in ("attention", "router", "shared", "dense") if getattr(layer, k) and rng.random() < 0.4]
         shared = gpu and rng.random() < 0.6  # with the CPU
-        cpu = rng.randint(0, cut - kept) if shared and module.EXPERTS == "solved" else 0
-        picks = rng.randint(0, late) if shared and getattr(module, "CPU_EXPERTS", False) else 0
+        cpu = rng.randint(0, cut - kept) if shared and own.solved else 0
+        picks = rng.randint(0, late) if shared and own.cpu_experts else 0
         layers.append(
             LayerDecision(
                 resident=tuple(modules),
@@ -90,10 +90,10 @@ def random_schedule(policy_name: str, seed: int, window: int = 0) -> tuple[Cost,
         update={
             "layers": tuple(layers),
             "unit": unit,
-            "lead": max(unit * rng.choice([1, 2, 4]), spec.layers[-1].num_experts if module.EXPERTS != "solved" else 0),
+            "lead": max(unit * rng.choice([1, 2, 4]), spec.layers[-1].num_experts if own.experts != "solved" else 0),
             "head_pages": rng.choice([0, 2, 5]),
             "embedding": rng.random() < 0.5,
-            "together": module.EXPERTS == "solved" and rng.random() < 0.5,
+            "together": own.solved and rng.random() < 0.5,
             "pages": rng.randint(1, most_pages(spec.layers[-1].expert.nbytes)) if unit == 1 else 1,  # type: ignore[union-attr]
         }
     )
@@ -279,7 +279,7 @@ def shared_schedule(policy_name: str, seed: int, window: int = 0) -> tuple[Relax
     layers = []
     for layer in spec.layers:
         experts = list(range(layer.num_experts))
-        on_cpu = rng.choice([0, 0, 1, len(experts) // 2]) if experts and policy(policy_name).EXPERTS == "solved" else 0
+        on_cpu = rng.choice([0, 0, 1, len(experts) // 2]) if experts and policy(policy_name).solved else 0
         kept = len(experts) - on_cpu if solved else rng.randint(0, len(experts) - on_cpu)
         own = among if layer.sliding_window else share
         attended = min(batches, own + rng.choice([0, 1])) if solved else rng.randint(0, batches)

@@ -116,7 +116,7 @@ def ladder(gpu: bool) -> list[int]:
 
 
 @pytest.mark.parametrize(("batch_size", "num_batches"), [(3, 2), (5, None), (None, 3), (1, 1), (30, 1), (None, 24)])
-@pytest.mark.parametrize("name", [name for name in POLICIES if not policy(name).ONE_BATCH])
+@pytest.mark.parametrize("name", [name for name in POLICIES if not policy(name).one_batch])
 def test_fixed_sizes_are_kept(name: str, batch_size: int | None, num_batches: int | None) -> None:
     decision = plan_of(compiled(True, 120 << 20, name, batch_size=batch_size, num_batches=num_batches)).decision
     assert decision.batch_size == (batch_size or decision.batch_size)
@@ -129,7 +129,7 @@ def test_a_fixed_batch_size_is_kept_by_every_policy(name: str, batch_size: int) 
     assert plan_of(compiled(False, 120 << 20, name, batch_size=batch_size)).decision.batch_size == batch_size
 
 
-@pytest.mark.parametrize("name", [name for name in POLICIES if policy(name).ONE_BATCH])
+@pytest.mark.parametrize("name", [name for name in POLICIES if policy(name).one_batch])
 def test_a_number_of_batches_is_kept_or_refused(name: str) -> None:
     found = compiled(False, 120 << 20, name, batch_size=3, num_batches=2)
     assert isinstance(found, Infeasible) or (found.decision.num_batches, found.decision.batch_size) == (2, 3)
@@ -204,7 +204,7 @@ def test_batches_of_a_size_that_does_not_divide_the_workload_may_be_one_more() -
 
 def test_a_policy_that_cannot_have_such_sizes_says_why() -> None:
     candidates = plan_of(compiled(False, 120 << 20, batch_size=3, num_batches=2)).candidates
-    assert all("one batch at a time" in c.why_not for c in candidates if policy(c.policy).ONE_BATCH)
+    assert all("one batch at a time" in c.why_not for c in candidates if policy(c.policy).one_batch)
     refusal = compiled(False, 120 << 20, "moe_lens", batch_size=8, num_batches=4)
     assert isinstance(refusal, Infeasible) and "max-latency" not in str(refusal)
 
@@ -466,14 +466,14 @@ def test_host_memory_that_is_too_small_is_respected_or_refused_with_what_is_shor
     assert plan_of(found).forecast.peak_bytes["host"] <= host
 
 
-@pytest.mark.parametrize("name", ["auto", *(name for name in POLICIES if policy(name).EXPERTS != "picks")])
+@pytest.mark.parametrize("name", ["auto", *(name for name in POLICIES if policy(name).experts != "picks")])
 def test_what_does_not_fit_in_host_memory_stays_on_disk(name: str) -> None:
     near, host = crowded(name, 0.5)
     plan = plan_of(compiled(True, near, name, host=host))
     assert any(layer.on_disk for layer in plan.decision.layers)
 
 
-@pytest.mark.parametrize("name", [name for name in POLICIES if policy(name).EXPERTS == "picks"])
+@pytest.mark.parametrize("name", [name for name in POLICIES if policy(name).experts == "picks"])
 def test_experts_that_are_bound_at_run_time_must_be_in_host_memory(name: str) -> None:
     near, host = crowded(name, 0.4)
     found = compiled(True, near, name, host=host)

@@ -37,7 +37,7 @@ EXPERTS = {"expert", "pick"}
 MOVED = {"static": {"expert"}, "solved": EXPERTS, "picks": {"pick"}}
 """What a policy that streams everything loads: experts by name, late-bound picks, or some of each."""
 
-ALWAYS_ROLLING = [name for name in POLICIES if getattr(policy(name), "ROLLING", (False,)) == (True,)]
+ALWAYS_ROLLING = [name for name in POLICIES if policy(name).rolling == (True,)]
 
 each_policy = pytest.mark.parametrize("policy_name", POLICIES)
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -75,11 +75,11 @@ def test_a_plan_that_streams_everything(
 ) -> None:
     """Nothing resident but the norm: KV on disk, the head in pages, embedding rows gathered, prefill in two sub-groups."""
     model = models(family)
-    parts = 1 if policy(policy_name).ONE_BATCH else 2
+    parts = 1 if policy(policy_name).one_batch else 2
     plan = decided(model, policy_name, "disk", 8, unit=2, head_pages=3, embedding=False, prefill_groups=parts)
     assert {plan.tensors[t].kind for t, _ in plan.placed} == {"norm"}
     assert loaded(plan) >= {"kv", "head", "attention", "router"}
-    assert loaded(plan) & EXPERTS == MOVED[policy(policy_name).EXPERTS]
+    assert loaded(plan) & EXPERTS == MOVED[policy(policy_name).experts]
     same(model, run(plan, model, tmp_path).rows)
 
 
@@ -176,7 +176,7 @@ def test_the_compiler_spills_kv_that_does_not_fit(policy_name: str, models: Mode
     request = asked(model, policy_name, PROMPTS)
     host, disk = (streaming_all(request, kv)[0] for kv in ("host", "disk"))
     plan = compile_plan(replace(request, budgets=request.budgets | {"host": (host + disk) // 2}))
-    assert loaded(plan) >= {"kv"} | MOVED[policy(policy_name).EXPERTS]
+    assert loaded(plan) >= {"kv"} | MOVED[policy(policy_name).experts]
     same(model, run(plan, model, tmp_path, PROMPTS[:7]).rows)
 
 
@@ -198,7 +198,7 @@ def test_a_model_of_one_or_two_layers(
 @each_policy
 def test_batches_of_one_sequence(policy_name: str, models: Models, same: Same, tmp_path: Path) -> None:
     model = models("phimoe")
-    request = asked(model, policy_name, PROMPTS, 1 if policy(policy_name).ONE_BATCH else 4, 1)
+    request = asked(model, policy_name, PROMPTS, 1 if policy(policy_name).one_batch else 4, 1)
     plan = compile_plan(request)
     assert plan.decision.batch_size == 1
     assert loaded(plan) & EXPERTS
@@ -214,7 +214,7 @@ def test_one_new_token(policy_name: str, models: Models, same: Same, tmp_path: P
     same(model, run(plan, model, tmp_path).rows)
 
 
-@pytest.mark.parametrize("policy_name", [n for n in POLICIES if not policy(n).ONE_BATCH and n not in ALWAYS_ROLLING])
+@pytest.mark.parametrize("policy_name", [n for n in POLICIES if not policy(n).one_batch and n not in ALWAYS_ROLLING])
 def test_prefill_batch_by_batch(policy_name: str, models: Models, same: Same, tmp_path: Path) -> None:
     """As many sub-groups as batches; the last group has none for the last of them."""
     model = models("gpt_oss")

@@ -1,28 +1,54 @@
-"""Published schedules and ours, one file each: a loop nest that writes a program, and the decisions that its system can take."""
+"""Published schedules and ours, one file each: a loop nest that writes a program, and what else its system may decide."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
-from types import ModuleType
+from typing import Literal
+
+from klotski_compiler.cost import Cost
+from klotski_compiler.plan import Decision
+from klotski_compiler.program import Program
 
 OURS = "joint"
 POLICIES = (OURS, *sorted(module.name for module in iter_modules(__path__) if module.name != OURS))
 
 
-def policy(name: str) -> ModuleType:
-    """The module of that policy, which has a docstring with its timeline and
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What a file of this folder calls POLICY, beside a docstring with its timeline.
 
-    build(program): writes one phase.
-    ONE_BATCH: whether it computes one batch at a time.
-    EXPERTS: how those that are not resident travel: ``static`` (by name), ``picks`` (late-bound) or ``solved`` (both, by the
-    residency problem).
-    OVERLAPS (optional): False where copies block the processor.
-    ROLLING (optional): the orders in which prefill's sub-groups may join: all before decode (False), or one after another (True).
-    KV (optional): the tier where it always keeps the cache on a machine with a GPU.
-    CPU_ATTENTION (optional): shares of the batches whose decode attention the CPU may compute.
-    CPU_EXPERTS (optional): whether the CPU may compute late experts where they live.
-    RESIDENT_EXPERTS (optional): ``first layers`` where those are cached first, else every layer gets the same.
-    decide(cost, decision) (optional): what its rules set once it is known what is resident.
+    build: writes one phase. experts: how those that are not resident travel: by name, late-bound (``picks``), or both, as the residency
+    problem says (``solved``). one_batch: it computes one batch at a time. overlaps: False where copies block the processor.
+    rolling: the orders in which prefill's sub-groups may join: all before decode (False), or one after another (True).
+    kv: the tier where it always keeps the cache on a machine with a GPU, else where there is room. cpu_attention: shares of the batches
+    whose decode attention the CPU may compute. cpu_experts: the CPU may compute late experts where they live.
+    first_layers: which experts stay is decided layer by layer from the first on, else every layer keeps as many.
+    decide: what its own rules set once it is known what is resident.
     """
-    return import_module(f"klotski_compiler.policies.{name}")
+
+    build: Callable[[Program], None]
+    experts: Literal["static", "picks", "solved"]
+    one_batch: bool = False
+    overlaps: bool = True
+    rolling: tuple[bool, ...] = (False,)
+    kv: str = ""
+    cpu_attention: tuple[float, ...] = (0.0,)
+    cpu_experts: bool = False
+    first_layers: bool = False
+    decide: Callable[[Cost, Decision], Decision] = lambda cost, decision: decision
+
+    @property
+    def solved(self) -> bool:
+        """Whether residency is solved for."""
+        return self.experts == "solved"
+
+
+@cache
+def policy(name: str) -> Policy:
+    """The policy of that name."""
+    found: Policy = import_module(f"klotski_compiler.policies.{name}").POLICY
+    return found

@@ -9,11 +9,8 @@ are one module, so all of them are copied.
 Approximation: accelerate's own disk hook also copies through an mmap and allocates anew; here the readers are ours.
 """
 
+from klotski_compiler.policies import Policy
 from klotski_compiler.program import Program
-
-ONE_BATCH = True  # a forward sees one batch; more prompts are more forwards
-EXPERTS = "static"
-OVERLAPS = False
 
 
 def build(p: Program) -> None:
@@ -31,3 +28,6 @@ def build(p: Program) -> None:
             p.experts(layer, [*p.resident_experts(layer), *p.static_experts(layer)], batch)
         p.evict(*mlp)
     p.logits(sync=True)
+
+
+POLICY = Policy(build=build, experts="static", one_batch=True, overlaps=False)

@@ -15,11 +15,8 @@ from functools import partial
 
 from klotski_compiler.cost import Cost
 from klotski_compiler.plan import Decision
+from klotski_compiler.policies import Policy
 from klotski_compiler.program import Program
-
-ONE_BATCH = True
-EXPERTS = "picks"
-RESIDENT_EXPERTS = "first layers"
 
 
 def build(p: Program) -> None:
@@ -49,3 +46,6 @@ def decide(cost: Cost, decision: Decision) -> Decision:
         touched = cost.experts(number, tokens)
         asked.append(sum(touched[e][1] for e in chosen.late))
     return decision.model_copy(update={"hot": max(decision.hot, round(max(asked)))})
+
+
+POLICY = Policy(build=build, experts="picks", one_batch=True, first_layers=True, decide=decide)

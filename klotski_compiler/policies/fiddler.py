@@ -12,9 +12,8 @@ Approximation: the break-even is applied to the expected numbers of tokens.
 
 from klotski_compiler.cost import Cost
 from klotski_compiler.plan import CPU, Decision
-from klotski_compiler.policies.hybrimoe import CPU_EXPERTS, EXPERTS, ONE_BATCH, build
-
-__all__ = ["CPU_EXPERTS", "EXPERTS", "ONE_BATCH", "build", "decide"]
+from klotski_compiler.policies import Policy
+from klotski_compiler.policies.hybrimoe import build
 
 
 def decide(cost: Cost, decision: Decision) -> Decision:
@@ -33,3 +32,6 @@ def decide(cost: Cost, decision: Decision) -> Decision:
             cheaper += there_us[expert] < touched[expert][1] * link_us + here_us[expert]
         layers.append(chosen.model_copy(update={"cpu_picks": cheaper}))
     return decision.model_copy(update={"layers": tuple(layers)})
+
+
+POLICY = Policy(build=build, experts="picks", one_batch=True, cpu_experts=True, decide=decide)

@@ -10,11 +10,8 @@ lives in host memory (its ``cpu_cache_compute``), all the CPU's, for which the G
 Approximation: FlexGen synchronises after every batch; here only true dependencies wait.
 """
 
+from klotski_compiler.policies import Policy
 from klotski_compiler.program import Program
-
-ONE_BATCH = False
-EXPERTS = "static"
-CPU_ATTENTION = (0.0, 1.0)
 
 
 def build(p: Program) -> None:
@@ -32,3 +29,6 @@ def build(p: Program) -> None:
 def weights(p: Program, layer: int) -> list[int]:
     """Everything that a layer streams."""
     return [*p.attention_weights(layer), *p.router_weights(layer), *p.static_experts(layer)]
+
+
+POLICY = Policy(build=build, experts="static", cpu_attention=(0.0, 1.0))

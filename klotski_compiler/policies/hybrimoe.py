@@ -14,11 +14,8 @@ whole, which is where its score, a running mean of the router's, settles; nothin
 
 from klotski_compiler.cost import Cost
 from klotski_compiler.plan import CPU, Decision
+from klotski_compiler.policies import Policy
 from klotski_compiler.program import Program
-
-ONE_BATCH = True
-EXPERTS = "picks"
-CPU_EXPERTS = True
 
 
 def build(p: Program) -> None:
@@ -73,3 +70,6 @@ def decide(cost: Cost, decision: Decision) -> Decision:
                 front, gpu_us, link_us = front + 1, there_us, link_us + load_us
         layers.append(chosen.model_copy(update={"cpu_picks": len(chosen.late) - back}))
     return decision.model_copy(update={"layers": tuple(layers)})
+
+
+POLICY = Policy(build=build, experts="picks", one_batch=True, cpu_experts=True, decide=decide)

@@ -20,13 +20,8 @@ from typing import NamedTuple
 
 from klotski_compiler.leaving import Leaving
 from klotski_compiler.plan import ALL, CPU, Bind, Load, span
-from klotski_compiler.policies import moe_lightning
+from klotski_compiler.policies import Policy, moe_lightning
 from klotski_compiler.program import HEAD_SLOTS, URGENT, Evict, Program, staging_slots
-
-ONE_BATCH = False
-EXPERTS = "solved"
-CPU_EXPERTS = True
-ROLLING = (False, True)
 
 
 def build(p: Program) -> None:
@@ -321,3 +316,6 @@ class Unit(NamedTuple):
     tensors: tuple[int, ...]
     slots: int = 0
     order: int = 0
+
+
+POLICY = Policy(build=build, experts="solved", rolling=(False, True), cpu_experts=True)

@@ -12,10 +12,8 @@ by a batch is sent with the last one.
 """
 
 from klotski_compiler.plan import ALL
+from klotski_compiler.policies import Policy
 from klotski_compiler.program import Program
-
-ONE_BATCH = False
-EXPERTS = "picks"
 
 
 def build(p: Program) -> None:
@@ -64,3 +62,6 @@ def on_demand(p: Program, layer: int, cold: list[int]) -> list[int]:
             p.load(*cold[sent:end])
             sent = end
     return cold[sent:]
+
+
+POLICY = Policy(build=build, experts="picks")

@@ -14,12 +14,10 @@ and KV share one lane of the link, in the order of need.
 
 from functools import partial
 
+from klotski_compiler.policies import Policy
 from klotski_compiler.program import Program
 
-ONE_BATCH = False
-EXPERTS = "static"
-KV = "host"
-CPU_ATTENTION = (0.0, 0.3, 0.6, 1.0)  # shares of the batches to try; the paper's own are 0.3 and 0.6
+SHARES = (0.0, 0.3, 0.6, 1.0)  # of the batches that the CPU attends to, to try; the paper's own are 0.3 and 0.6
 
 
 def build(p: Program) -> None:
@@ -42,3 +40,6 @@ def build(p: Program) -> None:
 def next_attention(p: Program, layer: int) -> None:
     """The dense modules of the layer to come, in a buffer of their own."""
     p.load(*p.attention_weights(p.after(layer)), next_pass=p.is_last(layer))
+
+
+POLICY = Policy(build=build, experts="static", kv="host", cpu_attention=SHARES)

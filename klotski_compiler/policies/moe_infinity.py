@@ -11,9 +11,7 @@ Approximations: the match is the routing profile's table from layer to layer, on
 popular on the whole, which is where least-used eviction settles; as many experts are prefetched as a token chooses.
 """
 
+from klotski_compiler.policies import Policy
 from klotski_compiler.policies.fate import build
 
-ONE_BATCH = True
-EXPERTS = "picks"
-
-__all__ = ["EXPERTS", "ONE_BATCH", "build"]
+POLICY = Policy(build=build, experts="picks", one_batch=True)

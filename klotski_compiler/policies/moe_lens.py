@@ -14,14 +14,8 @@ none is ever preempted: the plan has room for all. Its two token groups, which t
 those who join; a packet is whole experts.
 """
 
-from klotski_compiler.policies import flexgen
+from klotski_compiler.policies import Policy, flexgen
 from klotski_compiler.program import URGENT, Program
-
-ONE_BATCH = False
-ROLLING = (True,)
-EXPERTS = "static"
-KV = "host"
-CPU_ATTENTION = (1.0,)
 
 
 def build(p: Program) -> None:
@@ -35,3 +29,6 @@ def build(p: Program) -> None:
         p.experts(layer, [*p.resident_experts(layer), *p.static_experts(layer)])
         p.evict(*flexgen.weights(p, layer))
     p.logits()
+
+
+POLICY = Policy(build=build, experts="static", rolling=(True,), kv="host", cpu_attention=(1.0,))

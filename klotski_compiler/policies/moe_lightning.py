@@ -16,13 +16,9 @@ from collections.abc import Iterator
 from itertools import groupby, product
 
 from klotski_compiler.plan import Pages
-from klotski_compiler.policies import flexgen
+from klotski_compiler.policies import Policy, flexgen
 from klotski_compiler.program import Program
 
-ONE_BATCH = False
-EXPERTS = "static"
-KV = "host"
-CPU_ATTENTION = (1.0,)
 AHEAD = 2  # micro-batches between a query and its use
 
 
@@ -74,3 +70,6 @@ def page(p: Program, layer: int, number: int) -> Iterator[tuple[Pages | None, li
     mine = parts[-(-len(parts) * number // count) : -(-len(parts) * (number + 1) // count)]
     for pages, run in groupby(mine, key=lambda part: part[0]):
         yield pages, [tensor for _, tensor in run]
+
+
+POLICY = Policy(build=build, experts="static", kv="host", cpu_attention=(1.0,))

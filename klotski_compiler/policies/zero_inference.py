@@ -9,9 +9,7 @@ experts are fetched. No reuse of a layer over several batches: throughput comes 
 Approximation: the prefetch limit in bytes is one layer.
 """
 
+from klotski_compiler.policies import Policy
 from klotski_compiler.policies.flexgen import build
 
-ONE_BATCH = True
-EXPERTS = "static"
-
-__all__ = ["EXPERTS", "ONE_BATCH", "build"]
+POLICY = Policy(build=build, experts="static", one_batch=True)
