@@ -33,9 +33,10 @@ def first(peer: str, prompts: int) -> Setting:
     return {name: values[0] for name, values in OPTIONS[peer].items()} | {"batch": min(FIRST_BATCH, prompts)}
 
 
-def humblest(setting: Setting) -> Setting:
-    """The same with as little memory as it may need."""
-    return setting | {"batch": 1} | ({"cpu_share": 0.0} if "cpu_share" in setting else {})
+def variants(peer: str, setting: Setting) -> Iterator[Setting]:
+    """The same batch with one other option."""
+    for name, values in OPTIONS[peer].items():
+        yield from (setting | {name: value} for value in values if value != setting[name])
 
 
 def moves(peer: str, setting: Setting, prompts: int) -> Iterator[Setting]:
@@ -45,8 +46,7 @@ def moves(peer: str, setting: Setting, prompts: int) -> Iterator[Setting]:
     for batch in (4 * own, 2 * own, own + own // 2, own // 2):
         if batch and (batch := min(batch, most)) != own:
             yield setting | {"batch": batch}
-    for name, values in OPTIONS[peer].items():
-        yield from (setting | {name: value} for value in values if value != setting[name])
+    yield from variants(peer, setting)
 
 
 def prolonged(report: Report, gen_len: int, asked: int) -> Report:

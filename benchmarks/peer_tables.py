@@ -139,7 +139,7 @@ def tables(found: dict[str, Best], runs: dict[str, list[Report]]) -> Iterator[st
     }
     for name, factor in factors.items():
         if factor > 1:
-            yield f"{name}: does not run in the cap; {factor} times the cap is the least, in doubling steps, that works"
+            yield f"{name}: does not run so in the cap; {factor} times the cap is the least, in doubling steps, that works"
     for name, best in found.items():
         if best.why_not:
             yield f"{name}: {best.why_not}"

@@ -13,9 +13,8 @@ from klotski_compiler.candidates import Candidates, Request
 from klotski_compiler.cost import Cost
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.milp.solve import residency
-from klotski_compiler.model import Module
 from klotski_compiler.pipeline import LOAD_BYTES, lower, shapes
-from klotski_compiler.plan import ALL, NOWHERE, PAGE_BYTES, Bind, Decision, LayerDecision, Workload, align_up
+from klotski_compiler.plan import ALL, NOWHERE, Bind, Decision, LayerDecision, Workload, align_up
 from klotski_compiler.policies import OURS, policy
 from klotski_compiler.program import staging_slots
 from klotski_compiler.tensors import MODULES, kv_bytes, query_bytes, state_bytes
@@ -82,9 +81,9 @@ class Fills(Candidates):
         no reason to prefer that."""
         spec, room = self.request.spec, self.capacity(OURS, base, reserve)[self.tier]
         modules = [getattr(layer, kind) for layer in spec.layers for kind in MODULES]
-        experts = sum(layer.num_experts * slot_bytes(layer.expert) for layer in spec.layers if layer.expert)
-        need = experts + sum(map(slot_bytes, filter(None, modules))) + sum(self.kv_bytes_of(base))
-        need += slot_bytes(spec.head) + slot_bytes(spec.norm)
+        experts = sum(layer.num_experts * layer.expert.slot_bytes for layer in spec.layers if layer.expert)
+        need = experts + sum(module.slot_bytes for module in modules if module) + sum(self.kv_bytes_of(base))
+        need += spec.head.slot_bytes + spec.norm.slot_bytes
         if self.tier != "gpu" or need > room or base.last_batch:
             return None
         layers = tuple(
@@ -115,9 +114,9 @@ class Fills(Candidates):
         spec, workload = self.request.spec, self.request.workload
         fixed = 0
         if not policy(name).solved:  # the residency problem counts these itself
-            fixed += spec.norm.nbytes + 4 * PAGE_BYTES
-            fixed += 0 if base.head_pages else spec.head.nbytes + 2 * PAGE_BYTES
-            fixed += spec.embedding.nbytes + 2 * PAGE_BYTES if base.embedding else 0
+            fixed += spec.norm.slot_bytes
+            fixed += 0 if base.head_pages else spec.head.slot_bytes
+            fixed += spec.embedding.slot_bytes if base.embedding else 0
             fixed += self.least_kv_bytes(base)
         free, working = dict[str, int](), workspace(self.cost, base, workload)
         for tier, budget in self.request.budgets.items():
@@ -134,7 +133,7 @@ class Fills(Candidates):
             free[tier] = budget - reserve.get(tier, 0) - slots - states - sum(working.get(tier, {}).values())
         free[self.tier] -= fixed
         if self.tier == "gpu" and not policy(name).solved:
-            free["host"] -= slot_bytes(spec.embedding)
+            free["host"] -= spec.embedding.slot_bytes
         if short := {tier: -nbytes for tier, nbytes in free.items() if nbytes < 0}:
             raise self._shortfall(short)
         if not policy(name).solved:
@@ -153,7 +152,7 @@ class Fills(Candidates):
         spec, count = self.request.spec, staging_slots(base)
         parts = {kind: [m for layer in spec.layers if (m := getattr(layer, kind))] for kind in (*MODULES, "expert")}
         parts |= {"head": [spec.head], "norm": [spec.norm]}
-        sizes = {kind: [slot_bytes(module) for module in modules] for kind, modules in parts.items() if modules}
+        sizes: dict[str, list[int]] = {kind: [m.slot_bytes for m in each] for kind, each in parts.items() if each}
         small = sum(min(sum(each), LOAD_BYTES + max(each)) for each in sizes.values() if max(each) <= LOAD_BYTES)
         if base.pages > 1:
             return count * (small + align_up(-(-max(sizes["expert"]) // base.pages)))
@@ -230,13 +229,13 @@ class Fills(Candidates):
         for kind in ("router", "attention", "shared", "dense"):
             for number, layer in enumerate(spec.layers):
                 module = getattr(layer, kind)
-                if module and module.nbytes + 8192 * module.segments <= free:
+                if module and module.slot_bytes <= free:
                     resident[number].append(kind)
-                    free -= module.nbytes + 8192 * module.segments
+                    free -= module.slot_bytes
         moe = [n for n, layer in enumerate(spec.layers) if layer.expert]
         expert = spec.layers[moe[0]].expert
         assert expert is not None
-        total = max(0, free) // (expert.nbytes + 8192 * expert.segments)
+        total = max(0, free) // expert.slot_bytes
         share = {
             n: min(spec.layers[n].num_experts, total // len(moe) + (i < total % len(moe))) for i, n in enumerate(moe)
         }
@@ -267,10 +266,10 @@ class Fills(Candidates):
         spec = self.request.spec
         for layer, chosen in zip(spec.layers, layers, strict=True):
             modules = {kind: getattr(layer, kind) for kind in MODULES if kind not in chosen.resident}
-            free -= sum(slot_bytes(module) for module in modules.values() if module)
+            free -= sum(module.slot_bytes for module in modules.values() if module)
         streamed = [(n, layer.expert) for n, layer in enumerate(spec.layers) if layer.expert]
         moving = {n: [*layers[n].static, *layers[n].late] for n, _ in streamed}
-        each = max(slot_bytes(expert) for _, expert in streamed)
+        each = max(expert.slot_bytes for _, expert in streamed)
         kept = max(0, free) // each
         total = sum(map(len, moving.values()))
         if free < 0 or (kept < total and policy(name).experts == "picks"):
@@ -286,8 +285,3 @@ class Fills(Candidates):
     def _shortfall(self, short: dict[str, int]) -> Infeasible:
         where = " ".join(f"{tier}=..." for tier in short)
         return Infeasible(short, f"give --memory {where} that much more, or fewer or shorter sequences")
-
-
-def slot_bytes(module: Module) -> int:
-    """Room that a module takes in an arena."""
-    return align_up(module.nbytes + 2 * PAGE_BYTES * module.segments)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from klotski_compiler.errors import ConfigError
+from klotski_compiler.plan import slot_bytes
 from klotski_compiler.shipped import shipped, shipped_names
 
 
@@ -32,6 +33,11 @@ class Module:
     nbytes: int
     segments: int
     flops_per_token: int
+
+    @property
+    def slot_bytes(self) -> int:
+        """Room that it takes in an arena."""
+        return slot_bytes(self.nbytes, self.segments)
 
 
 @dataclass(frozen=True, slots=True)

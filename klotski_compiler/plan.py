@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import networkx
 
 SCHEMA_VERSION = 11
-PAGE_BYTES = 4096
+PAGE_BYTES = 4096  # what O_DIRECT asks offsets, lengths and destinations to be multiples of
 ALL = -1  # the batch of an op that covers the whole group; -1 - n: all batches from number n on; see ``span``
 MOST_BATCHES = 1 << 16  # of a group
 CPU = "cpu"  # the processor of host memory, and its stream
@@ -34,6 +34,11 @@ NOWHERE = -1  # the slot of a pick that is computed where its expert lives
 def align_up(nbytes: int, unit: int = PAGE_BYTES) -> int:
     """The smallest multiple of ``unit`` that is not below ``nbytes``."""
     return -(-nbytes // unit) * unit
+
+
+def slot_bytes(nbytes: int, segments: int) -> int:
+    """Room that pieces of files take in an arena: direct reads bring the page that each piece starts and ends in."""
+    return align_up(nbytes + 2 * PAGE_BYTES * segments)
 
 
 # ---------------------------------------------------------------------------------------------------- tensors and slots
@@ -79,8 +84,8 @@ class Tensor(NamedTuple):
 
     @property
     def slot_bytes(self) -> int:
-        """Room that it takes in an arena: direct reads bring the page that each segment starts and ends in."""
-        return align_up(self.nbytes + 2 * PAGE_BYTES * self.segments)
+        """Room that it takes in an arena."""
+        return slot_bytes(self.nbytes, self.segments)
 
     def span(self, pages: Pages) -> tuple[int, int]:
         """The bytes [begin, end) of its slot that pages are: multiples of a disk page, so that direct reads need no cutting."""

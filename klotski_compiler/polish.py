@@ -13,7 +13,6 @@ from itertools import permutations
 from math import inf
 from typing import NamedTuple
 
-from klotski_compiler.fill import slot_bytes
 from klotski_compiler.model import Layer
 from klotski_compiler.pipeline import lower
 from klotski_compiler.plan import Decision, LayerDecision
@@ -125,7 +124,7 @@ class Move:
         expert = search.request.spec.layers[number].expert
         if expert is None or self.target != HOMES[0]:
             return 0
-        return _step(search.cost.popular(number)) * slot_bytes(expert)
+        return _step(search.cost.popular(number)) * expert.slot_bytes
 
     def of(self, search: Search, d: Decision, number: int) -> LayerDecision:
         """A layer with the change; itself where that is not possible."""

@@ -20,7 +20,7 @@ from klotski_compiler.bounds.apart import Relaxation
 from klotski_compiler.bounds.certificate import bound_tokens_per_s, relaxations
 from klotski_compiler.candidates import FITTED, MANY_EXPERTS, MOST_AGES, Request, fitted_sizes, lean, resized, shape_of
 from klotski_compiler.errors import Infeasible, PlanError
-from klotski_compiler.fill import SAMPLED, STRETCHED, Fills, slot_bytes
+from klotski_compiler.fill import SAMPLED, STRETCHED, Fills
 from klotski_compiler.milp.problem import EXACT_EXPERTS
 from klotski_compiler.milp.solve import attended_share, relaxed_us
 from klotski_compiler.pipeline import Lowered, lower
@@ -585,7 +585,7 @@ class Search(Fills):
         """A decision lowered whole; where that does not fit, residents make room, each time for some more than is missing, since what they
         are exchanged for may take as much. Raises Infeasible."""
         reserve = Counter[str]()
-        more = max(slot_bytes(layer.expert) for layer in self.request.spec.layers if layer.expert) // 4
+        more = max(layer.expert.slot_bytes for layer in self.request.spec.layers if layer.expert) // 4
         for tries in count():
             lowered = lower(self.cost, name, decision, self.request.workload)
             over = self.over(lowered)

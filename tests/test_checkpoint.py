@@ -17,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from klotski_compiler.errors import ConfigError, ExecError
+from klotski_compiler.plan import PAGE_BYTES
 from klotski_runtime.arena import Arena
-from klotski_runtime.checkpoint import EMBEDDING, HEAD, NORM, PAGE, Checkpoint, ModuleKey, Segment, layout, read_header
+from klotski_runtime.checkpoint import EMBEDDING, HEAD, NORM, Checkpoint, ModuleKey, Segment, layout, read_header
 from klotski_runtime.memory import rss_bytes
 from klotski_runtime.reader import DiskReader, RowGather
 from klotski_runtime.skeleton import Skeleton, import_model
@@ -240,11 +241,11 @@ def test_layout_keeps_its_bound(seed: int) -> None:
         end += nbytes
     rng.shuffle(segments)
     plan = layout(segments)
-    bound = sum(segment.nbytes for segment in segments) + 2 * PAGE * len(segments)
-    assert plan.slot_bytes <= -(-bound // PAGE) * PAGE
+    bound = sum(segment.nbytes for segment in segments) + 2 * PAGE_BYTES * len(segments)
+    assert plan.slot_bytes <= -(-bound // PAGE_BYTES) * PAGE_BYTES
     free = 0
     for extent in plan.extents:
-        assert not any(number % PAGE for number in (extent.offset, extent.nbytes, extent.slot_offset))
+        assert not any(number % PAGE_BYTES for number in (extent.offset, extent.nbytes, extent.slot_offset))
         assert extent.slot_offset == free and 0 < extent.needed <= extent.nbytes
         free += extent.nbytes
     assert free == plan.slot_bytes
@@ -264,16 +265,16 @@ def numbered(path: Path, count: int) -> torch.Tensor:
 def test_reads_in_chunks(tmp_path: Path, threads: int) -> None:
     values = numbered(tmp_path / "f", 10_000)
     segment = read_header(tmp_path / "f")["a"]
-    plan, arena, reader = layout([segment]), Arena(1 << 20), DiskReader(threads, PAGE)
-    got = reader.read(plan.extents, arena.view(2 * PAGE, plan.slot_bytes))
+    plan, arena, reader = layout([segment]), Arena(1 << 20), DiskReader(threads, PAGE_BYTES)
+    got = reader.read(plan.extents, arena.view(2 * PAGE_BYTES, plan.slot_bytes))
     assert segment.nbytes <= got == reader.bytes_read <= plan.slot_bytes
-    assert torch.equal(arena.tensor(2 * PAGE + plan.offsets[0], 80_000, torch.int64, (10_000,)), values)
+    assert torch.equal(arena.tensor(2 * PAGE_BYTES + plan.offsets[0], 80_000, torch.int64, (10_000,)), values)
     reader.close()
 
 
 def test_several_slots_are_filled_in_one_read(tmp_path: Path) -> None:
     """One of them in vain: the others are complete all the same when the failure is told."""
-    arena, reader, parts, expected = Arena(1 << 20), DiskReader(2, PAGE), [], []
+    arena, reader, parts, expected = Arena(1 << 20), DiskReader(2, PAGE_BYTES), [], []
     for name, first in (("f", 0), ("g", 1 << 18)):
         values = numbered(tmp_path / name, 5_000)
         plan = layout([read_header(tmp_path / name)["a"]])
@@ -285,7 +286,7 @@ def test_several_slots_are_filled_in_one_read(tmp_path: Path) -> None:
         assert torch.equal(arena.tensor(offset, 40_000, torch.int64, (5_000,)), values)
         arena.tensor(offset, 40_000, torch.int64, (5_000,)).zero_()
     (tmp_path / "g").unlink()
-    fresh = DiskReader(2, PAGE)
+    fresh = DiskReader(2, PAGE_BYTES)
     with pytest.raises(ExecError, match="g: cannot be read"):
         fresh.read_all(parts)
     offset, values = expected[0]
@@ -356,7 +357,7 @@ def test_untouched_pages_cost_nothing() -> None:
 
 
 def test_views_share_their_bytes() -> None:
-    arena = Arena(PAGE)
+    arena = Arena(PAGE_BYTES)
     tensor = arena.tensor(2, 8, torch.bfloat16, (2, 2))
     tensor.fill_(1)
     assert bytes(arena.view(2, 2)) == b"\x80\x3f"
@@ -365,7 +366,7 @@ def test_views_share_their_bytes() -> None:
     assert arena.tensor(0, 0, torch.float32, (0,)).numel() == 0
 
 
-@pytest.mark.parametrize(("offset", "nbytes"), [(1, 4), (0, 8), (PAGE, 4), (-4, 4)])
+@pytest.mark.parametrize(("offset", "nbytes"), [(1, 4), (0, 8), (PAGE_BYTES, 4), (-4, 4)])
 def test_impossible_views(offset: int, nbytes: int) -> None:
     with pytest.raises(ValueError, match="bytes"):
-        Arena(PAGE).tensor(offset, nbytes, torch.float32, (1,))
+        Arena(PAGE_BYTES).tensor(offset, nbytes, torch.float32, (1,))

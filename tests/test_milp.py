@@ -15,11 +15,12 @@ from klotski_compiler.cost import Cost
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.hardware import Hardware, read_hardware
 from klotski_compiler.milp.formulation import Formulation
-from klotski_compiler.milp.problem import HEAD_SLOTS, MAX_CLASSES, Group, Problem, build
+from klotski_compiler.milp.problem import MAX_CLASSES, Group, Problem, build
 from klotski_compiler.milp.solve import RELATIVE_GAP, Solved, johnson, relaxed_us, residency, spread
 from klotski_compiler.model import read_model
 from klotski_compiler.pipeline import lower
 from klotski_compiler.plan import Decision, LayerDecision, Workload
+from klotski_compiler.program import HEAD_SLOTS
 from klotski_compiler.routing import Routing, uniform
 from plans import tiny_hardware, tiny_spec
 

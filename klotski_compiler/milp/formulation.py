@@ -33,7 +33,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from klotski_compiler.milp.problem import EXACT_EXPERTS, HEAD_SLOTS, Group, LayerWork, Problem
+from klotski_compiler.milp.problem import EXACT_EXPERTS, Group, LayerWork, Problem
+from klotski_compiler.program import HEAD_SLOTS
 
 MIB = 1 << 20
 Terms = dict[str, float]

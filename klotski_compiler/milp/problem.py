@@ -12,8 +12,8 @@ from itertools import groupby, pairwise
 from klotski_compiler.cost import ATTEND_OPS, Cost, Shape
 from klotski_compiler.model import Layer, Module
 from klotski_compiler.pipeline import shapes
-from klotski_compiler.plan import ALL, CPU, PAGE_BYTES, Decision, Workload, align_up, span
-from klotski_compiler.program import staging_slots
+from klotski_compiler.plan import ALL, CPU, Decision, Workload, align_up, slot_bytes, span
+from klotski_compiler.program import HEAD_SLOTS, staging_slots
 from klotski_compiler.tensors import MODULES, kv_bytes, query_bytes, rows_bytes, sums_bytes
 from klotski_compiler.workspace import workspace
 
@@ -22,7 +22,6 @@ EXACT_EXPERTS = 16  # up to so many experts, a class holds equally popular ones 
 MAX_CLASSES = 8
 SPANS, GROWN = 3, 1.5  # decode whose context grows by more than that factor is priced in so many spans
 LAST_SLOTS = 2  # of what only the CPU attends to, while prefill writes it back
-HEAD_SLOTS = 2  # pages of a streamed head
 MODULE_SLOTS = 2  # of each kind of module that streams: in use, and on its way to the next layer
 
 
@@ -198,7 +197,7 @@ def build(
         return replace(part, slot_bytes=align_up(-(-whole.slot_bytes // pages)))
 
     def item(module: Module, share: int = 1, loads: float = 1.0) -> Item:
-        slot = align_up(module.nbytes // share + 2 * PAGE_BYTES * module.segments) * share
+        slot = slot_bytes(module.nbytes // share, module.segments) * share
         times = [
             module.nbytes * 1e6 / cost.hardware.links[link].bandwidth_bytes_per_s + loads * cost.load_op_us(link)
             if link in cost.hardware.links
@@ -292,7 +291,7 @@ def _head_slots(cost: Cost, decision: Decision, workload: Workload, pages: int) 
     """What the head takes beside its own bytes and the workspace of the decision as it is: streamed, and resident."""
     if not pages:
         return 0, 0
-    page = align_up(cost.spec.head.nbytes // pages + 2 * PAGE_BYTES * cost.spec.head.segments)
+    page = slot_bytes(cost.spec.head.nbytes // pages, cost.spec.head.segments)
     paged, whole = (
         sum(sum(purposes.values()) for purposes in workspace(cost, d, workload).values())
         for d in (decision, decision.model_copy(update={"head_pages": 0}))

@@ -20,11 +20,9 @@ from typing import Any, NamedTuple
 import torch
 
 from klotski_compiler.errors import ConfigError
+from klotski_compiler.plan import PAGE_BYTES
 
-PAGE = 4096
-"""Alignment, in bytes, of file offsets, lengths and destinations that O_DIRECT asks for."""
-
-MERGE_GAP = 2 * PAGE
+MERGE_GAP = 2 * PAGE_BYTES
 """Widest gap, in bytes, that is read along rather than skipped: the widest with which ``layout`` keeps its bound."""
 
 MAX_HEADER = 100_000_000
@@ -151,9 +149,9 @@ def layout(segments: Sequence[Segment]) -> Layout:
             end = segment.offset + segment.nbytes
     extents, offsets, slot = [], [0] * len(segments), 0
     for run in runs:
-        begin = segments[run[0]].offset // PAGE * PAGE
+        begin = segments[run[0]].offset // PAGE_BYTES * PAGE_BYTES
         needed = max(segments[i].offset + segments[i].nbytes for i in run) - begin
-        nbytes = math.ceil(needed / PAGE) * PAGE
+        nbytes = math.ceil(needed / PAGE_BYTES) * PAGE_BYTES
         extents.append(Extent(segments[run[0]].file, begin, nbytes, slot, needed))
         for i in run:
             offsets[i] = slot + segments[i].offset - begin

@@ -25,6 +25,7 @@ from klotski_compiler.plan import (
     ALL,
     CPU,
     NOWHERE,
+    PAGE_BYTES,
     Bind,
     Compute,
     Load,
@@ -39,7 +40,7 @@ from klotski_compiler.plan import (
 from klotski_compiler.tensors import page_rows
 from klotski_compiler.verify import verify
 from klotski_runtime import binding
-from klotski_runtime.checkpoint import EMBEDDING, HEAD, PAGE, Checkpoint, ModuleKey
+from klotski_runtime.checkpoint import EMBEDDING, HEAD, Checkpoint, ModuleKey
 from klotski_runtime.cuda_streams import CudaBackend, Lanes, of_gpu
 from klotski_runtime.device import cpu_threads, use
 from klotski_runtime.kernels import Chunks, Group
@@ -289,7 +290,7 @@ class Engine:
             name = part if key.layer < 0 else f"{part} of layer {key.layer}"
             if key not in found or key not in planned:
                 return f"only {'the checkpoint' if key in found else 'the plan'} has {name}"
-            if abs(planned[key] - found[key]) > (PAGE + planned[key] // 16 if same else 0):
+            if abs(planned[key] - found[key]) > (PAGE_BYTES + planned[key] // 16 if same else 0):
                 return f"{name} has {found[key]:,} bytes there, {planned[key]:,} in the plan"
         return ""
 

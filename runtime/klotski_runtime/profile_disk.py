@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from klotski_compiler.errors import ConfigError
+from klotski_compiler.plan import PAGE_BYTES
 from klotski_runtime.arena import Arena
-from klotski_runtime.checkpoint import PAGE, Extent
+from klotski_runtime.checkpoint import Extent
 from klotski_runtime.reader import DiskReader
 
 MIB = 1 << 20
@@ -85,15 +86,15 @@ def fill(file: ScratchFile) -> Found:
         os.fsync(file.descriptor)
         rates.append(part / (time.perf_counter() - begin))
     pages = random.Random(1)
-    offsets = [pages.randrange(0, file.nbytes, PAGE) for _ in range(LATENCY_SAMPLES)]
+    offsets = [pages.randrange(0, file.nbytes, PAGE_BYTES) for _ in range(LATENCY_SAMPLES)]
     os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     reads = [_one_page(file, offset) for offset in offsets]
-    writes = [_one_page(file, offset, noise[:PAGE]) for offset in offsets]
+    writes = [_one_page(file, offset, noise[:PAGE_BYTES]) for offset in offsets]
     wrote = f"{file.how}, {WRITERS} threads of {WRITTEN_BYTES // MIB} MiB, then fsync, median of {len(rates)} parts"
     return {
-        "disk>host.latency_us": (rounded(1e6 * statistics.median(reads)), f"read of {PAGE} bytes, {file.how}"),
+        "disk>host.latency_us": (rounded(1e6 * statistics.median(reads)), f"read of {PAGE_BYTES} bytes, {file.how}"),
         "host>disk.bandwidth_bytes_per_s": (rounded(statistics.median(rates)), wrote),
-        "host>disk.latency_us": (rounded(1e6 * statistics.median(writes)), f"write of {PAGE} bytes, {file.how}"),
+        "host>disk.latency_us": (rounded(1e6 * statistics.median(writes)), f"write of {PAGE_BYTES} bytes, {file.how}"),
     }
 
 
@@ -201,8 +202,8 @@ def _write(file: ScratchFile, offsets: range, data: bytes) -> None:
 
 
 def _one_page(file: ScratchFile, offset: int, data: bytes | None = None) -> float:
-    with mmap(-1, PAGE) as buffer:
-        buffer[:] = data if data is not None else bytes(PAGE)
+    with mmap(-1, PAGE_BYTES) as buffer:
+        buffer[:] = data if data is not None else bytes(PAGE_BYTES)
         move = os.pwritev if data is not None else os.preadv
         begin = time.perf_counter()
         move(file.descriptor, [buffer], offset)

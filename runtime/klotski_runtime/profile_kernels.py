@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from klotski_compiler.plan import PAGE_BYTES
 from klotski_runtime.attention import grouped_attention
-from klotski_runtime.checkpoint import PAGE
 from klotski_runtime.native import can_compile
 from klotski_runtime.profile_block import SMALL, Block
 from klotski_runtime.profile_disk import MIB, Found, rounded
@@ -304,11 +304,12 @@ def copies(device: torch.device, sizes: Sizes) -> Found:
     gpu = torch.empty(sizes.cold_bytes, dtype=torch.uint8, device=device)
     found: Found = {}
     for link, target, source in (("host>gpu", gpu, host), ("gpu>host", host, gpu)):
-        latency = mean_seconds(lambda t=target, s=source: t[:PAGE].copy_(s[:PAGE], non_blocking=True), device, sizes)  # type: ignore[misc]
+        page = target[:PAGE_BYTES], source[:PAGE_BYTES]
+        latency = mean_seconds(lambda page=page: page[0].copy_(page[1], non_blocking=True), device, sizes)  # type: ignore[misc]
         seconds = mean_seconds(lambda t=target, s=source: t.copy_(s, non_blocking=True), device, sizes)  # type: ignore[misc]
         found[f"{link}.bandwidth_bytes_per_s"] = (
             rounded(sizes.cold_bytes / seconds),
             f"pinned buffer of {sizes.cold_bytes // MIB} MiB",
         )
-        found[f"{link}.latency_us"] = rounded(1e6 * latency), f"pinned buffer of {PAGE} bytes, copies queued"
+        found[f"{link}.latency_us"] = rounded(1e6 * latency), f"pinned buffer of {PAGE_BYTES} bytes, copies queued"
     return found

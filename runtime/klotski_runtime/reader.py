@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from klotski_compiler.errors import ExecError
+from klotski_compiler.plan import PAGE_BYTES
 from klotski_runtime.arena import Arena
-from klotski_runtime.checkpoint import PAGE, Extent, Segment, layout
+from klotski_runtime.checkpoint import Extent, Segment, layout
 
 READERS = 3
 """Requests in flight: so many keep the disk busy while one of them waits for a processor that computes."""
@@ -36,8 +37,10 @@ class DiskReader:
     """
 
     def __init__(self, threads: int = READERS, chunk_bytes: int = 8 << 20) -> None:
-        if threads < 1 or chunk_bytes < PAGE or chunk_bytes % PAGE:
-            raise ValueError(f"threads ({threads}) must be positive, chunk_bytes ({chunk_bytes}) a multiple of {PAGE}")
+        if threads < 1 or chunk_bytes < PAGE_BYTES or chunk_bytes % PAGE_BYTES:
+            raise ValueError(
+                f"threads ({threads}) must be positive, chunk_bytes ({chunk_bytes}) a multiple of {PAGE_BYTES}"
+            )
         self._chunk_bytes = chunk_bytes
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="disk")
         self._files: dict[Path, _File] = {}
@@ -110,7 +113,7 @@ class DiskReader:
                 continue
             got += count
             # A direct read that does not end on a page has met the end of the file, and another would be refused.
-            if count == 0 or (file.direct and got % PAGE):
+            if count == 0 or (file.direct and got % PAGE_BYTES):
                 break
         if not file.direct:
             os.posix_fadvise(file.fd, offset, got, os.POSIX_FADV_DONTNEED)
@@ -145,7 +148,7 @@ class RowGather:
     def __init__(self, reader: DiskReader, segment: Segment, max_rows: int) -> None:
         self._reader, self._segment, self.max_rows = reader, segment, max_rows
         width = segment.nbytes // segment.shape[0]
-        self._staging = Arena(max_rows * (width + 2 * PAGE))
+        self._staging = Arena(max_rows * (width + 2 * PAGE_BYTES))
         self._rows = torch.empty(max_rows, *segment.shape[1:], dtype=segment.dtype)
 
     def gather(self, ids: Sequence[int]) -> torch.Tensor:

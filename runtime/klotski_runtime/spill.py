@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 
 from klotski_compiler.errors import ExecError
-from klotski_compiler.plan import align_up
-from klotski_runtime.checkpoint import PAGE, Extent
+from klotski_compiler.plan import PAGE_BYTES, align_up
+from klotski_runtime.checkpoint import Extent
 from klotski_runtime.reader import DiskReader
 
 
@@ -47,7 +47,7 @@ class SpillFile:
     def store(self, region: int, slot: memoryview, begin: int, end: int) -> None:
         """Write bytes ``begin`` to ``end`` of a slot, and whatever else is in their pages. Raises ExecError."""
         self.bytes_written += end - begin
-        begin, end = begin // PAGE * PAGE, align_up(end)
+        begin, end = begin // PAGE_BYTES * PAGE_BYTES, align_up(end)
         offset, done = region * self._region_bytes, begin
         while done < end:
             try:
