@@ -8,9 +8,10 @@ from functools import cached_property
 
 from klotski_compiler.cost import DTYPE_BYTES
 from klotski_compiler.model import ModelSpec, Module
-from klotski_compiler.plan import Decision, Pages, Tensor, Workload
+from klotski_compiler.plan import Decision, Pages, Tensor, Workload, align_up
 
 MODULES = ("attention", "router", "shared", "dense")
+QUERY_ELEMENTS = 8  # what a sequence's part of an exchange is a multiple of
 
 
 def kv_bytes(spec: ModelSpec, layer: int, batch_size: int, positions: int, dtype: str) -> int:
@@ -26,7 +27,7 @@ def state_bytes(spec: ModelSpec, tokens: int, dtype: str) -> int:
 def query_bytes(spec: ModelSpec, batch_size: int, dtype: str) -> int:
     """Queries, keys and values of one new token of every sequence of a batch; the mixed values that come back take less."""
     widest = max(layer.attention_flops // 4 + layer.kv_elements for layer in spec.layers)
-    return batch_size * widest * DTYPE_BYTES[dtype]
+    return batch_size * align_up(widest, QUERY_ELEMENTS) * DTYPE_BYTES[dtype]
 
 
 def rows_bytes(spec: ModelSpec, tokens: int, dtype: str) -> int:

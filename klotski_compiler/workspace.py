@@ -15,7 +15,7 @@ from klotski_compiler.cost import (
 )
 from klotski_compiler.model import Layer, ModelSpec, Module
 from klotski_compiler.plan import Decision, Workload
-from klotski_compiler.tensors import MODULES
+from klotski_compiler.tensors import MODULES, query_bytes
 
 RUNTIME_BYTES = 24 << 20  # what the first ops bring in of torch's own code, threads, allocator slack
 LAYER_BYTES = 200_000  # transformers' modules of a layer, without weights
@@ -63,6 +63,8 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
         few = min(rows, decision.sequences)
         projected = max(decision.decode_batch, few if decision.together else 0)
         graphs = max(router_bytes(cost, few), 16 * projected * hidden * width)
+        if decision.together:  # projections of all stay until the last part of attention, those of ``few`` are counted
+            graphs += (decision.sequences - few) * (hidden * width + query_bytes(spec, 1, cost.dtype))
         kept["CUDA graphs"] = graphs + (GRAPHS_BYTES if graphs > FINE_BYTES else 0)
     narrow = rows  # of 16-bit matmuls
     if width == 2 and cost.hardware.compute_tier == "host" and cost.processor.widen_rows:

@@ -32,7 +32,7 @@ TOLERANCE = 0.05
 SHAPE = Shape(layers=30, hidden=768, experts=8, moe_intermediate=512, skew=0.0)
 """0.65 GB. Of the least that a process takes, about 70 MB do not depend on the model: a smaller one would say nothing."""
 FEW = ["--prompt-len", "32", "--gen-len", "5", "--num-sequences", "4"]
-SPILLING = ["--prompt-len", "96", "--gen-len", "4", "--num-sequences", "16", "--batch-size", "16"]
+SPILLING = ["--prompt-len", "112", "--gen-len", "4", "--num-sequences", "16", "--batch-size", "16"]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from klotski_compiler.errors import ExecError
@@ -23,7 +24,8 @@ from klotski_runtime.experts import ExpertKernel, runs
 from klotski_runtime.kernels import Chunks, Group
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.reader import DiskReader, RowGather
-from klotski_runtime.skeleton import HOST, Skeleton, import_model
+from klotski_runtime.skeleton import CACHE, HOST, Skeleton, import_model
+from klotski_runtime.split import NewOnly
 from tiny import FAMILIES, make_checkpoint
 
 MARGIN = 1e-4
@@ -147,6 +149,18 @@ def ragged(vocabulary: int, *lengths: tuple[int, ...]) -> list[list[list[int]]]:
 def test_same_tokens(family: str, tmp_path: Path) -> None:
     folder = make_checkpoint(family, tmp_path)
     check_same(folder, ragged(128, (12, 9, 1), (20, 20)), 17, Chunks(2, 2, 10, 4), whole_group=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_new_token_sees_what_transformers_lets_it_see(family: str, tmp_path: Path) -> None:
+    skeleton = Skeleton(import_model(make_checkpoint(family, tmp_path)), torch.float32)
+    present, embeds = torch.tensor([[False, False, True, True], [True] * 4]), torch.empty(2, 1, skeleton.hidden)
+    for layer in range(skeleton.layers):
+        make: Any = create_sliding_window_causal_mask if skeleton.sliding(layer) else create_causal_mask
+        cache = {CACHE: NewOnly(3)}
+        theirs = make(config=skeleton.config, inputs_embeds=embeds, attention_mask=present, **cache)
+        ours = skeleton.mask(layer, present, True, 1, NewOnly(3))
+        assert ours is not None and theirs.dtype == ours.dtype and torch.equal(theirs, ours)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -18,11 +19,12 @@ class Routing:
     weights: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Assignment:
     """The (token, choice) pairs of a scope, sorted by expert: those of expert e are ``starts[e]:starts[e + 1]``.
 
     rows: each pair's row in the group's tensors. weights: its routing weight, in the wide type. sizes: [experts], pairs of each.
+    Each has its parts ``of_each`` expert cut at once: that takes as long as to cut one.
     """
 
     rows: torch.Tensor
@@ -37,9 +39,8 @@ class Assignment:
         """Sort ``indices`` [t, k] of rows ``first`` onwards, leaving out the rows that are not ``present`` [t] (None: all are)."""
         choice = (indices if present is None else indices.masked_fill(~present[:, None], num_experts)).flatten()
         chosen, order = torch.sort(choice, stable=True)
-        every = torch.arange(num_experts, device=choice.device, dtype=choice.dtype)
-        ends = torch.searchsorted(chosen, every, right=True)
-        sizes = ends.diff(prepend=ends.new_zeros(1))
+        ends = torch.searchsorted(chosen, _numbers(num_experts, choice.dtype, choice.device), right=True)
+        sizes = ends.diff(prepend=_numbers(1, ends.dtype, ends.device))
         starts = [0, *ends.tolist()]
         order = order[: starts[-1]]
         return cls(order // indices.shape[1] + first, weights.flatten()[order], sizes, starts)
@@ -48,10 +49,23 @@ class Assignment:
         """The same, on ``device``."""
         return Assignment(self.rows.to(device), self.weights.to(device), self.sizes.to(device), self.starts)
 
-    @property
+    @cached_property
     def counts(self) -> list[int]:
         """Tokens of each expert."""
         return [end - begin for begin, end in zip(self.starts, self.starts[1:], strict=False)]
+
+    @cached_property
+    def of_each(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Rows, weights and size of each expert."""
+        return list(
+            zip(self.rows.split(self.counts), self.weights.split(self.counts), self.sizes.split(1), strict=True)
+        )
+
+
+@lru_cache
+def _numbers(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """0, 1, ... on a device."""
+    return torch.arange(count, dtype=dtype, device=device)
 
 
 def rows_worth(runs: Sequence[slice]) -> int:

@@ -22,6 +22,8 @@ class Frame:
 
     def of(self, sequences: slice) -> Frame:
         """That of some of its sequences, without masks."""
+        if (sequences.start, sequences.stop) == (0, len(self.positions)):
+            return self
         return Frame(self.past, self.positions[sequences], _each(self.angles, lambda part: part[sequences]))
 
     def renew(self, past: int, positions: torch.Tensor, angles: Any) -> None:
@@ -30,21 +32,21 @@ class Frame:
         self.positions.copy_(positions)
         for old, new in zip(_tensors(self.angles), _tensors(angles), strict=True):
             old.copy_(new)
-        self.masks.clear()
 
 
 class Batch:
     """Sequences computed together, left-padded to the longest prompt.
 
-    ids: [B, q], the tokens of the current pass, on the device. pads: [B], padding positions of each sequence, on the device and
-    in host memory. past: cached positions, padding included. first: the batch's first row in the group's tensors.
+    ids: [B, q], the tokens of the current pass: in host memory those of prompts, of which many may wait, then on the device. pads: [B],
+    padding positions of each sequence, in both. past: cached positions, padding included. first: the batch's first row in the group's
+    tensors.
     """
 
     def __init__(self, prompts: Sequence[Sequence[int]], device: torch.device = HOST) -> None:
         width = max(map(len, prompts))
         pad = torch.tensor([width - len(prompt) for prompt in prompts])
         self.pads = {HOST: pad, device: pad.to(device)}
-        self.ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+        self.ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
         self.past = 0
         self.first = 0
         self.frames: dict[tuple[int, int], Frame] = {}  # by sequences
@@ -88,6 +90,8 @@ class Batch:
         """End the pass: its tokens are cached, ``ids`` [B] are the next ones."""
         self.past += self.queries
         self.ids = ids[:, None]
+        for frame in self.frames.values():
+            frame.masks.clear()  # they are for this pass
 
 
 def abreast(frames: Sequence[Frame]) -> Frame:

@@ -37,7 +37,7 @@ from klotski_compiler.plan import (
     align_up,
     batches_of,
 )
-from klotski_compiler.tensors import page_rows
+from klotski_compiler.tensors import QUERY_ELEMENTS, page_rows
 from klotski_compiler.verify import verify
 from klotski_runtime import binding
 from klotski_runtime.checkpoint import EMBEDDING, HEAD, Checkpoint, ModuleKey
@@ -129,6 +129,8 @@ class Engine:
         end_tokens: ids that end a sequence. number: of the group, for the trace. progress: called after every pass with the
         tokens generated in it. Raises ExecError.
         """
+        if self.lanes:
+            torch.cuda.empty_cache()  # what the graphs of the group before held, else this one's take as much again
         decision, firsts = self.plan.decision, [0]
         while firsts[-1] < len(sequences):
             firsts.append(firsts[-1] + decision.size_of(len(firsts) - 1))
@@ -526,11 +528,11 @@ class PhaseRunner:
             group.experts(op.layer, chosen, op.batch)
 
     def _packed(self, batch: int, op: Compute, step: Step, group: Group) -> torch.Tensor:
-        """The exchange of a batch, as far as its sequences fill it."""
+        """The exchange of a batch, as far as its sequences fill it: each of them begins where a GPU's kernels can read it."""
         named = ((self.tensors[tensor], slot) for tensor, slot in zip(op.tensors, step.slots, strict=True))
         slot = next(slot for tensor, slot in named if (tensor.kind, tensor.index) == ("query", batch))
         whole, size = self._exchange(slot, self.engine.skeleton.compute_dtype), group.batches[batch].size
-        return whole[: len(whole) // size * size]
+        return whole[: len(whole) // size // QUERY_ELEMENTS * QUERY_ELEMENTS * size]
 
     def _sample(self, group: Group) -> bool:
         assert self.active is not None

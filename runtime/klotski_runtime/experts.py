@@ -73,7 +73,7 @@ class ExpertKernel:
         mm(self._gated(experts, parts, source, mm), (down, source))
         if "down_bias" in parts:
             source.add_(parts["down_bias"])
-        return out.copy_(source[:count]).mul_(weights[:, None])
+        return _weighted(source[:count], weights, out)
 
     def run_together(
         self,
@@ -92,7 +92,7 @@ class ExpertKernel:
         gated = torch._grouped_mm(source, stacked["gate"].mT, offs=ends)
         other = torch._grouped_mm(source, stacked["up"].mT, offs=ends)
         inner = _activation(experts.act_fn)(gated).mul_(other)
-        return out.copy_(torch._grouped_mm(inner, stacked["down"].mT, offs=ends)).mul_(weights[:, None])
+        return _weighted(torch._grouped_mm(inner, stacked["down"].mT, offs=ends), weights, out)
 
     def _computed(self, count: int) -> int:
         """Rows that are computed for ``count`` tokens; what stands in the surplus ones does not matter.
@@ -168,6 +168,13 @@ def _stacked(parts: Sequence[Parts]) -> Parts | None:
         steps = apart.pop() // first.itemsize, *first.stride()
         found[name] = first.as_strided((len(parts), *first.shape), steps)
     return found
+
+
+def _weighted(rows: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """``out`` <- weights x rows in the wide type, which out and weights have."""
+    if out.is_cuda:  # in one kernel; a CPU would first make a copy of the rows
+        return torch.mul(rows, weights[:, None], out=out)
+    return out.copy_(rows).mul_(weights[:, None])
 
 
 def _activation(function: Any) -> Callable[[torch.Tensor], torch.Tensor]:

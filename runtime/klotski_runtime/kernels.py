@@ -143,6 +143,7 @@ class Group:
             batch.first = first
             first += batch.ids.numel()
         self._wide, self._x = wide[:first], x[:first]
+        self._addresses = self._x.data_ptr(), self._wide.data_ptr()
         self._renewed: set[tuple[int, ...]] = set()
         self._assignments.clear()
 
@@ -150,7 +151,7 @@ class Group:
     def embed(self) -> None:
         """wide <- the embeddings of all batches' tokens, gathered from disk where the embedding is not bound."""
         ids, resident = (
-            torch.cat([batch.ids.flatten() for batch in self.batches.values()]),
+            torch.cat([batch.ids.flatten().to(self._device) for batch in self.batches.values()]),
             self._skeleton.is_bound(EMBEDDING),
         )
         limit = self._chunks.token_rows if resident else min(self._chunks.token_rows, self._gather.max_rows)
@@ -172,18 +173,24 @@ class Group:
             if own.queries > 1 and self._only_last(layer):
                 self._attend_last(layer, own, sequences, kv)
                 continue
-            frame, cache = self._frame(own, sequences), kv.cache(sequences, own.past)
-            mask = self._mask(layer, own, sequences, frame, cache, self._device)
             if graphs:
-                rows, count = own.rows_of(sequences), sequences.stop - sequences.start
-                ends, hidden = self._ends(layer, rows, frame.positions, [self._room.held])
-                start = partial(self._start, layer, rows, hidden, frame.positions, frame.angles)
-                call = ends.begin(start, partial(self._taken, count))
-                call.attend(self._room.held, kv, sequences, own.past, mask, call.module)
-                ends.finish(hidden, [(count, self._room.held)])
+                self._attend_in_pieces(layer, batch, sequences, kv)
             else:
+                frame, cache = self._frame(own, sequences), kv.cache(sequences, own.past)
+                mask = self._mask(layer, own, sequences, frame, cache, self._device)
                 hidden = self._take(own, sequences)
                 hidden += self._skeleton.attention(layer, hidden, mask, frame.positions, frame.angles, cache)
+
+    def _attend_in_pieces(self, layer: int, batch: int, sequences: slice, kv: KvBlock) -> None:
+        """The same of sequences that decode: what surrounds the attention function can be replayed."""
+        own, count = self.batches[batch], sequences.stop - sequences.start
+        rows, frame = own.rows_of(sequences), self._abreast(batch, [own]).of(sequences)
+        ends, hidden = self._ends(layer, rows, frame.positions, [self._room.held])
+        start = partial(self._start, layer, rows, hidden, frame.positions, frame.angles)
+        call = ends.begin(start, partial(self._taken, count))
+        mask = self._mask_of(layer, own, sequences, self._device)
+        call.attend(self._room.held, kv, sequences, own.past, mask, call.module)
+        ends.finish(hidden, [(count, self._room.held)])
 
     def _attend_last(self, layer: int, own: Batch, sequences: slice, kv: KvBlock) -> None:
         """The same of each prompt's last token, as if it were the first to be decoded, once keys and values of all are cached."""
@@ -202,9 +209,9 @@ class Group:
     ) -> tuple[Ends, torch.Tensor]:
         """The ends of decode attention of sequences, one a row, and where their x is: [B, 1, hidden]."""
         hidden = self._x[rows].view(-1, 1, self._skeleton.hidden)
-        where = self._x, self._wide, positions, *regions
+        where = (part.data_ptr() for part in (positions, *regions))
         weights = self._skeleton.addresses("attention", layer)
-        key = layer, rows.start, rows.stop, *(part.data_ptr() for part in where), *weights
+        key = layer, rows.start, rows.stop, *self._addresses, *where, *weights
         return self._graphs.find(key, Ends), hidden
 
     def _start(self, layer: int, rows: slice, hidden: torch.Tensor, positions: torch.Tensor, angles: Any) -> Split:
@@ -233,7 +240,7 @@ class Group:
         """The first part of decode attention of batches in a row: queries, keys and values of the new tokens into each one's memory, flat.
         elsewhere: batches whose middle part is the CPU's."""
         batches, halted = [self.batches[number] for number in packed], list[Halted]()
-        frame, first = self._abreast(batches), batches[0].first
+        frame, first = self._abreast(next(iter(packed)), batches), batches[0].first
         self._asked |= {number: [] for number in packed}
         for rows in _split(slice(first, batches[-1].rows.stop), self._chunks.token_rows):
             parts = list(self._parts(packed, rows))
@@ -261,9 +268,10 @@ class Group:
     def _mask_of(self, layer: int, own: Batch, sequences: slice, device: torch.device) -> torch.Tensor | None:
         return self._mask(layer, own, sequences, self._frame(own, sequences), NewOnly(own.past), device)
 
-    def _abreast(self, batches: Sequence[Batch]) -> Frame:
-        """The frame of several batches that decode: made once per pass, in the same memory each time."""
-        key = batches[0].first, *(own.size for own in batches)
+    def _abreast(self, first: int, batches: Sequence[Batch]) -> Frame:
+        """The frame of batches that decode, of which ``first`` is the number of the first one: made once per pass, in the same memory each
+        time, which is never freed, for captured work may know it by its address alone."""
+        key = first, *(own.size for own in batches)
         if key not in self._renewed:
             split = ((own, part) for own in batches for part in _split(slice(0, own.size), self._chunks.decode_batch))
             made = abreast([self._frame(own, part) for own, part in split])
@@ -430,16 +438,22 @@ class Group:
         if into.is_cuda:
             experts = self._add_together(kernels[0], module, experts, assignment, x, into)
 
-        def add(stored: Parts, piece: slice, worker: int | None) -> None:
-            parts, rows = {name: part.to(x.dtype) for name, part in stored.items()}, assignment.rows[piece]
-            out = kernels[worker or 0].run(module, parts, x, rows, assignment.weights[piece], worker)
+        each = assignment.of_each
+
+        def add(expert: int, stored: Parts, piece: slice, worker: int | None) -> None:
+            parts = {name: part if part.dtype == x.dtype else part.to(x.dtype) for name, part in stored.items()}
+            rows, weights, _ = each[expert]
+            if piece.stop - piece.start < len(rows):
+                own = slice(piece.start - assignment.starts[expert], piece.stop - assignment.starts[expert])
+                rows, weights = rows[own], weights[own]
+            out = kernels[worker or 0].run(module, parts, x, rows, weights, worker)
             with self._adding:
                 into.index_add_(0, rows, out)
 
         def add_share(share: Sequence[tuple[int, slice]], worker: int | None) -> None:
             for number, rows in share:
                 for piece in _split(rows, most):
-                    add(experts[number][1], piece, worker)
+                    add(*experts[number], piece, worker)
 
         chosen = [slice(assignment.starts[expert], assignment.starts[expert + 1]) for expert, _ in experts]
         if len(kernels) > 1 and rows_worth(chosen) * kernels[0].flops_per_row >= WORTH_SHARING:
@@ -463,13 +477,11 @@ class Group:
             return experts
         runs, alone = self._runs([parts for _, parts in experts])
         for places, weights in runs:
-            numbers = [experts[place][0] for place in places]
-            pairs = [slice(assignment.starts[expert], assignment.starts[expert + 1]) for expert in numbers]
-            rows = torch.cat([assignment.rows[pair] for pair in pairs])
+            parts = zip(*[assignment.of_each[experts[place][0]] for place in places], strict=True)
+            rows, shares, sizes = (torch.cat(part) for part in parts)
             if not len(rows):
                 continue
-            shares = torch.cat([assignment.weights[pair] for pair in pairs])
-            ends = torch.cat([assignment.sizes[e : e + 1] for e in numbers]).cumsum(0, dtype=torch.int32)
+            ends = sizes.cumsum(0, dtype=torch.int32)
             # A token may have chosen two of them: which is added first may differ from run to run, by what the wide type rounds.
             into.index_add_(0, rows, kernel.run_together(module, weights, x, rows, shares, ends))
         return [experts[place] for place in alone]

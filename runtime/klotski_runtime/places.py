@@ -62,6 +62,7 @@ class Places:
         self._made: dict[tuple[int, int, int], dict[str, torch.Tensor]] = {}
         self._ranges: dict[tuple[int, int, int], torch.Tensor] = {}
         self._blocks: dict[tuple[int, int, int, bool], KvBlock] = {}
+        self._exchanges: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         self._occupant: dict[int, ModuleKey] = {}
         self._parts: dict[int, tuple[int, dict[str, torch.Tensor]]] = {}
         self._caches = {(t.layer, t.index): t.id for t in plan.tensors if t.kind == "kv"}
@@ -262,9 +263,12 @@ class Places:
 
     def exchange(self, number: int, dtype: torch.dtype) -> torch.Tensor:
         """All of a slot, flat."""
-        at = self.slot(number)
-        count = at.nbytes // dtype.itemsize
-        return self.arenas[at.tier].tensor(at.offset, count * dtype.itemsize, dtype, (count,))
+        if (number, dtype) not in self._exchanges:
+            at = self.slot(number)
+            count = at.nbytes // dtype.itemsize
+            whole = self.arenas[at.tier].tensor(at.offset, count * dtype.itemsize, dtype, (count,))
+            self._exchanges[number, dtype] = whole
+        return self._exchanges[number, dtype]
 
 
 def _pieces(slots: Sequence[Slot]) -> dict[str, list[int]]:

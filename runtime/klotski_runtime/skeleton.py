@@ -336,6 +336,8 @@ class Skeleton:
         present: [B, past + queries], False where a sequence has padding, as ``padded`` says that some have: to look would halt a
         GPU. cache: not yet updated. The mask is where ``present`` is.
         """
+        if padded and queries == 1 and self.config._attn_implementation == GROUPED and not self.sliding(layer):
+            return present[:, None, None]  # as transformers has it, who would first look whether all is there
         make: Any = create_sliding_window_causal_mask if self.sliding(layer) else create_causal_mask
         # Only its shape and dtype are read.
         embeds = torch.empty(1, dtype=self.compute_dtype, device=present.device)
