@@ -515,10 +515,10 @@ class Search(Fills):
     def estimate(self, name: str, decision: Decision) -> float:
         """Tokens per second, timed on distinct layer periods: what L layers take from what 2 and 4 of them take, or 4 and 8 where one
         expert more or less makes layers differ."""
-        moe = self.request.spec.moe_layers
-        if self.steps(decision) <= WHOLE_STEPS or len(moe) <= 2 * SAMPLED:
+        moe, sampled = self.request.spec.moe_layers, SAMPLED if self.finest > EXACT_EXPERTS else 2 * SAMPLED
+        if self.steps(decision) <= WHOLE_STEPS or len(moe) <= 2 * sampled:
             return self.rate(lower(self.cost, name, decision, self.request.workload, quick=True))
-        runs, sampled = [], SAMPLED if self.finest > EXACT_EXPERTS else 2 * SAMPLED
+        runs = []
         for size in (sampled, 2 * sampled):
             cut, cost = self.short(decision, size)
             runs.append(lower(cost, name, cut, self.request.workload, quick=True))

@@ -23,7 +23,7 @@ from klotski_compiler.plan import Candidate, Plan, Workload
 from klotski_compiler.planner import Request, compile_plan
 from klotski_compiler.policies import POLICIES, policy
 from klotski_compiler.routing import uniform
-from klotski_compiler.search import Rated, Search
+from klotski_compiler.search import WHOLE_STEPS, Rated, Search
 from klotski_compiler.verify import verify
 from plans import module, tiny_hardware, tiny_spec
 
@@ -191,6 +191,18 @@ def test_a_search_that_is_cut_short_says_so() -> None:
     search.deadline = 0.0
     search.improved(starts[0])
     assert search.truncated
+
+
+def test_a_model_of_few_layers_is_timed_whole() -> None:
+    """However many ops a pass has: of six layers there are no eight to tell what they take from."""
+    dense, moe, _ = SPEC.layers
+    few = replace(SPEC, layers=(dense, *[moe] * 6))
+    workload = Workload(prompt_len=16, gen_len=8, num_sequences=128)
+    search = Search(Request(few, tiny_hardware(False), uniform(few), workload, {"host": RICH, "disk": RICH}, "bf16"))
+    base = search.base("picks", 128, 1, 8, 1, 1)
+    decision = search.fill("klotski", base)
+    assert search.steps(decision) > WHOLE_STEPS
+    assert search.estimate("klotski", decision) == search.rate(lower(search.cost, "klotski", decision, workload))
 
 
 def test_batches_of_a_size_that_does_not_divide_the_workload_may_be_one_more() -> None:
