@@ -16,7 +16,8 @@ from klotski_compiler.bounds.mixed import Mixed
 from klotski_compiler.bounds.runs import MOST_BATCHES, Division
 from klotski_compiler.cost import Cost
 from klotski_compiler.hardware import Hardware, read_hardware
-from klotski_compiler.milp.solve import Solver, residency
+from klotski_compiler.milp.solve import residency
+from klotski_compiler.milp.solver import Solver
 from klotski_compiler.model import ModelSpec, read_model
 from klotski_compiler.pipeline import Lowered, lower, most_pages
 from klotski_compiler.plan import Decision, LayerDecision, Workload

@@ -10,8 +10,8 @@ from math import inf, isinf
 
 from klotski_compiler.bounds.least import DECODE, PREFILL, SCALE_US, Cores, Weight
 from klotski_compiler.bounds.runs import MOST_BATCHES, UNKNOWN, Division, Runs
-from klotski_compiler.milp.formulation import Model, Row, Terms, Variable, plus, times
-from klotski_compiler.milp.solve import Solver
+from klotski_compiler.milp.linear import Model, Row, Terms, Variable, plus, times
+from klotski_compiler.milp.solver import Solver
 from klotski_compiler.model import Layer
 from klotski_compiler.pipeline import most_pages
 from klotski_compiler.plan import CPU, Decision

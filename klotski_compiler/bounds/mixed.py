@@ -11,7 +11,7 @@ from klotski_compiler.bounds.apart import Relaxation
 from klotski_compiler.bounds.least import DECODE, PREFILL, SCALE_US, Cores, Weight
 from klotski_compiler.bounds.runs import UNKNOWN, Division
 from klotski_compiler.cost import Cost
-from klotski_compiler.milp.formulation import Model, Row, Terms, Variable, plus
+from klotski_compiler.milp.linear import Model, Row, Terms, Variable, plus
 from klotski_compiler.model import Layer
 from klotski_compiler.plan import Workload
 from klotski_compiler.simulate import Rounds

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from klotski_compiler.bounds.least import DECODE, SCALE_US, Cores, Least, Weight
-from klotski_compiler.milp.formulation import Terms, plus
+from klotski_compiler.milp.linear import Terms, plus
 from klotski_compiler.plan import CPU
 from klotski_compiler.tensors import query_bytes
 

@@ -30,75 +30,18 @@ exact where it is streamed whole or not at all, a relaxation between.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
+from klotski_compiler.milp.linear import Model, Row, Terms, Variable, plus, times
 from klotski_compiler.milp.problem import EXACT_EXPERTS, Group, LayerWork, Problem
 from klotski_compiler.program import HEAD_SLOTS
 
 MIB = 1 << 20
-Terms = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Variable:
-    """lower <= name <= upper. unit: what a solver should count it in, so that its values are near one."""
-
-    name: str
-    lower: float
-    upper: float
-    integer: bool
-    unit: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """lower <= sum of coefficient x variable <= upper. The family is the name up to its bracket."""
-
-    name: str
-    terms: Terms
-    lower: float
-    upper: float
-
-
-@dataclass(slots=True)
-class Model:
-    """A mixed-integer linear program as plain data: what is inspected, and what any solver is given. Minimised."""
-
-    variables: dict[str, Variable] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
-    objective: Terms = field(default_factory=dict)
-
-    def statistics(self) -> dict[str, int]:
-        """Variables, integers, rows and nonzeros, then rows by family."""
-        out = {
-            "variables": len(self.variables),
-            "integers": sum(v.integer for v in self.variables.values()),
-            "rows": len(self.rows),
-            "nonzeros": sum(len(row.terms) for row in self.rows),
-        }
-        for row in self.rows:
-            family = row.name.split("[")[0]
-            out[family] = out.get(family, 0) + 1
-        return out
-
-
-def plus(*parts: Mapping[str, float]) -> Terms:
-    """The sum of linear expressions; "" names the constant."""
-    out: Terms = {}
-    for part in parts:
-        for name, value in part.items():
-            out[name] = out.get(name, 0.0) + value
-    return out
-
-
-def times(factor: float, terms: Mapping[str, float]) -> Terms:
-    """A multiple of a linear expression."""
-    return {name: factor * value for name, value in terms.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
+class Streamed:
     """A class of streamed experts in compute order, as totals over the group. first: the share of the loads (computes)
     that the class's first (last) transfer unit is."""
 
@@ -207,7 +150,7 @@ class Formulation:
             )
         )
 
-    def steps(self, g: Group, phase: str, work: LayerWork) -> list[Step]:
+    def steps(self, g: Group, phase: str, work: LayerWork) -> list[Streamed]:
         """Streamed experts in compute order: static, then late, each in class order (Johnson's, see
         ``solve.johnson``)."""
         out = []
@@ -219,7 +162,7 @@ class Formulation:
                 names = [name] if late else self.named(g, c, phase)
                 load = dict.fromkeys(names, cost.late_us if late else g.expert.load_us)
                 compute = dict.fromkeys(names, cost.compute_us)
-                out.append(Step(name, load, compute, min(1.0, self.problem.unit / size), late))
+                out.append(Streamed(name, load, compute, min(1.0, self.problem.unit / size), late))
         return out
 
     def named(self, g: Group, c: int, phase: str) -> list[str]:
@@ -584,7 +527,7 @@ def _at_least(left: Terms, right: Terms) -> tuple[Terms, float]:
     return plus(left, times(-1.0, right)), 0.0
 
 
-def _paths(steps: list[Step]) -> Iterator[tuple[str, Terms]]:
+def _paths(steps: list[Streamed]) -> Iterator[tuple[str, Terms]]:
     """For every class: loads before it, then (its first load and all its computes) or (all its loads and its last
     compute), then the computes after it."""
     for i, step in enumerate(steps):

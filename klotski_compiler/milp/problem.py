@@ -145,7 +145,6 @@ class Problem:
     may_spill: bool
     compute_tier: str
     home_tier: str
-    links: tuple[str, str]
     capacity: dict[str, int]
     lead: int
     unit: int
@@ -252,7 +251,6 @@ def build(
         may_spill=may_spill and back in cost.hardware.links,
         compute_tier=cost.hardware.compute_tier,
         home_tier="host" if on_gpu else "",
-        links=(into, back),
         capacity=capacity,
         lead=decision.lead,
         unit=decision.unit,
