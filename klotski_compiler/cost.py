@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 
 from klotski_compiler.hardware import Hardware, Processor, matmul_us
 from klotski_compiler.model import Layer, ModelSpec, Module
-from klotski_compiler.plan import ALL, CPU, Bind, Compute, Load, Op, Store, Tensor, batches_of, span
+from klotski_compiler.plan import ALL, CPU, Bind, Compute, Load, Op, Store, Tensor, batches_of, onward, span
 from klotski_compiler.routing import Routing
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -32,7 +32,6 @@ BIND_OPS = 20  # small ops that binding picks is worth: to sort a layer's tokens
 ATTEND_OPS = 4  # launches that a GPU's attention to one batch takes between what surrounds that of all: new keys, values; the mix
 SPILL_OPS = 50  # small ops that handing one batch's KV to the disk, and waiting for it, is worth
 PICKED_DIGITS = 9
-ALWAYS = 0.98  # an expert touched with a higher probability is loaded without waiting for the router (design 5.3)
 
 
 def widened_bytes(widest: int) -> int:
@@ -44,7 +43,7 @@ def widened_bytes(widest: int) -> int:
     return 4 * floats + 2 * WIDENED_COLUMNS * WIDENED_DEPTH
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """One phase of the workload: ``passes`` sweeps, each over ``batches`` batches of ``batch_size`` sequences.
 
@@ -353,7 +352,7 @@ class Cost:
 
     def attentions_us(self, layer: Layer, shape: Shape, context: float) -> float:
         """All batches through attention."""
-        total, decoding = 0.0, shape.scope_tokens(ALL - shape.first_decoding) if shape.together else 0
+        total, decoding = 0.0, shape.scope_tokens(onward(shape.first_decoding)) if shape.together else 0
         if decoding:
             total += self.project_us(layer, decoding) + self.output_us(layer, decoding)
         for count, batch in shape.alike:
@@ -398,7 +397,7 @@ class Cost:
 
     def expert_parts_us(self, layer: int, expert: int, shape: Shape, first: int) -> tuple[float, float, float]:
         """One expert over the batches before ``first``, over the others, and over all of them at once."""
-        fed = [shape.fed_tokens(scope, self.spec.layers[layer]) for scope in (span(0, first), ALL - first, ALL)]
+        fed = [shape.fed_tokens(scope, self.spec.layers[layer]) for scope in (span(0, first), onward(first), ALL)]
         early, later, whole = (self.expert_us(layer, expert, tokens) for tokens in fed)
         return early, later, whole
 
@@ -458,7 +457,7 @@ class Cost:
         total, pages = 0.0, op.pages if isinstance(op, Load) else None
         for tensor in [tensors[t] for t in op.tensors]:
             kind = tensor.kind
-            if kind == "expert":
+            if kind == "expert":  # as nearly all are
                 total += tensor.moved_bytes(pages)
             elif kind in ("kv", "query") and not shape.has(tensor.index):
                 continue

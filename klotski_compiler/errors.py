@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+AROUND = 3  # lines of a plan that are shown before and after the one that is wrong
+
 
 class KlotskiError(Exception):
     """Base of every error that a user can cause; ``exit_code`` is the command's."""
@@ -60,7 +62,7 @@ class ExecError(KlotskiError):
         super().__init__(f"execution failed: {why}" + (f"\n{window}" if window else ""))
 
 
-def window(lines: Sequence[str], index: int, around: int = 3) -> str:
+def window(lines: Sequence[str], index: int) -> str:
     """The lines around ``index``, with an arrow at it: what every plan error shows."""
-    first, last = max(0, index - around), min(len(lines), index + around + 1)
+    first, last = max(0, index - AROUND), min(len(lines), index + AROUND + 1)
     return "\n".join(f"{'-->' if i == index else '   '} {lines[i]}" for i in range(first, last))

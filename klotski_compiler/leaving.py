@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from klotski_compiler.cost import Cost, Shape
 from klotski_compiler.model import Layer
-from klotski_compiler.plan import ALL, CPU, span
+from klotski_compiler.plan import CPU, onward, span
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Scope:
     @property
     def number(self) -> int:
         """As an op names them."""
-        return ALL - self.first if self.end == self.batches else span(self.first, self.end)
+        return onward(self.first) if self.end == self.batches else span(self.first, self.end)
 
     @property
     def last(self) -> int:

@@ -96,30 +96,37 @@ class Lowered:
 def shapes(decision: Decision, workload: Workload) -> tuple[Shape, Shape]:
     """Prefill (one pass per sub-group) and decode (one pass per further token; prefill yields the first); in rolling order one pass
     in which a sub-group joins, and those until the next one does."""
-    prompt, batch = workload.prompt_len, decision.batch_size
-    last = prompt + workload.gen_len - 1
-    parts, last_one = decision.prefill_groups, (decision.last_batch, decision.part_batches)
-    several = decision.together and decision.num_batches > 1
-    if decision.rolling:
-        stride = decision.stride(workload.gen_len)
-        whole = Shape(
-            "prefill", 1, decision.num_batches, batch, prompt, prompt, prompt, decision.attention_batch,
-            decision.part_batches, stride, decision.decode_batch, 0, 0, *last_one,
-        )  # fmt: skip
-        between = replace(
-            whole, name="decode", passes=stride - 1, tokens=1, first_context=prompt + 1, last_context=prompt + stride - 1,
-            attention_batch=decision.decode_batch, together=several,
-        )  # fmt: skip
-        older = decision.num_batches - decision.part_batches
-        return replace(whole, together=several and older > 1), between
+    prompt, several = workload.prompt_len, decision.together and decision.num_batches > 1
     prefill = Shape(
-        "prefill", parts, decision.part_batches, batch, prompt, prompt, prompt, decision.attention_batch, 0, 0, 0, 0, 0, *last_one
-    )  # fmt: skip
+        name="prefill",
+        passes=decision.prefill_groups,
+        batches=decision.part_batches,
+        batch_size=decision.batch_size,
+        tokens=prompt,
+        first_context=prompt,
+        last_context=prompt,
+        attention_batch=decision.attention_batch,
+        last_batch=decision.last_batch,
+        part=decision.part_batches,
+    )
+    whole = replace(prefill, batches=decision.num_batches)
     decode = replace(
-        prefill, name="decode", passes=workload.gen_len - 1, batches=decision.num_batches, tokens=1, first_context=prompt + 1,
-        last_context=last, attention_batch=decision.decode_batch, together=several,
-    )  # fmt: skip
-    return prefill, decode
+        whole,
+        name="decode",
+        tokens=1,
+        first_context=prompt + 1,
+        attention_batch=decision.decode_batch,
+        together=several,
+    )
+    if not decision.rolling:
+        return prefill, replace(decode, passes=workload.gen_len - 1, last_context=prompt + workload.gen_len - 1)
+    stride, older = decision.stride(workload.gen_len), decision.num_batches - decision.part_batches
+    joining, between = (
+        replace(shape, cohort=decision.part_batches, stride=stride, decode_batch=decision.decode_batch)
+        for shape in (whole, decode)
+    )
+    joining = replace(joining, passes=1, together=several and older > 1)
+    return joining, replace(between, passes=stride - 1, last_context=prompt + stride - 1)
 
 
 def lower(
@@ -142,7 +149,9 @@ def lower(
     placed = [(tensor, slot) for (_, tensor), slot in fixed.items()]
     out = Lowered(table.all, [], placed, {}, workspace(cost, decision, workload), {}, 0)
 
-    load_shape = Shape("load", 1, 0, 0, 0, 0, 0, 1)
+    load_shape = Shape(
+        name="load", passes=1, batches=0, batch_size=0, tokens=0, first_context=0, last_context=0, attention_batch=1
+    )
     loads = _residents(table, fixed, staging_slots(decision))
     if quick:
         out.phases["load"] = _rough_load(cost, table, load_shape, loads)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 11
 PAGE_BYTES = 4096  # what O_DIRECT asks offsets, lengths and destinations to be multiples of
-ALL = -1  # the batch of an op that covers the whole group; -1 - n: all batches from number n on; see ``span``
+ALL = -1  # the batch of an op that covers the whole group; of several see ``span`` and ``onward``
 MOST_BATCHES = 1 << 16  # of a group
 CPU = "cpu"  # the processor of host memory, and its stream
 APART, MIXED = "phases apart", "mixed passes"  # classes of schedules
@@ -230,6 +230,11 @@ def span(first: int, end: int) -> int:
     return ALL - first - MOST_BATCHES * end
 
 
+def onward(first: int) -> int:
+    """The same for all from ``first`` on."""
+    return ALL - first
+
+
 def batches_of(batch: int, batches: int) -> range:
     """The batches that an op works on, of so many."""
     if batch >= 0:
@@ -247,7 +252,7 @@ def _batch_text(batch: int) -> str:
 
 def _parse_batch(word: str) -> int:
     if word.endswith("*"):
-        return ALL - int(word[1:-1] or 0)
+        return onward(int(word[1:-1] or 0))
     first, _, end = word[1:].partition(":")
     return span(int(first), int(end)) if end else int(first)
 

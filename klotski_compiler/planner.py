@@ -41,12 +41,9 @@ def compile_plan(request: Request, progress: Callable[[str, float], None] | None
     timed = [one for name in names if not isinstance(rated := found[name], Infeasible) for one in rated]
     timed += search.borrowed(timed)
     try:
-        best = search.whole_best(timed, refusals)
-    except Infeasible:
-        try:
-            best = search.leanest(names, refusals)
-        except Infeasible as refusal:
-            raise explained(request, refusal) from None
+        best = search.whole_best(timed, refusals) or search.leanest(names, refusals)
+    except Infeasible as refusal:
+        raise explained(request, refusal) from None
     best[0] = reordered(search, polished(search, best[0]))
     plan = record(search, best[0], candidates(best, timed, refusals))
     verify(plan)

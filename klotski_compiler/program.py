@@ -13,11 +13,12 @@ from functools import lru_cache
 from itertools import chain, groupby, pairwise
 from typing import NamedTuple
 
-from klotski_compiler.cost import ALWAYS, Cost, Shape
+from klotski_compiler.cost import Cost, Shape
 from klotski_compiler.leaving import Leaving, Scope
 from klotski_compiler.plan import ALL, CPU, Bind, Compute, Decision, Load, Op, Pages, Store, batches_of
 from klotski_compiler.tensors import TensorTable
 
+SURE = 0.98  # an expert touched with a higher probability has surely been asked for
 URGENT = "urgent"  # a stream of small copies that must not queue behind whole experts on the same link
 HEAD_SLOTS = 2  # pages of a streamed head: one computes while the next arrives
 
@@ -144,7 +145,7 @@ class Program:
         """How many late experts the first ``batches`` batches touch, nearly surely (paper: each request is sent at once)."""
         tokens = sum(self.shape.fed_tokens(batch, self.spec.layers[layer]) for batch in range(batches))
         touched = self.cost.experts(layer, tokens)
-        return sum(touched[e][1] > ALWAYS for e in self.late[layer])
+        return sum(touched[e][1] > SURE for e in self.late[layer])
 
     def expected_us(self, op: Op) -> float:
         """What an op takes in the middle pass, by the cost model."""

@@ -245,7 +245,8 @@ class Search(Fills):
         return [*found, *by_batch, *(self.improved(start) for start in best_of_orders(found))]
 
     def whole_best(self, timed: list[Rated], refusals: dict[str, Infeasible]) -> list[Best]:
-        """Candidates lowered whole, fastest first: all that may win given how far an estimate can be off. Raises Infeasible."""
+        """Candidates lowered whole, fastest first: all that may win given how far an estimate can be off; none where none fits, which
+        ``refusals`` then has the reasons of."""
         whole, short, not_whole = list[Best](), False, list[str]()
         for rated in sorted(timed, key=lambda r: -r.tokens_per_s):
             enough = any(self.num_experts > size and len(whole) >= most for size, most in MOST_WHOLE.items())
@@ -271,9 +272,8 @@ class Search(Fills):
         for name in dict.fromkeys(not_whole):
             if name not in [best.policy for best in whole] and (smaller := self.smaller(name, timed)):
                 whole.append(smaller)
-        if not whole:
-            raise min(refusals.values(), key=lambda r: sum(r.shortfalls.values()))
-        whole += list(self._taken_over(whole))
+        if whole:
+            whole += list(self._taken_over(whole))
         return sorted(whole, key=lambda best: -best.tokens_per_s * (1 - WORTH_ROLLING * best.decision.rolling))
 
     def _taken_over(self, whole: Sequence[Best]) -> Iterator[Best]:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from functools import partial
 
 from klotski_compiler.checks.common import Fault, by_layer, computing, is_sent, scope_of
-from klotski_compiler.plan import ALL, Bind, Compute, Load, Phase, Plan, Step, batches_of
+from klotski_compiler.plan import ALL, MOST_BATCHES, Bind, Compute, Load, Phase, Plan, Step, batches_of
 
-SOME = ALL - 1  # stands for every batch whose experts were not computed over all at once
+SOME = MOST_BATCHES  # no batch: stands for every one whose experts were not computed over all at once
 
 
 def picks(plan: Plan) -> None:

@@ -12,7 +12,7 @@ from itertools import groupby, pairwise
 from klotski_compiler.cost import ATTEND_OPS, Cost, Shape
 from klotski_compiler.model import Layer, Module
 from klotski_compiler.pipeline import shapes
-from klotski_compiler.plan import ALL, CPU, Decision, Workload, align_up, slot_bytes, span
+from klotski_compiler.plan import ALL, CPU, Decision, Workload, align_up, onward, slot_bytes, span
 from klotski_compiler.program import HEAD_SLOTS, staging_slots
 from klotski_compiler.tensors import MODULES, kv_bytes, query_bytes, rows_bytes, sums_bytes
 from klotski_compiler.workspace import workspace
@@ -378,7 +378,7 @@ def _work(
     row, last = (_row(cost, layer, shape, decision, size, links) for size in (shape.batch_size, shape.last_batch))
     if row.cpu_attend_us:
         sequences = shape.last_batch or shape.batch_size
-        whole = shape.scope_tokens(ALL - shape.first_decoding) if shape.together else sequences
+        whole = shape.scope_tokens(onward(shape.first_decoding)) if shape.together else sequences
         around = cost.project_us(layer, whole) + cost.output_us(layer, whole) + router - shared
         small = query_bytes(cost.spec, sequences, cost.dtype)
         around += cost.transfer_us(links[1], small) + cost.transfer_us(links[0], small)

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from klotski_compiler.leaving import Leaving
-from klotski_compiler.plan import ALL, CPU, Bind, Load, span
+from klotski_compiler.plan import ALL, CPU, Bind, Load, onward, span
 from klotski_compiler.policies import Policy, moe_lightning
 from klotski_compiler.program import HEAD_SLOTS, URGENT, Evict, Program, staging_slots
 
@@ -87,7 +87,9 @@ def experts(p: Program, queue: Queue, layer: int, begun: Sequence[int], together
     gaps = sum(map(len, coming)) + 1
     size = max(p.decision.unit, -(-len(residents) // gaps))  # in as many ops as there are gaps
     whole = [expert for expert in residents if expert not in begun]
-    here = deque((scope, unit) for scope, kind in ((ALL, whole), (ALL - together, begun)) for unit in units(kind, size))
+    here = deque(
+        (scope, unit) for scope, kind in ((ALL, whole), (onward(together), begun)) for unit in units(kind, size)
+    )
     while here or any(coming):
         loaded = [kind for kind in coming if kind and queue.loaded.issuperset(kind[0])]
         first = min(loaded, key=lambda kind: queue.clock.arrival(kind[0]), default=None)
