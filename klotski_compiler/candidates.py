@@ -272,14 +272,11 @@ class Candidates:
                 yield base.model_copy(update={"lead": lead})
         for num_batches in (2 * d.num_batches, d.num_batches // 2):
             if num_batches and self.sizes_are_free and not d.last_batch:
-                size = -(-d.sequences // num_batches)
-                small = {part: min(getattr(base, part), size) for part in ("attention_batch", "decode_batch")}
-                parts = min(base.prefill_groups, num_batches)
+                size, parts = -(-d.sequences // num_batches), min(base.prefill_groups, num_batches)
                 if base.rolling and (parts < 2 or num_batches % parts):
                     continue
-                shape = {"num_batches": num_batches, "batch_size": size, "prefill_groups": parts, **small}
                 if num_batches * size <= self.most_sequences:
-                    yield base.model_copy(update=shape)
+                    yield in_batches(base, num_batches, size).model_copy(update={"prefill_groups": parts})
         for unit in (d.unit // 2, 2 * d.unit):
             if 1 <= unit <= d.lead // 2:
                 yield base.model_copy(update={"unit": unit, "pages": base.pages if unit == 1 else 1})
@@ -325,6 +322,19 @@ def lean(d: Decision, least_rows: int, most_pages: int = 1) -> Decision:
     """A decision with the smallest buffers."""
     smallest = {"lead": d.unit, "attention_batch": 1, "expert_rows": min(least_rows, d.expert_rows)}
     return d.model_copy(update={**smallest, "pages": most_pages if d.unit == 1 else 1})
+
+
+def in_batches(d: Decision, num_batches: int, size: int, last: int = 0) -> Decision:
+    """A decision in other batches, of which a call of attention takes no more than there is. last: sequences of every part's last one."""
+    small = {key: min(getattr(d, key), size) for key in ("attention_batch", "decode_batch")}
+    return d.model_copy(update={"num_batches": num_batches, "batch_size": size, "last_batch": last, **small})
+
+
+def with_last_batches(d: Decision, parts: int, count: int, last: int) -> Decision:
+    """About the same sequences with prefill in so many parts, each with ``last`` of them in a batch of the CPU's own and the others in
+    ``count`` batches."""
+    size = -(-(d.sequences // parts - last) // count)
+    return in_batches(d, (count + 1) * parts, size, last).model_copy(update={"prefill_groups": parts})
 
 
 def fitted_sizes(d: Decision) -> tuple[int, ...]:

@@ -18,7 +18,17 @@ from math import inf, isinf
 
 from klotski_compiler.bounds.apart import Relaxation
 from klotski_compiler.bounds.certificate import bound_tokens_per_s, relaxations
-from klotski_compiler.candidates import FITTED, MANY_EXPERTS, MOST_AGES, Request, fitted_sizes, lean, resized, shape_of
+from klotski_compiler.candidates import (
+    FITTED,
+    MANY_EXPERTS,
+    MOST_AGES,
+    Request,
+    fitted_sizes,
+    lean,
+    resized,
+    shape_of,
+    with_last_batches,
+)
 from klotski_compiler.errors import Infeasible, PlanError
 from klotski_compiler.fill import SAMPLED, STRETCHED, Fills
 from klotski_compiler.milp.problem import EXACT_EXPERTS
@@ -436,10 +446,7 @@ class Search(Fills):
             count = max(1, round((1 - share) * count))
         for last in lasts:
             if 0 < last < part:
-                size = -(-(part - last) // count)
-                small = {key: min(getattr(base, key), size) for key in ("attention_batch", "decode_batch")}
-                shape = {"num_batches": (count + 1) * base.prefill_groups, "batch_size": size, "last_batch": last}
-                found = base.model_copy(update=shape | small)
+                found = with_last_batches(base, base.prefill_groups, count, last)
                 if not base.rolling or found.cohorts(self.request.workload.num_sequences) >= found.prefill_groups:
                     yield found
 
@@ -495,12 +502,9 @@ class Search(Fills):
             other = base.model_copy(update={"prefill_groups": parts})
             if d.last_batch:
                 count, last = (max(1, round(n * d.prefill_groups / parts)) for n in (large, d.last_batch))
-                if last >= (part := d.sequences // parts):  # of so few, none is left to the GPU
+                if last >= d.sequences // parts:  # of so few, none is left to the GPU
                     continue
-                size = -(-(part - last) // count)
-                small = {key: min(getattr(base, key), size) for key in ("attention_batch", "decode_batch")}
-                shape = {"num_batches": (count + 1) * parts, "batch_size": size, "last_batch": last}
-                other = other.model_copy(update=shape | small)
+                other = with_last_batches(base, parts, count, last)
             yield from ((other, kind) for kind in ANEW)
 
     def _either_way(self, best: Rated) -> Iterator[tuple[Decision, str]]:
