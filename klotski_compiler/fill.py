@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from types import MappingProxyType
+from typing import NamedTuple
 
 from klotski_compiler.candidates import Candidates, Request
 from klotski_compiler.cost import Cost
@@ -22,56 +23,60 @@ from klotski_compiler.workspace import workspace
 
 SPILLED_BATCHES = 3  # of one layer's KV in flight where KV does not live in the compute tier
 SAMPLED = 2  # layers of the short model on which candidates are timed; a second one has twice as many
-FILLS = ("resident", "alike", "any", "no spill")  # of those that look the same, the simplest
-STRETCHED = " with loads stretched"  # suffix of a kind
-STRETCH = 1.1  # how many times as long as they are it takes loads for
+STRETCH = 1.1  # how many times as long as they are a fill takes loads for
 NOTHING: Mapping[str, int] = MappingProxyType({})
 
 
+class Fill(NamedTuple):
+    """A way to fill sizes. everything: resident, where that fits. Else as ``residency`` has it: may_spill, uniform, stretch."""
+
+    everything: bool = False
+    may_spill: bool = True
+    uniform: bool = False
+    stretch: float = 1.0
+
+    @property
+    def stretched(self) -> Fill:
+        """The same as if loads took longer than they do."""
+        return self._replace(stretch=STRETCH)
+
+
+EVERYTHING, ALIKE, ANY, NO_SPILL = Fill(everything=True), Fill(uniform=True), Fill(), Fill(may_spill=False)
+FILLS = (EVERYTHING, ALIKE, ANY, NO_SPILL)  # of those that look the same, the simplest
+
+
 class Fills(Candidates):
-    """Candidates with what is resident. truncated: whether a solver's time limit struck."""
+    """Candidates with what is resident. truncated: whether a time limit struck."""
 
     def __init__(self, request: Request) -> None:
         """Nothing solved yet."""
         super().__init__(request)
         self.truncated = False
 
-    def fills(self, name: str, base: Decision) -> Iterator[tuple[str, Decision]]:
+    def fills(self, name: str, base: Decision) -> Iterator[tuple[Fill, Decision]]:
         """What ``fill`` finds; of the residency problem, which averages over layers and takes a spill for a matter of link time, also
         what it finds with all layers alike and without a spill; and everything resident, where that fits. Nothing where only shares
-        of experts fit. With the kind of fill that it is."""
+        of experts fit. With the way in which it is filled."""
         found: list[Decision] = []
-        for kind in FILLS if policy(name).solved else ("any",):
+        for way in FILLS if policy(name).solved else (ANY,):
             with suppress(Infeasible):
-                decision = self.filled(name, base, kind)
+                decision = self.filled(name, base, way)
                 if decision and decision not in found:
                     found.append(decision)
-                    yield kind, decision
+                    yield way, decision
 
-    def filled(self, name: str, base: Decision, kind: str, reserve: Mapping[str, int] = NOTHING) -> Decision | None:
-        """One kind of fill; None where everything resident does not fit. Raises Infeasible."""
-        if kind == "resident":
-            return self.all_kept(base, reserve)
-        plain = kind.removesuffix(STRETCHED)
-        stretch = STRETCH if plain != kind else 1.0
-        return self.fill(name, base, reserve, may_spill=plain != "no spill", uniform=plain == "alike", stretch=stretch)
+    def filled(self, name: str, base: Decision, way: Fill, reserve: Mapping[str, int] = NOTHING) -> Decision | None:
+        """Sizes filled in one way; None where everything resident does not fit. Raises Infeasible."""
+        return self.all_kept(base, reserve) if way.everything else self.fill(name, base, reserve, way)
 
-    def fill(
-        self,
-        name: str,
-        base: Decision,
-        reserve: Mapping[str, int] = NOTHING,
-        may_spill: bool = True,
-        uniform: bool = False,
-        stretch: float = 1.0,
-    ) -> Decision:
+    def fill(self, name: str, base: Decision, reserve: Mapping[str, int] = NOTHING, way: Fill = ANY) -> Decision:
         """What is resident. Raises Infeasible where not even streaming everything fits.
 
-        reserve: bytes per tier to leave free beyond what the slots of a short model showed. may_spill, uniform, stretch: see ``residency``.
+        reserve: bytes per tier to leave free beyond what the slots of a short model showed.
         """
         capacity = self.capacity(name, base, reserve)
         if policy(name).solved:
-            solved = residency(self.cost, self.request.workload, base, capacity, may_spill, uniform, stretch)
+            solved = residency(self.cost, self.request.workload, base, capacity, way.may_spill, way.uniform, way.stretch)
             self.truncated |= solved.truncated
             return solved.decide(base)
         return policy(name).decide(self.cost, self.greedy(name, base, capacity))

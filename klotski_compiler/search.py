@@ -30,7 +30,7 @@ from klotski_compiler.candidates import (
     with_last_batches,
 )
 from klotski_compiler.errors import Infeasible, PlanError
-from klotski_compiler.fill import SAMPLED, STRETCHED, Fills
+from klotski_compiler.fill import ALIKE, ANY, EVERYTHING, SAMPLED, Fill, Fills
 from klotski_compiler.milp.problem import EXACT_EXPERTS
 from klotski_compiler.milp.solve import attended_share, relaxed_us
 from klotski_compiler.pipeline import Lowered, lower
@@ -63,7 +63,7 @@ KEPT_FITTED = 4  # decisions per size whose micro-batches are fitted to the memo
 FITTING_GAIN = 0.1  # how much that may gain
 IMPROVEMENTS = 10  # decisions near the best one that are tried
 MORE_IMPROVEMENTS = 16  # the same where what is near is not alike
-ANEW = ("any", "alike")  # how what has prefill in other parts is filled: what was best may not be any longer
+ANEW = (ANY, ALIKE)  # how what has prefill in other parts is filled: what was best may not be any longer
 LAST_SHARES = (1.0, 2 / 3, 1 / 3)  # of the sequences that the CPU would attend to, how many its own batch may have
 LAST_STEPS = (0.8, 1.25)  # from one size of it to the next
 KEPT_SCORED = 2  # sizes per policy that are timed on short models
@@ -162,7 +162,7 @@ class Search(Fills):
             for base in self.finer([r.decision for r in rated]):
                 rated += self._rated(name, base)
         if solved and (kept := self.all_kept(plain)):  # with buffers as they come, everything may fit
-            rated.append(Rated(self.estimate(name, kept), name, kept, "resident"))
+            rated.append(Rated(self.estimate(name, kept), name, kept, EVERYTHING))
         starts = best_of_orders(rated) + (second_of(rated) if self.is_rugged else []) if solved else []
         return rated, starts
 
@@ -171,7 +171,7 @@ class Search(Fills):
         Infeasible."""
         if not rated:
             lean = self.lean(name)
-            return [Rated(lean.tokens_per_s, name, lean.decision, "any")]
+            return [Rated(lean.tokens_per_s, name, lean.decision, ANY)]
         quick = sorted((r for r in rated if r.tokens_per_s > 0), key=lambda r: -r.tokens_per_s)
         kept_whole = self.retimed(by_order(quick)) if policy(name).solved else quick[:KEPT_WHOLE]
         if not kept_whole:
@@ -181,7 +181,7 @@ class Search(Fills):
     def _rated(self, name: str, base: Decision) -> list[Rated]:
         """What sizes may be filled with, with estimated speeds."""
         fills = self.fills(name, base)
-        return [Rated(self.estimate(name, decision), name, decision, kind) for kind, decision in fills]
+        return [Rated(self.estimate(name, decision), name, decision, way) for way, decision in fills]
 
     def _scored(self, name: str) -> tuple[list[tuple[float, Decision]], Decision]:
         """Scores of a policy's candidates, best first, and the best of them before its micro-batches were fitted. Raises Infeasible
@@ -251,7 +251,7 @@ class Search(Fills):
         for other in ahead[:BORROWED] if ours else ():
             for d in self._variants(other.decision):
                 with suppress(Infeasible, PlanError):
-                    (by_batch if d.by_batch else found).append(Rated(self.estimate(OURS, d), OURS, d, "any"))
+                    (by_batch if d.by_batch else found).append(Rated(self.estimate(OURS, d), OURS, d, ANY))
         return [*found, *by_batch, *(self.improved(start) for start in best_of_orders(found))]
 
     def whole_best(self, timed: list[Rated], refusals: dict[str, Infeasible]) -> list[Best]:
@@ -450,50 +450,50 @@ class Search(Fills):
                 if not base.rolling or found.cohorts(self.request.workload.num_sequences) >= found.prefill_groups:
                     yield found
 
-    def _near(self, best: Rated) -> Iterator[tuple[Decision, str]]:
+    def _near(self, best: Rated) -> Iterator[tuple[Decision, Fill]]:
         """Decisions near one, and how to fill them: also as if loads took longer than they do, since the link, unlike in the residency
         problem, cannot be busy all the time."""
         name, here = best.policy, best.decision
-        if best.kind != "resident" and not best.kind.endswith(STRETCHED):
-            yield self.bare(name, here, here.num_batches), best.kind + STRETCHED
+        if not best.way.everything and best.way != best.way.stretched:
+            yield self.bare(name, here, here.num_batches), best.way.stretched
         for base in chain(self.neighbours(name, here), self.with_last(name, here)):
-            yield base, best.kind
+            yield base, best.way
 
     def improved(self, best: Rated) -> Rated:
         """The best of a decision and what is near it, by hill climbing on simulated time: how far ahead, in which units and in how many
         batches pays is a matter of bubbles, which the residency problem does not see."""
-        tried, start = {(shape_of(best.decision), best.kind)}, None
+        tried, start = {(shape_of(best.decision), best.way)}, None
         most = MORE_IMPROVEMENTS if self.is_rugged else IMPROVEMENTS
         while best is not start:
             start = best
-            for base, kind in self._near(best):
+            for base, way in self._near(best):
                 if len(tried) > most or self.out_of_time():
                     break
-                if (shape_of(base), kind) in tried:
+                if (shape_of(base), way) in tried:
                     continue
-                tried.add((shape_of(base), kind))
-                if (best := self._better(best, base, kind)) is not start:
+                tried.add((shape_of(base), way))
+                if (best := self._better(best, base, way)) is not start:
                     break
-        for base, kind in chain(self._in_other_parts(best), self._either_way(best)):
+        for base, way in chain(self._in_other_parts(best), self._either_way(best)):
             if self.out_of_time():
                 break
-            best = self._better(best, base, kind)
+            best = self._better(best, base, way)
         return best
 
-    def _better(self, best: Rated, base: Decision, kind: str) -> Rated:
+    def _better(self, best: Rated, base: Decision, way: Fill) -> Rated:
         """What sizes may be filled with, if that is better."""
         with suppress(Infeasible):
-            if decision := self.filled(best.policy, base, kind):
+            if decision := self.filled(best.policy, base, way):
                 rate = self.estimate(best.policy, decision)
                 if rate > best.tokens_per_s * (1 + WORTH):
-                    return replace(best, tokens_per_s=rate, decision=decision, kind=kind)
+                    return replace(best, tokens_per_s=rate, decision=decision, way=way)
         return best
 
-    def _in_other_parts(self, best: Rated) -> Iterator[tuple[Decision, str]]:
+    def _in_other_parts(self, best: Rated) -> Iterator[tuple[Decision, Fill]]:
         """About the same sizes with prefill in twice or half as many parts, each with the same share in the CPU's own batch: what a part's
         states take, weights and KV do not."""
         d = best.decision
-        if d.rolling or not (self.is_rugged and self.sizes_are_free) or best.kind == "resident":
+        if d.rolling or not (self.is_rugged and self.sizes_are_free) or best.way.everything:
             return
         base, large = self.bare(best.policy, d, d.num_batches), d.part_batches - bool(d.last_batch)
         for parts in (2 * d.prefill_groups, d.prefill_groups // 2):
@@ -505,14 +505,14 @@ class Search(Fills):
                 if last >= d.sequences // parts:  # of so few, none is left to the GPU
                     continue
                 other = with_last_batches(base, parts, count, last)
-            yield from ((other, kind) for kind in ANEW)
+            yield from ((other, way) for way in ANEW)
 
-    def _either_way(self, best: Rated) -> Iterator[tuple[Decision, str]]:
+    def _either_way(self, best: Rated) -> Iterator[tuple[Decision, Fill]]:
         """A decision with what surrounds attention the other way: where a GPU waits for the CPU, calls cost it nothing, and what is done
         batch by batch can be done earlier."""
         d = best.decision
         if d.num_batches > 1 and not d.by_batch and self.cost.cpu_attends:
-            yield self.bare(best.policy, d, d.num_batches).model_copy(update={"together": not d.together}), best.kind
+            yield self.bare(best.policy, d, d.num_batches).model_copy(update={"together": not d.together}), best.way
 
     # --------------------------------------------------------------------------------------------------------- timing
 
@@ -572,20 +572,20 @@ class Search(Fills):
         as they can be, then with nothing resident. Raises Infeasible."""
         name, base = rated.policy, self.bare(rated.policy, rated.decision, rated.decision.num_batches)
         try:
-            return self._with_room(name, base, rated.decision, rated.kind)
+            return self._with_room(name, base, rated.decision, rated.way)
         except Infeasible as refusal:
             if policy(name).solved or not refusal.shortfalls:
                 raise
             small = self.smallest_pieces(name, base)
             with suppress(Infeasible):
-                return self._with_room(name, small, self.fill(name, small), rated.kind)
+                return self._with_room(name, small, self.fill(name, small), rated.way)
             lean = self._stream_all(name, small)
             lowered = lower(self.cost, name, lean, self.request.workload)
             if self.over(lowered) or self._late(lowered.slowest_us):
                 raise
             return lowered, lean
 
-    def _with_room(self, name: str, base: Decision, decision: Decision, kind: str) -> tuple[Lowered, Decision]:
+    def _with_room(self, name: str, base: Decision, decision: Decision, way: Fill) -> tuple[Lowered, Decision]:
         """A decision lowered whole; where that does not fit, residents make room, each time for some more than is missing, since what they
         are exchanged for may take as much. Raises Infeasible."""
         reserve = Counter[str]()
@@ -596,7 +596,7 @@ class Search(Fills):
             if not over:
                 break
             reserve.update({tier: nbytes + tries * more for tier, nbytes in over.items()})
-            decision = self.filled(name, base, kind, reserve) or self.fill(name, base, reserve)
+            decision = self.filled(name, base, way, reserve) or self.fill(name, base, reserve)
         if self._late(lowered.slowest_us):
             raise self._too_slow()
         return lowered, decision

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
+from klotski_compiler.fill import Fill
 from klotski_compiler.plan import Decision
 
 KEPT_SOLVED, KEPT_OTHER = 6, 3  # sizes that are timed where residency is solved: of the best one's order, of the other
@@ -16,12 +17,12 @@ ESTIMATE_ERROR = 0.05  # how far a short model's time may be off
 
 @dataclass(frozen=True, slots=True)
 class Rated:
-    """A decision with its estimated speed. kind: of its fill, see ``Search.fills``."""
+    """A decision with its estimated speed. way: in which it is filled."""
 
     tokens_per_s: float
     policy: str
     decision: Decision
-    kind: str
+    way: Fill
 
 
 def least(scored: Sequence[tuple[float, Decision]]) -> float:
@@ -69,5 +70,5 @@ def second_of(rated: Sequence[Rated]) -> list[Rated]:
         return []
     batches = best.decision.num_batches, best.decision.batch_size
     others = [r for r in rated if (r.decision.num_batches, r.decision.batch_size) != batches]
-    others = [r for r in others if r.decision.rolling == best.decision.rolling and r.kind != "resident"]
+    others = [r for r in others if r.decision.rolling == best.decision.rolling and not r.way.everything]
     return sorted(others, key=lambda r: -r.tokens_per_s)[:1]

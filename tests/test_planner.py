@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from klotski_compiler.cost import Cost
 from klotski_compiler.errors import Infeasible
+from klotski_compiler.fill import ANY, EVERYTHING, NO_SPILL
 from klotski_compiler.hardware import read_hardware
 from klotski_compiler.model import ModelSpec, read_model
 from klotski_compiler.pipeline import lower
@@ -242,7 +243,7 @@ def test_prefill_in_more_parts_leaves_some_to_the_gpu(monkeypatch: pytest.Monkey
     base = next(search.bases_of("joint", [4]))
     for last in (1, 2, 3):
         sizes = {"num_batches": 2, "batch_size": 4 - last, "last_batch": last, "prefill_groups": 1}
-        found = Rated(1.0, "joint", base.model_copy(update=sizes), "any")
+        found = Rated(1.0, "joint", base.model_copy(update=sizes), ANY)
         others = [other for other, _ in search._in_other_parts(found)]
         assert all(other.batch_size > 0 for other in others)
         assert bool(others) == (last < 3)
@@ -498,13 +499,13 @@ def test_joint_is_also_tried_without_spilling_kv() -> None:
     workload = WORKLOAD.model_copy(update={"gen_len": 40, "num_sequences": 96})
     budgets = dict.fromkeys(hardware.tiers, RICH) | {"gpu": 116_000_000}
     search = Search(Request(SPEC, hardware, uniform(SPEC), workload, budgets, "bf16", "joint"))
-    kinds = set()
+    both = set()
     for base in islice(search.bases("joint"), 0, None, 3):
         with suppress(Infeasible):
-            found = {kind: {layer.kv for layer in decision.layers} for kind, decision in search.fills("joint", base)}
-            assert found.get("no spill", {"gpu"}) == {"gpu"}
-            kinds.add("no spill" in found and found.get("any") not in (None, {"gpu"}))
-    assert True in kinds
+            found = {way: {layer.kv for layer in decision.layers} for way, decision in search.fills("joint", base)}
+            assert found.get(NO_SPILL, {"gpu"}) == {"gpu"}
+            both.add(NO_SPILL in found and found.get(ANY) not in (None, {"gpu"}))
+    assert True in both
 
 
 def test_everything_resident_makes_room_as_well() -> None:
@@ -513,9 +514,9 @@ def test_everything_resident_makes_room_as_well() -> None:
     budgets = dict.fromkeys(hardware.tiers, RICH)
     search = Search(Request(SPEC, hardware, uniform(SPEC), WORKLOAD, budgets, "bf16", "joint"))
     base = next(search.bases("joint"))
-    assert search.filled("joint", base, "resident") is not None
+    assert search.filled("joint", base, EVERYTHING) is not None
     room = search.capacity("joint", base, {})["gpu"]
-    assert search.filled("joint", base, "resident", {"gpu": room}) is None
+    assert search.filled("joint", base, EVERYTHING, {"gpu": room}) is None
 
 
 def test_spilled_kv_is_tried_in_as_many_places_as_it_may_take() -> None:
@@ -568,7 +569,7 @@ def test_of_many_estimates_the_first_are_timed_whole(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("klotski_compiler.search.WHOLE_STEPS", 0)
     base = next(search.bases("joint"))
     true = search.rate(lower(search.cost, "joint", base, WORKLOAD, quick=True))
-    wrong = Rated(10 * true, "joint", base, "any")
+    wrong = Rated(10 * true, "joint", base, ANY)
     assert [one.tokens_per_s for one in search.retimed([wrong])] == [true]
 
 
@@ -582,7 +583,7 @@ def test_ours_is_lowered_whole_where_it_may_win(monkeypatch: pytest.MonkeyPatch)
     timed = [replace(other, tokens_per_s=rate), replace(ours, tokens_per_s=0.999 * rate)]
     assert {best.policy for best in search.whole_best(timed, {})} == {"flexgen", "joint"}
     # Where the first of ours turns out to be behind, the next one may not be.
-    slow = Rated(0.9995 * rate, "joint", next(search.bases("joint")), "any")  # nothing resident
+    slow = Rated(0.9995 * rate, "joint", next(search.bases("joint")), ANY)  # nothing resident
     assert search.whole_best([slow], {})[0].tokens_per_s < 0.99 * rate
     timed.append(slow)
     assert [best.policy for best in search.whole_best(timed, {})].count("joint") == 2
@@ -597,7 +598,7 @@ def test_what_another_policy_turns_out_to_be_ahead_with_ours_takes_over() -> Non
     """Where memory is short, the decision that a whole schedule has may be another one than what was estimated."""
     request = Request(SPEC, tiny_hardware(True), uniform(SPEC), WORKLOAD, {"gpu": RICH, "host": RICH}, "bf16")
     search = Search(request)
-    slow = Rated(1.0, "joint", search._stream_all("joint", next(search.bases("joint"))), "any")
+    slow = Rated(1.0, "joint", search._stream_all("joint", next(search.bases("joint"))), ANY)
     other = search.timed("flexgen")[0]
     found = {best.policy: best for best in reversed(search.whole_best([other, slow], {}))}
     assert found["joint"].decision == found["flexgen"].decision
