@@ -32,11 +32,11 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from klotski_compiler.decision import Workload  # noqa: E402
 from klotski_compiler.errors import Infeasible, KlotskiError  # noqa: E402
 from klotski_compiler.hardware import read_hardware  # noqa: E402
 from klotski_compiler.model import ModelSpec, read_model  # noqa: E402
 from klotski_compiler.output import write_whole  # noqa: E402
-from klotski_compiler.plan import Workload  # noqa: E402
 from klotski_compiler.planner import Request, compile_plan  # noqa: E402
 from klotski_compiler.policies import OURS, POLICIES  # noqa: E402
 from klotski_compiler.routing import Routing, uniform  # noqa: E402

@@ -16,10 +16,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from klotski_compiler.cost import Cost
+from klotski_compiler.decision import Decision, LayerDecision, Workload
 from klotski_compiler.errors import ConfigError, Infeasible
 from klotski_compiler.hardware import Hardware, Processor, read_hardware
 from klotski_compiler.model import Layer, ModelSpec, Module, read_model
-from klotski_compiler.plan import Decision, LayerDecision, Workload
 from klotski_compiler.policies import policy
 from klotski_compiler.routing import uniform
 from klotski_compiler.search import Request, Search

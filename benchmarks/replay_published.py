@@ -41,11 +41,11 @@ from benchmarks.published import (  # noqa: E402
     system,
 )
 from klotski_compiler.cost import Cost  # noqa: E402
+from klotski_compiler.decision import Decision, Workload  # noqa: E402
 from klotski_compiler.hardware import Hardware  # noqa: E402
 from klotski_compiler.outcome import outcome  # noqa: E402
 from klotski_compiler.output import write_whole  # noqa: E402
 from klotski_compiler.pipeline import LoweredPhase, lower  # noqa: E402
-from klotski_compiler.plan import Decision, Workload  # noqa: E402
 
 PUBLISHED = Path(__file__).with_name("published_results.json")
 SAMPLED = (4, 8)  # layers of the short models that are timed; a model's time is linear in them

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from klotski_compiler.errors import ConfigError
-from klotski_compiler.plan import Bind, Compute, Load, Op, Plan, Step
+from klotski_compiler.ops import Bind, Compute, Load, Op, Step
+from klotski_compiler.plan import Plan
 from klotski_compiler.report import CAUSES
 from klotski_compiler.simulate import bubbles, cause_of
 from klotski_compiler.words import span

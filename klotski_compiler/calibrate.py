@@ -11,7 +11,8 @@ from typing import Any
 from klotski_compiler.actual import Log
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.hardware import Hardware
-from klotski_compiler.plan import Bind, Compute, Op, Plan
+from klotski_compiler.ops import Bind, Compute, Op
+from klotski_compiler.plan import Plan
 
 LEAST_SHARE = 0.01  # of all measured time, that a resource must have worked for it to be corrected
 LEAST_COST = 0.2  # of what was profiled: an op's own cost becomes no less

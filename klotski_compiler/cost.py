@@ -8,166 +8,22 @@ bytes, one that is bound after it the bytes of the experts that are expected to 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from klotski_compiler.hardware import Hardware, Processor, matmul_us
+from klotski_compiler.kernel_facts import DTYPE_BYTES, FEW_ROWS, FIXED_ROWS, ROW_READERS, ROW_STEP
 from klotski_compiler.model import Layer, ModelSpec, Module
-from klotski_compiler.plan import ALL, CPU, Bind, Compute, Load, Op, Store, Tensor, batches_of, onward, span
+from klotski_compiler.ops import ALL, CPU, Bind, Compute, Load, Op, Store, Tensor, batches_of, onward, span
 from klotski_compiler.routing import Routing
+from klotski_compiler.shape import Shape
 
-DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-ROW_READERS = 16  # threads that gather embedding rows: single pages, each of which waits behind large reads
-# Of 16-bit matmuls through fp32: rows, columns of the product and terms of a sum at a time; between rows so many floats more.
-WIDENED_ROWS, WIDENED_COLUMNS, WIDENED_DEPTH, WIDENED_PADDING = 128, 256, 512, 16
-WIDENED_TILE = 4  # columns whose weights are widened at a time
-WORKERS = 2  # threads of a CPU, with kernels of their own, that experts and large matmuls are shared among
-FIXED_ROWS = 10  # rows that take as long to multiply by an expert's weights as these take to read
-# With 16-bit kernels of a CPU an expert computes more rows than the first number in multiples of the second.
-FEW_ROWS, ROW_STEP = 16, 32
-GATHERED_ROWS = 256  # embedding rows that are read from disk at a time
 ROW_OPS = 6  # small ops that a row takes: to ask a reader for it, and to copy it from the page that holds it
 LOAD_OPS = 10  # small ops that a load from disk is worth: to hand pieces to readers, to bind what has arrived
 BIND_OPS = 20  # small ops that binding picks is worth: to sort a layer's tokens by expert
 ATTEND_OPS = 4  # launches that a GPU's attention to one batch takes between what surrounds that of all: new keys, values; the mix
 SPILL_OPS = 50  # small ops that handing one batch's KV to the disk, and waiting for it, is worth
 PICKED_DIGITS = 9
-
-
-def widened_bytes(widest: int) -> int:
-    """What one thread needs to multiply through fp32 by weights of up to ``widest`` columns: widened rows and weights, sums, and a block
-    of a weight whose columns, not rows, lie in one piece."""
-    row = WIDENED_DEPTH + WIDENED_PADDING
-    blocks = -(-widest // WIDENED_DEPTH)
-    floats = (WIDENED_ROWS * blocks + WIDENED_TILE) * row + WIDENED_ROWS * WIDENED_COLUMNS
-    return 4 * floats + 2 * WIDENED_COLUMNS * WIDENED_DEPTH
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """One phase of the workload: ``passes`` sweeps, each over ``batches`` batches of ``batch_size`` sequences.
-
-    tokens: new tokens per sequence and pass. first_context, last_context: positions that attention sees in the first and the
-    last pass. attention_batch: sequences of one attention call.
-
-    In rolling order batches differ in age: ``cohort`` of them are equally old (0: all), the next ones ``stride`` passes older.
-    While the first cohort brings its prompts the others bring one token each, ``decode_batch`` sequences per attention call. At
-    the beginning of a workload the oldest batches are missing, at its end the youngest: ``not_yet`` and ``no_more`` so many.
-
-    last_batch: sequences of every ``part``-th batch, if not 0. together: as in the decision, of all batches that decode.
-    """
-
-    name: str
-    passes: int
-    batches: int
-    batch_size: int
-    tokens: int
-    first_context: int
-    last_context: int
-    attention_batch: int
-    cohort: int = 0
-    stride: int = 0
-    decode_batch: int = 0
-    not_yet: int = 0
-    no_more: int = 0
-    last_batch: int = 0
-    part: int = 1
-    together: bool = False
-
-    @property
-    def decoding(self) -> bool:
-        """Whether all batches decode: then a CPU may help a GPU with experts, too."""
-        return self.name.startswith("decode")
-
-    @property
-    def fresh(self) -> int:
-        """Batches, the first ones, that bring ``tokens`` tokens per sequence; the others bring one."""
-        return self.cohort if self.cohort and not self.decoding else self.batches
-
-    @property
-    def ages(self) -> range:
-        """One batch of each age that is there, youngest first; there are ``beside`` of each."""
-        return range(self.no_more, self.batches - self.not_yet, self.beside or 1)
-
-    @property
-    def beside(self) -> int:
-        """Batches of one age."""
-        return self.cohort or self.batches
-
-    @property
-    def first_decoding(self) -> int:
-        """The first batch that decodes; so do those after it."""
-        return 0 if self.decoding else self.fresh
-
-    def decodes(self, batch: int) -> bool:
-        """Whether a batch decodes: reads what is cached of its sequences for one new token of each."""
-        return self.decoding or batch >= self.fresh
-
-    def most_attended(self, batch: int) -> int:
-        """Sequences of one call of attention to a batch."""
-        return self.attention_batch if batch < self.fresh else self.decode_batch
-
-    def tokens_of(self, batch: int) -> int:
-        """New tokens of each sequence of a batch."""
-        return self.tokens if batch < self.fresh else 1
-
-    def context_of(self, batch: int, context: float) -> float:
-        """Positions that attention to a batch sees when the youngest sees ``context``."""
-        return context + (batch // self.cohort * self.stride if self.cohort else 0)
-
-    def with_ages(self, ages: range) -> Shape:
-        """The phase when only some ages are there."""
-        return replace(self, no_more=self.cohort * ages.start, not_yet=self.batches - self.cohort * ages.stop)
-
-    def has(self, batch: int) -> bool:
-        """Whether a batch is there."""
-        return self.no_more <= batch < self.batches - self.not_yet
-
-    @property
-    def sequences(self) -> int:
-        """Sequences of one pass."""
-        return self._sequences(self.no_more, self.batches - self.not_yet)
-
-    def size_of(self, batch: int) -> int:
-        """Sequences of one batch."""
-        return self.last_batch if self.last_batch and (batch + 1) % self.part == 0 else self.batch_size
-
-    def _sequences(self, first: int, end: int) -> int:
-        """Of batches ``first`` to ``end``, exclusive."""
-        lasts = end // self.part - first // self.part if self.last_batch else 0
-        return (end - first) * self.batch_size + lasts * (self.last_batch - self.batch_size)
-
-    @property
-    def middle_context(self) -> float:
-        """The positions seen that stand for all passes."""
-        return (self.first_context + self.last_context) / 2
-
-    @property
-    def alike(self) -> list[tuple[int, int]]:
-        """A batch of each age and size that are there, and how many are like it: (count, batch)."""
-        lasts = self.beside // self.part if self.last_batch else 0
-        kinds = [(self.beside - lasts, 0), *([(lasts, self.part - 1)] if lasts else [])]
-        return [(count, first + number) for first in self.ages for count, number in kinds]
-
-    def scope_tokens(self, batch: int) -> int:
-        """Tokens that one op works on: of one batch, or of those of several that are there."""
-        return self._tokens(batch, self.tokens)
-
-    def fed_tokens(self, batch: int, layer: Layer) -> int:
-        """Of these, what goes on after the layer's attention."""
-        return self._tokens(batch, 1 if layer.last else self.tokens)
-
-    @lru_cache(maxsize=4096)  # noqa: B019 - shapes are few
-    def _tokens(self, batch: int, each: int) -> int:
-        """Tokens of a scope whose fresh sequences bring so many each."""
-        if batch >= 0:
-            return self.size_of(batch) * (each if batch < self.fresh else 1)
-        scope = batches_of(batch, self.batches)
-        first, end = max(scope.start, self.no_more), min(scope.stop, self.batches - self.not_yet)
-        if end <= first:
-            return 0
-        fresh = max(first, min(end, self.fresh))
-        return self._sequences(first, end) + (each - 1) * self._sequences(first, fresh)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-from klotski_compiler.plan import Load, Step
+from klotski_compiler.ops import Load, Step
 
 Event = TypeVar("Event")
 

@@ -12,12 +12,14 @@ from typing import NamedTuple
 
 from klotski_compiler.candidates import Candidates, Request
 from klotski_compiler.cost import Cost
+from klotski_compiler.decision import Decision, LayerDecision, Workload
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.milp.solve import residency
-from klotski_compiler.pipeline import LOAD_BYTES, lower, shapes
-from klotski_compiler.plan import ALL, NOWHERE, Bind, Decision, LayerDecision, Workload, align_up
+from klotski_compiler.ops import ALL, NOWHERE, Bind, align_up
+from klotski_compiler.pipeline import LOAD_BYTES, lower
 from klotski_compiler.policies import OURS, policy
 from klotski_compiler.program import staging_slots
+from klotski_compiler.shape import shapes
 from klotski_compiler.tensors import MODULES, kv_bytes, query_bytes, state_bytes
 from klotski_compiler.workspace import workspace
 
@@ -76,7 +78,9 @@ class Fills(Candidates):
         """
         capacity = self.capacity(name, base, reserve)
         if policy(name).solved:
-            solved = residency(self.cost, self.request.workload, base, capacity, way.may_spill, way.uniform, way.stretch)
+            solved = residency(
+                self.cost, self.request.workload, base, capacity, way.may_spill, way.uniform, way.stretch
+            )
             self.truncated |= solved.truncated
             return solved.decide(base)
         return policy(name).decide(self.cost, self.greedy(name, base, capacity))

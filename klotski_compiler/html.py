@@ -17,7 +17,8 @@ from itertools import groupby
 from pathlib import Path
 
 from klotski_compiler import report
-from klotski_compiler.plan import Bind, Compute, Op, Plan
+from klotski_compiler.ops import Bind, Compute, Op
+from klotski_compiler.plan import Plan
 from klotski_compiler.timeline import lanes, timeline
 from klotski_compiler.words import size, span
 

@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from klotski_compiler.cost import Cost, Shape
+from klotski_compiler.cost import Cost
 from klotski_compiler.model import Layer
-from klotski_compiler.plan import CPU, onward, span
+from klotski_compiler.ops import CPU, onward, span
+from klotski_compiler.shape import Shape
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from klotski_compiler.errors import ConfigError
-from klotski_compiler.plan import slot_bytes
+from klotski_compiler.ops import slot_bytes
 from klotski_compiler.shipped import shipped, shipped_names
 
 

@@ -7,31 +7,31 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
-from klotski_compiler.cost import Cost, Shape
-from klotski_compiler.passes.critical import critical_us
-from klotski_compiler.passes.depend import cells_of, depend
-from klotski_compiler.passes.slots import Placed, Pool, slots, staged
-from klotski_compiler.passes.waits import waits
-from klotski_compiler.plan import (
+from klotski_compiler.cost import Cost
+from klotski_compiler.decision import Decision, Workload
+from klotski_compiler.ops import (
     ALL,
     Bind,
     Compute,
-    Decision,
     Load,
     Op,
     Pages,
-    Phase,
     Slot,
     Step,
     Store,
     Tensor,
-    Workload,
     align_up,
     op_text,
     step_text,
 )
+from klotski_compiler.passes.critical import critical_us
+from klotski_compiler.passes.depend import cells_of, depend
+from klotski_compiler.passes.slots import Placed, Pool, slots, staged
+from klotski_compiler.passes.waits import waits
+from klotski_compiler.plan import Phase
 from klotski_compiler.policies import policy
 from klotski_compiler.program import Evict, Program, staging_slots
+from klotski_compiler.shape import Shape, shapes
 from klotski_compiler.simulate import PhaseTimes, Rounds, rolled, simulate
 from klotski_compiler.tensors import TensorTable
 from klotski_compiler.workspace import workspace
@@ -91,42 +91,6 @@ class Lowered:
     def load_us(self) -> float:
         """Loading what is resident."""
         return self.phases["load"].times.total_us
-
-
-def shapes(decision: Decision, workload: Workload) -> tuple[Shape, Shape]:
-    """Prefill (one pass per sub-group) and decode (one pass per further token; prefill yields the first); in rolling order one pass
-    in which a sub-group joins, and those until the next one does."""
-    prompt, several = workload.prompt_len, decision.together and decision.num_batches > 1
-    prefill = Shape(
-        name="prefill",
-        passes=decision.prefill_groups,
-        batches=decision.part_batches,
-        batch_size=decision.batch_size,
-        tokens=prompt,
-        first_context=prompt,
-        last_context=prompt,
-        attention_batch=decision.attention_batch,
-        last_batch=decision.last_batch,
-        part=decision.part_batches,
-    )
-    whole = replace(prefill, batches=decision.num_batches)
-    decode = replace(
-        whole,
-        name="decode",
-        tokens=1,
-        first_context=prompt + 1,
-        attention_batch=decision.decode_batch,
-        together=several,
-    )
-    if not decision.rolling:
-        return prefill, replace(decode, passes=workload.gen_len - 1, last_context=prompt + workload.gen_len - 1)
-    stride, older = decision.stride(workload.gen_len), decision.num_batches - decision.part_batches
-    joining, between = (
-        replace(shape, cohort=decision.part_batches, stride=stride, decode_batch=decision.decode_batch)
-        for shape in (whole, decode)
-    )
-    joining = replace(joining, passes=1, together=several and older > 1)
-    return joining, replace(between, passes=stride - 1, last_context=prompt + stride - 1)
 
 
 def lower(

@@ -13,9 +13,9 @@ from itertools import permutations
 from math import inf
 from typing import NamedTuple
 
+from klotski_compiler.decision import Decision, LayerDecision
 from klotski_compiler.model import Layer
 from klotski_compiler.pipeline import lower
-from klotski_compiler.plan import Decision, LayerDecision
 from klotski_compiler.policies import OURS
 from klotski_compiler.search import Best, Search
 

@@ -13,9 +13,11 @@ from functools import lru_cache
 from itertools import chain, groupby, pairwise
 from typing import NamedTuple
 
-from klotski_compiler.cost import Cost, Shape
+from klotski_compiler.cost import Cost
+from klotski_compiler.decision import Decision
 from klotski_compiler.leaving import Leaving, Scope
-from klotski_compiler.plan import ALL, CPU, Bind, Compute, Decision, Load, Op, Pages, Store, batches_of
+from klotski_compiler.ops import ALL, CPU, Bind, Compute, Load, Op, Pages, Store, batches_of
+from klotski_compiler.shape import Shape
 from klotski_compiler.tensors import TensorTable
 
 SURE = 0.98  # an expert touched with a higher probability has surely been asked for

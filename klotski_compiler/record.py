@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from klotski_compiler.decision import Decision
 from klotski_compiler.errors import Infeasible
+from klotski_compiler.ops import CPU, Bind
 from klotski_compiler.pipeline import Lowered, phase_record
-from klotski_compiler.plan import APART, CPU, MIXED, SCHEMA_VERSION, Bind, Candidate, Decision, Envelope, Forecast, Plan
+from klotski_compiler.plan import APART, MIXED, SCHEMA_VERSION, Candidate, Envelope, Forecast, Plan
 from klotski_compiler.search import Best, Search
 from klotski_compiler.simulate import weighted_sum
 from klotski_compiler.words import size

@@ -13,9 +13,10 @@ from dataclasses import replace
 from typing import NamedTuple, TypeGuard
 
 from klotski_compiler.cost import Cost
+from klotski_compiler.decision import Decision
 from klotski_compiler.milp.window import MOST_JOBS, Job, Window, listed, solve
+from klotski_compiler.ops import Compute, Load, Op, Step, Tensor
 from klotski_compiler.pipeline import LoweredPhase, lower
-from klotski_compiler.plan import Compute, Decision, Load, Op, Step, Tensor
 from klotski_compiler.policies import OURS
 from klotski_compiler.search import Best, Search
 from klotski_compiler.tensors import MODULES

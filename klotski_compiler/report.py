@@ -6,7 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from klotski_compiler.plan import ALL, Bind, Candidate, Compute, Decision, Load, Phase, Plan, Step, Store, step_text
+from klotski_compiler.decision import Decision
+from klotski_compiler.ops import ALL, Bind, Compute, Load, Step, Store, step_text
+from klotski_compiler.plan import Candidate, Phase, Plan
 from klotski_compiler.timeline import timeline
 from klotski_compiler.words import bar, count, size, span
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from klotski_compiler.cost import Cost, Shape
-from klotski_compiler.pipeline import LOAD_BYTES, shapes
-from klotski_compiler.plan import ALL, CPU, Decision, LayerDecision, Workload
+from klotski_compiler.cost import Cost
+from klotski_compiler.decision import Decision, LayerDecision, Workload
+from klotski_compiler.ops import ALL, CPU
+from klotski_compiler.pipeline import LOAD_BYTES
 from klotski_compiler.policies import Policy
+from klotski_compiler.shape import Shape, shapes
 from klotski_compiler.tensors import MODULES
 
 

@@ -29,12 +29,12 @@ from klotski_compiler.candidates import (
     shape_of,
     with_last_batches,
 )
+from klotski_compiler.decision import Decision
 from klotski_compiler.errors import Infeasible, PlanError
 from klotski_compiler.fill import ALIKE, ANY, EVERYTHING, SAMPLED, Fill, Fills
 from klotski_compiler.milp.problem import EXACT_EXPERTS
 from klotski_compiler.milp.solve import attended_share, relaxed_us
 from klotski_compiler.pipeline import Lowered, lower
-from klotski_compiler.plan import Decision
 from klotski_compiler.policies import OURS, policy
 from klotski_compiler.rough import busiest_us, load_us, rough_us
 from klotski_compiler.shortlist import (

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
+from klotski_compiler.decision import Decision
 from klotski_compiler.fill import Fill
-from klotski_compiler.plan import Decision
 
 KEPT_SOLVED, KEPT_OTHER = 6, 3  # sizes that are timed where residency is solved: of the best one's order, of the other
 ORDER_ERROR = 0.3  # how much less well a score may judge one order than the other

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from klotski_compiler.execute import execute
-from klotski_compiler.plan import Bind, Compute, Step
+from klotski_compiler.ops import Bind, Compute, Step
 
 SIMULATED_PASSES = 4  # the pipeline has settled well before
 NEGLIGIBLE = 0.005  # growth of the op times over a phase, as a share of a pass, that need not be simulated

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from klotski_compiler.cost import DTYPE_BYTES
+from klotski_compiler.decision import Decision, Workload
+from klotski_compiler.kernel_facts import DTYPE_BYTES
 from klotski_compiler.model import ModelSpec, Module
-from klotski_compiler.plan import Decision, Pages, Tensor, Workload, align_up
+from klotski_compiler.ops import Pages, Tensor, align_up
 
 MODULES = ("attention", "router", "shared", "dense")
 QUERY_ELEMENTS = 8  # what a sequence's part of an exchange is a multiple of

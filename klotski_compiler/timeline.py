@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from textwrap import wrap
 
-from klotski_compiler.plan import Bind, Compute, Op, Plan, Step, Store
+from klotski_compiler.ops import Bind, Compute, Op, Step, Store
+from klotski_compiler.plan import Plan
 from klotski_compiler.words import span
 
 WIDTH = 100  # columns

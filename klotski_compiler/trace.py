@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from klotski_compiler.plan import Plan, op_text
+from klotski_compiler.ops import op_text
+from klotski_compiler.plan import Plan
 
 
 class Row(NamedTuple):

@@ -5,16 +5,10 @@ Ops run one at a time on the compute stream, so transient parts count once, by t
 
 from __future__ import annotations
 
-from klotski_compiler.cost import (
-    FEW_ROWS,
-    GATHERED_ROWS,
-    ROW_STEP,
-    WORKERS,
-    Cost,
-    widened_bytes,
-)
+from klotski_compiler.cost import Cost
+from klotski_compiler.decision import Decision, Workload
+from klotski_compiler.kernel_facts import FEW_ROWS, GATHERED_ROWS, ROW_STEP, WORKERS, widened_bytes
 from klotski_compiler.model import Layer, ModelSpec, Module
-from klotski_compiler.plan import Decision, Workload
 from klotski_compiler.tensors import MODULES, query_bytes
 
 RUNTIME_BYTES = 24 << 20  # what the first ops bring in of torch's own code, threads, allocator slack

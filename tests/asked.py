@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from klotski_compiler.decision import Decision, LayerDecision, Workload
 from klotski_compiler.hardware import Hardware
 from klotski_compiler.model import Layer, ModelSpec
+from klotski_compiler.ops import Load, Tensor
 from klotski_compiler.pipeline import lower
-from klotski_compiler.plan import Decision, LayerDecision, Load, Plan, Tensor, Workload
+from klotski_compiler.plan import Plan
 from klotski_compiler.planner import Request
 from klotski_compiler.policies import OURS, policy
 from klotski_compiler.routing import Routing, uniform

@@ -9,31 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from klotski_compiler.cost import Cost
+from klotski_compiler.decision import Decision, LayerDecision, Workload
 from klotski_compiler.hardware import Hardware, Link, Processor, Tier
 from klotski_compiler.model import Layer, ModelSpec, Module
+from klotski_compiler.ops import ALL, Bind, Compute, Load, Op, Step, Store, Tensor, Wait, op_text, parse_step, step_text
 from klotski_compiler.pipeline import lower, phase_record
-from klotski_compiler.plan import (
-    ALL,
-    SCHEMA_VERSION,
-    Bind,
-    Candidate,
-    Compute,
-    Decision,
-    Envelope,
-    Forecast,
-    LayerDecision,
-    Load,
-    Op,
-    Plan,
-    Step,
-    Store,
-    Tensor,
-    Wait,
-    Workload,
-    op_text,
-    parse_step,
-    step_text,
-)
+from klotski_compiler.plan import SCHEMA_VERSION, Candidate, Envelope, Forecast, Plan
 from klotski_compiler.policies import policy
 from klotski_compiler.program import Evict
 from klotski_compiler.routing import uniform

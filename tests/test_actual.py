@@ -16,7 +16,8 @@ from klotski_compiler.cli.inspect import main
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.execute import execute
 from klotski_compiler.hardware import numbers, to_json
-from klotski_compiler.plan import Compute, Plan, op_text
+from klotski_compiler.ops import Compute, op_text
+from klotski_compiler.plan import Plan
 from klotski_compiler.simulate import Simulation
 from klotski_compiler.trace import Row, chrome_trace, predicted
 from klotski_runtime.cli.profile import main as profile

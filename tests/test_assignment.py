@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klotski_compiler.cost import FIXED_ROWS
+from klotski_compiler.kernel_facts import FIXED_ROWS
 from klotski_runtime.assignment import rows_worth, shares
 
 

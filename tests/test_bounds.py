@@ -15,12 +15,12 @@ from klotski_compiler.bounds.least import SCALE_US, SPANS
 from klotski_compiler.bounds.mixed import Mixed
 from klotski_compiler.bounds.runs import MOST_BATCHES, Division
 from klotski_compiler.cost import Cost
+from klotski_compiler.decision import Decision, LayerDecision, Workload
 from klotski_compiler.hardware import Hardware, read_hardware
 from klotski_compiler.milp.solve import residency
 from klotski_compiler.milp.solver import Solver
 from klotski_compiler.model import ModelSpec, read_model
 from klotski_compiler.pipeline import Lowered, lower, most_pages
-from klotski_compiler.plan import Decision, LayerDecision, Workload
 from klotski_compiler.policies import POLICIES, policy
 from klotski_compiler.rough import busiest_us
 from klotski_compiler.routing import uniform

@@ -18,9 +18,10 @@ import torch
 from benchmarks.checkpoint import Shape
 from benchmarks.checkpoint import make_checkpoint as make_large
 from commands import klotski, refused
+from klotski_compiler.decision import Workload
 from klotski_compiler.hardware import read_hardware, to_json
 from klotski_compiler.model import read_model
-from klotski_compiler.plan import Plan, Workload, load
+from klotski_compiler.plan import Plan, load
 from klotski_compiler.planner import Request, compile_plan
 from klotski_compiler.routing import uniform
 from klotski_runtime.engine import Engine, Row

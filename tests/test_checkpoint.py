@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from klotski_compiler.errors import ConfigError, ExecError
-from klotski_compiler.plan import PAGE_BYTES
+from klotski_compiler.ops import PAGE_BYTES
 from klotski_runtime.arena import Arena
 from klotski_runtime.checkpoint import EMBEDDING, HEAD, NORM, Checkpoint, ModuleKey, Segment, layout, read_header
 from klotski_runtime.memory import rss_bytes

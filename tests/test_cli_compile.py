@@ -17,10 +17,11 @@ from tokenizers.processors import TemplateProcessing
 
 from klotski_compiler import planner
 from klotski_compiler.cli.compile import main, parse_size
+from klotski_compiler.decision import Workload
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.hardware import read_hardware, to_json
 from klotski_compiler.model import read_model
-from klotski_compiler.plan import Plan, Workload, load
+from klotski_compiler.plan import Plan, load
 from klotski_compiler.planner import Request
 from klotski_compiler.policies import POLICIES
 from klotski_compiler.verify import verify

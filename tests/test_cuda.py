@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from klotski_compiler.execute import execute
-from klotski_compiler.plan import Step
+from klotski_compiler.ops import Step
 from klotski_compiler.policies import POLICIES
 from klotski_runtime.arena import Arena, GpuArena
 from klotski_runtime.cuda_streams import CudaBackend, Lanes, of_gpu

@@ -16,7 +16,8 @@ import pytest
 
 from klotski_compiler import html, report
 from klotski_compiler.cli.inspect import main
-from klotski_compiler.plan import Candidate, Compute, Load, Plan
+from klotski_compiler.ops import Compute, Load
+from klotski_compiler.plan import Candidate, Plan
 from klotski_compiler.timeline import timeline
 from klotski_compiler.words import size, span
 from plans import edited, tiny_plan

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from klotski_compiler.cost import Cost
+from klotski_compiler.decision import Decision, LayerDecision, Workload
+from klotski_compiler.ops import Load
 from klotski_compiler.pipeline import Lowered, lower
-from klotski_compiler.plan import Decision, LayerDecision, Load, Workload
 from klotski_compiler.program import staging_slots
 from klotski_compiler.routing import uniform
 from klotski_compiler.simulate import SIMULATED_PASSES

@@ -17,7 +17,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from klotski_compiler.errors import ExecError
-from klotski_compiler.plan import ALL
+from klotski_compiler.ops import ALL
 from klotski_runtime.arena import Arena, GpuArena
 from klotski_runtime.checkpoint import EMBEDDING, HEAD, NORM, Checkpoint, ModuleKey, layout
 from klotski_runtime.experts import ExpertKernel, runs

@@ -12,7 +12,7 @@ from transformers import MixtralConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from klotski_compiler.errors import ExecError
-from klotski_compiler.plan import PAGE_BYTES, align_up
+from klotski_compiler.ops import PAGE_BYTES, align_up
 from klotski_runtime.arena import Arena
 from klotski_runtime.kv import KvBlock, KvShape
 from klotski_runtime.reader import DiskReader

@@ -12,6 +12,7 @@ import pytest
 from ortools.math_opt.python import mathopt
 
 from klotski_compiler.cost import Cost
+from klotski_compiler.decision import Decision, LayerDecision, Workload
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.hardware import Hardware, read_hardware
 from klotski_compiler.milp.formulation import Formulation
@@ -20,7 +21,6 @@ from klotski_compiler.milp.solve import Solved, johnson, relaxed_us, residency, 
 from klotski_compiler.milp.solver import RELATIVE_GAP
 from klotski_compiler.model import read_model
 from klotski_compiler.pipeline import lower
-from klotski_compiler.plan import Decision, LayerDecision, Workload
 from klotski_compiler.program import HEAD_SLOTS
 from klotski_compiler.routing import Routing, uniform
 from plans import tiny_hardware, tiny_spec

@@ -10,11 +10,13 @@ from itertools import pairwise
 import pytest
 
 from klotski_compiler.candidates import lean, resized
+from klotski_compiler.decision import Decision, Workload
 from klotski_compiler.errors import PlanError
 from klotski_compiler.hardware import read_hardware
 from klotski_compiler.model import read_model
+from klotski_compiler.ops import Compute, Load, Pages, Step, Tensor, op_text, parse_op
 from klotski_compiler.pipeline import lower, most_pages
-from klotski_compiler.plan import Compute, Decision, Load, Pages, Plan, Step, Tensor, Workload, op_text, parse_op
+from klotski_compiler.plan import Plan
 from klotski_compiler.planner import Request
 from klotski_compiler.routing import uniform
 from klotski_compiler.search import Search

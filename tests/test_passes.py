@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from klotski_compiler.errors import PlanError
 from klotski_compiler.execute import execute
+from klotski_compiler.ops import ALL, Bind, Compute, Load, Op, Step, Store, Tensor, Wait
 from klotski_compiler.passes.depend import cells_of, depend
 from klotski_compiler.passes.slots import Placed, Pool, slots
 from klotski_compiler.passes.waits import waits
-from klotski_compiler.plan import ALL, Bind, Compute, Load, Op, Step, Store, Tensor, Wait
 from klotski_compiler.program import Evict
 from plans import RandomProgram, random_program
 

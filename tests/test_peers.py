@@ -20,10 +20,11 @@ from benchmarks.peer_sweep import prolonged
 from benchmarks.peer_tables import Best, Report, Tried, decode, end_to_end, prefill, ratios, same_first, sweeps, tables
 from commands import ENVIRONMENT, ROOT
 from klotski_compiler.cost import Cost
+from klotski_compiler.decision import Workload
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.hardware import read_hardware
 from klotski_compiler.model import read_model
-from klotski_compiler.plan import Load, Workload
+from klotski_compiler.ops import Load
 from klotski_compiler.planner import Request, compile_plan
 from klotski_compiler.routing import uniform
 from tiny import make_checkpoint

@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klotski_compiler.cost import Cost
+from klotski_compiler.decision import Workload
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.fill import ANY, EVERYTHING, NO_SPILL
 from klotski_compiler.hardware import read_hardware
 from klotski_compiler.model import ModelSpec, read_model
 from klotski_compiler.pipeline import lower
-from klotski_compiler.plan import Candidate, Plan, Workload
+from klotski_compiler.plan import Candidate, Plan
 from klotski_compiler.planner import Request, compile_plan
 from klotski_compiler.policies import POLICIES, policy
 from klotski_compiler.routing import uniform

@@ -16,18 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from klotski_compiler.plan import (
-    ALL,
-    Compute,
-    Decision,
-    LayerDecision,
-    Load,
-    Phase,
-    Plan,
-    Store,
-    Workload,
-    op_text,
-)
+from klotski_compiler.decision import Decision, LayerDecision, Workload
+from klotski_compiler.ops import ALL, Compute, Load, Store, op_text
+from klotski_compiler.plan import Phase, Plan
 from klotski_compiler.policies import OURS, POLICIES, policy
 from klotski_compiler.program import HEAD_SLOTS
 from klotski_compiler.timeline import timeline

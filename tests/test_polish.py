@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from klotski_compiler import polish
+from klotski_compiler.decision import Decision, LayerDecision, Workload
 from klotski_compiler.pipeline import lower
-from klotski_compiler.plan import Decision, LayerDecision, Workload
 from klotski_compiler.polish import polished
 from klotski_compiler.record import record
 from klotski_compiler.routing import uniform

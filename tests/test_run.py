@@ -20,10 +20,11 @@ from typing import Any
 import pytest
 import torch
 
+from klotski_compiler.decision import Workload
 from klotski_compiler.errors import ExecError
 from klotski_compiler.hardware import read_hardware
 from klotski_compiler.model import read_model
-from klotski_compiler.plan import Plan, Workload
+from klotski_compiler.plan import Plan
 from klotski_compiler.planner import Request, compile_plan
 from klotski_compiler.prompts import Estimate, Limits, read_requests
 from klotski_compiler.prompts import Request as Prompt

@@ -13,14 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klotski_compiler.cost import Cost, Shape
+from klotski_compiler.cost import Cost
+from klotski_compiler.decision import LayerDecision, Workload
 from klotski_compiler.execute import execute
 from klotski_compiler.hardware import read_hardware
 from klotski_compiler.model import read_model
+from klotski_compiler.ops import Bind, Compute, Load, Step, Store
 from klotski_compiler.pipeline import Lowered, LoweredPhase, lower
-from klotski_compiler.plan import Bind, Compute, LayerDecision, Load, Step, Store, Workload
 from klotski_compiler.policies import POLICIES
 from klotski_compiler.routing import uniform
+from klotski_compiler.shape import Shape
 from klotski_compiler.simulate import NEGLIGIBLE, SIMULATED_PASSES, Simulation, bubbles, simulate
 from plans import tiny_decision, tiny_hardware, tiny_spec
 

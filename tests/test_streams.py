@@ -12,8 +12,10 @@ from itertools import pairwise
 
 import pytest
 
+from klotski_compiler.decision import Workload
 from klotski_compiler.execute import execute
-from klotski_compiler.plan import NOWHERE, Bind, Compute, Load, Plan, Step, Store, Workload
+from klotski_compiler.ops import NOWHERE, Bind, Compute, Load, Step, Store
+from klotski_compiler.plan import Plan
 from klotski_compiler.policies import POLICIES
 from klotski_runtime.streams import Perform, Ran, ThreadBackend
 from plans import tiny_plan, tiny_spec

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from klotski_compiler import sweep
+from klotski_compiler.decision import Workload
 from klotski_compiler.errors import ConfigError, Infeasible
-from klotski_compiler.plan import Plan, Workload
+from klotski_compiler.plan import Plan
 from klotski_compiler.planner import Request
 from klotski_compiler.routing import uniform
 from plans import tiny_hardware, tiny_spec

@@ -19,7 +19,8 @@ from asked import asked, decided, drawn, loaded, machine, plan_of, streaming_all
 from klotski_compiler import report
 from klotski_compiler.cli.compile import main as klotski_compile
 from klotski_compiler.hardware import to_json
-from klotski_compiler.plan import Load, load
+from klotski_compiler.ops import Load
+from klotski_compiler.plan import load
 from klotski_compiler.planner import compile_plan
 from klotski_compiler.policies import OURS, POLICIES, policy
 from klotski_runtime.cli.run import main as klotski_run

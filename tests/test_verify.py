@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from klotski_compiler.decision import Workload
 from klotski_compiler.errors import PlanError
-from klotski_compiler.plan import ALL, Bind, Compute, Load, Plan, Step, Store, Wait, Workload, span, step_text
+from klotski_compiler.ops import ALL, Bind, Compute, Load, Step, Store, Wait, span, step_text
+from klotski_compiler.plan import Plan
 from klotski_compiler.policies import POLICIES
 from klotski_compiler.verify import CHECKS, verify
 from plans import edited, tiny_plan, tiny_spec, with_step

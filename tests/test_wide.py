@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from klotski_compiler.cost import WIDENED_COLUMNS, WIDENED_DEPTH, WIDENED_ROWS
 from klotski_compiler.errors import ConfigError
+from klotski_compiler.kernel_facts import WIDENED_COLUMNS, WIDENED_DEPTH, WIDENED_ROWS
 from klotski_runtime import wide
 from klotski_runtime.checkpoint import ModuleKey
 from klotski_runtime.native import SOURCE, compile_library

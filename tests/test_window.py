@@ -11,10 +11,11 @@ import pytest
 
 from klotski_compiler import reorder
 from klotski_compiler.cost import Cost
+from klotski_compiler.decision import Decision, LayerDecision, Workload
 from klotski_compiler.milp.window import Job, Window, listed, solve
 from klotski_compiler.model import ModelSpec
+from klotski_compiler.ops import Compute, Load
 from klotski_compiler.pipeline import Lowered, lower
-from klotski_compiler.plan import Compute, Decision, LayerDecision, Load, Workload
 from klotski_compiler.program import URGENT
 from klotski_compiler.record import record
 from klotski_compiler.reorder import Alike, reordered, seen, with_order

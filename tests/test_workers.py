@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from klotski_compiler.cost import WORKERS
+from klotski_compiler.kernel_facts import WORKERS
 from klotski_runtime.workers import Workers
 
 

@@ -10,7 +10,7 @@ from math import floor, isinf, log
 from klotski_compiler.bounds.apart import Relaxation
 from klotski_compiler.bounds.mixed import Mixed
 from klotski_compiler.cost import Cost
-from klotski_compiler.plan import Workload
+from klotski_compiler.decision import Workload
 
 ALIKE = 2e-3  # bounds that differ by less are about as good
 REFINED = 1 << 30  # more splits than any interval takes

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from math import floor, inf, log
 
-from klotski_compiler.cost import FEW_ROWS, Cost
+from klotski_compiler.cost import Cost
+from klotski_compiler.decision import Workload
 from klotski_compiler.hardware import Processor, matmul_us
+from klotski_compiler.kernel_facts import FEW_ROWS
 from klotski_compiler.model import Layer
-from klotski_compiler.plan import CPU, Workload
+from klotski_compiler.ops import CPU
 from klotski_compiler.tensors import MODULES, rows_bytes, sums_bytes
 
 EXACT_SHARES = 256  # so many different experts are bounded one by one

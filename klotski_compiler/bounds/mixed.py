@@ -11,9 +11,9 @@ from klotski_compiler.bounds.apart import Relaxation
 from klotski_compiler.bounds.least import DECODE, PREFILL, SCALE_US, Cores, Weight
 from klotski_compiler.bounds.runs import UNKNOWN, Division
 from klotski_compiler.cost import Cost
+from klotski_compiler.decision import Workload
 from klotski_compiler.milp.linear import Model, Row, Terms, Variable, plus
 from klotski_compiler.model import Layer
-from klotski_compiler.plan import Workload
 from klotski_compiler.simulate import Rounds
 
 BESIDE = 2  # a further kind of passes: those in which others join, for what decodes in them

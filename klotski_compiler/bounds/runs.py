@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from klotski_compiler.bounds.least import DECODE, SCALE_US, Cores, Least, Weight
 from klotski_compiler.milp.linear import Terms, plus
-from klotski_compiler.plan import CPU
+from klotski_compiler.ops import CPU
 from klotski_compiler.tensors import query_bytes
 
 MOST_BATCHES = 8  # of a group: so many numbers of batches are bounded one by one

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from klotski_compiler.plan import CPU, Bind, Compute, Phase, Plan, Step, Tensor, batches_of
+from klotski_compiler.ops import CPU, Bind, Compute, Step, Tensor, batches_of
+from klotski_compiler.plan import Phase, Plan
 
 LOAD = "load"
 UNROLLED = 3  # passes that stand for all: what opens a phase, a settled one, and the last, which opens nothing

@@ -8,20 +8,8 @@ from itertools import pairwise
 
 from klotski_compiler.checks.common import LOAD, UNROLLED, Fault, phases_of
 from klotski_compiler.execute import execute
-from klotski_compiler.plan import (
-    NOWHERE,
-    OVERWRITE,
-    Bind,
-    Compute,
-    Load,
-    Pages,
-    Phase,
-    Plan,
-    Step,
-    Store,
-    Tensor,
-    writes,
-)
+from klotski_compiler.ops import NOWHERE, OVERWRITE, Bind, Compute, Load, Pages, Step, Store, Tensor, writes
+from klotski_compiler.plan import Phase, Plan
 
 
 def arena(plan: Plan) -> None:

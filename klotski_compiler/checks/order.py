@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from klotski_compiler.checks.common import UNROLLED, Fault, by_layer, phases_of
 from klotski_compiler.execute import execute
-from klotski_compiler.plan import NOWHERE, OVERWRITE, Bind, Load, Phase, Plan, Step, Store, Tensor, writes
+from klotski_compiler.ops import NOWHERE, OVERWRITE, Bind, Load, Step, Store, Tensor, writes
+from klotski_compiler.plan import Phase, Plan
 
 
 def race(plan: Plan) -> None:

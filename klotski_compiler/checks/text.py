@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from klotski_compiler.checks.common import Fault, is_sent, phases_of
-from klotski_compiler.plan import (
+from klotski_compiler.ops import (
     ALL,
     FUNCTIONS,
     NOWHERE,
@@ -15,12 +15,11 @@ from klotski_compiler.plan import (
     Bind,
     Compute,
     Load,
-    Phase,
-    Plan,
     Step,
     Store,
     batches_of,
 )
+from klotski_compiler.plan import Phase, Plan
 
 
 def ids(plan: Plan) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from klotski_compiler.checks.common import Fault, by_layer, computing, is_sent, scope_of
-from klotski_compiler.plan import ALL, MOST_BATCHES, Bind, Compute, Load, Phase, Plan, Step, batches_of
+from klotski_compiler.ops import ALL, MOST_BATCHES, Bind, Compute, Load, Step, batches_of
+from klotski_compiler.plan import Phase, Plan
 
 SOME = MOST_BATCHES  # no batch: stands for every one whose experts were not computed over all at once
 

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from klotski_compiler import report
-from klotski_compiler.cost import DTYPE_BYTES, Cost
+from klotski_compiler.cost import Cost
+from klotski_compiler.decision import Workload
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.hardware import Hardware, read_hardware
+from klotski_compiler.kernel_facts import DTYPE_BYTES
 from klotski_compiler.model import ModelSpec, located, read_model
 from klotski_compiler.outcome import outcome
 from klotski_compiler.output import check_file, write_whole
 from klotski_compiler.pipeline import PASSES, lower
-from klotski_compiler.plan import Plan, Workload
+from klotski_compiler.plan import Plan
 from klotski_compiler.policies import POLICIES
 from klotski_compiler.prompts import Encoder, Estimate, Limits, Tokenizer, read_requests
 from klotski_compiler.routing import Routing, read_routing, uniform

@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
-from klotski_compiler.cost import ATTEND_OPS, Cost, Shape
+from klotski_compiler.cost import ATTEND_OPS, Cost
+from klotski_compiler.decision import Decision, Workload
 from klotski_compiler.model import Layer, Module
-from klotski_compiler.pipeline import shapes
-from klotski_compiler.plan import ALL, CPU, Decision, Workload, align_up, onward, slot_bytes, span
+from klotski_compiler.ops import ALL, CPU, align_up, onward, slot_bytes, span
 from klotski_compiler.program import HEAD_SLOTS, staging_slots
+from klotski_compiler.shape import Shape, shapes
 from klotski_compiler.tensors import MODULES, kv_bytes, query_bytes, rows_bytes, sums_bytes
 from klotski_compiler.workspace import workspace
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from klotski_compiler.cost import Cost
+from klotski_compiler.decision import Decision, LayerDecision, Workload
 from klotski_compiler.errors import Infeasible
 from klotski_compiler.milp.formulation import MIB, Formulation
 from klotski_compiler.milp.problem import Group, Problem, build, class_members
 from klotski_compiler.milp.solver import Answer, Solver
-from klotski_compiler.pipeline import shapes
-from klotski_compiler.plan import ALL, Decision, LayerDecision, Workload
+from klotski_compiler.ops import ALL
+from klotski_compiler.shape import shapes
 
 UNDECIDED = "the solver found no residency within its limits; choose other sizes with --batch-size and --num-batches"
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
+from klotski_compiler.ops import ALL, NOWHERE, OVERWRITE, Bind, Compute, Load, Store, Tensor, batches_of, writes
 from klotski_compiler.passes.slots import Placed
-from klotski_compiler.plan import ALL, NOWHERE, OVERWRITE, Bind, Compute, Load, Store, Tensor, batches_of, writes
 
 Cell = Hashable
 Cells = tuple[list[Cell], list[Cell]]

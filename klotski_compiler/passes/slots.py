@@ -13,7 +13,7 @@ from heapq import heappop, heappush
 from typing import NamedTuple
 
 from klotski_compiler.errors import PlanError
-from klotski_compiler.plan import NOWHERE, Bind, Compute, Load, Op, Pages, Tensor
+from klotski_compiler.ops import NOWHERE, Bind, Compute, Load, Op, Pages, Tensor
 from klotski_compiler.program import Evict
 
 FOREVER = 1 << 60

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from klotski_compiler.ops import Wait
 from klotski_compiler.passes.depend import Edges
 from klotski_compiler.passes.slots import Placed
-from klotski_compiler.plan import Wait
 
 
 def waits(ops: Sequence[Placed], edges: Edges) -> list[tuple[Wait, ...]]:

@@ -10,7 +10,7 @@ from pkgutil import iter_modules
 from typing import Literal
 
 from klotski_compiler.cost import Cost
-from klotski_compiler.plan import Decision
+from klotski_compiler.decision import Decision
 from klotski_compiler.program import Program
 
 OURS = "joint"

@@ -14,7 +14,7 @@ so as many experts are fetched as are expected to be asked for; INT4 and INT2 co
 from functools import partial
 
 from klotski_compiler.cost import Cost
-from klotski_compiler.plan import Decision
+from klotski_compiler.decision import Decision
 from klotski_compiler.policies import Policy
 from klotski_compiler.program import Program
 

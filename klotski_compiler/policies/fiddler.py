@@ -11,7 +11,8 @@ Approximation: the break-even is applied to the expected numbers of tokens.
 """
 
 from klotski_compiler.cost import Cost
-from klotski_compiler.plan import CPU, Decision
+from klotski_compiler.decision import Decision
+from klotski_compiler.ops import CPU
 from klotski_compiler.policies import Policy
 from klotski_compiler.policies.hybrimoe import build
 

@@ -13,7 +13,8 @@ whole, which is where its score, a running mean of the router's, settles; nothin
 """
 
 from klotski_compiler.cost import Cost
-from klotski_compiler.plan import CPU, Decision
+from klotski_compiler.decision import Decision
+from klotski_compiler.ops import CPU
 from klotski_compiler.policies import Policy
 from klotski_compiler.program import Program
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from klotski_compiler.leaving import Leaving
-from klotski_compiler.plan import ALL, CPU, Bind, Load, onward, span
+from klotski_compiler.ops import ALL, CPU, Bind, Load, onward, span
 from klotski_compiler.policies import Policy, moe_lightning
 from klotski_compiler.program import HEAD_SLOTS, URGENT, Evict, Program, staging_slots
 

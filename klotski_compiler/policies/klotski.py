@@ -11,7 +11,7 @@ lane, too); the predictor's table is the routing profile's and is not updated on
 by a batch is sent with the last one.
 """
 
-from klotski_compiler.plan import ALL
+from klotski_compiler.ops import ALL
 from klotski_compiler.policies import Policy
 from klotski_compiler.program import Program
 

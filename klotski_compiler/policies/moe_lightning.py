@@ -15,7 +15,7 @@ finer than an expert's matrices. The copy from pageable to pinned memory is left
 from collections.abc import Iterator
 from itertools import groupby, product
 
-from klotski_compiler.plan import Pages
+from klotski_compiler.ops import Pages
 from klotski_compiler.policies import Policy, flexgen
 from klotski_compiler.program import Program
 

@@ -8,7 +8,7 @@ from functools import cached_property, lru_cache
 
 import torch
 
-from klotski_compiler.cost import FIXED_ROWS
+from klotski_compiler.kernel_facts import FIXED_ROWS
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from klotski_compiler.errors import ConfigError
-from klotski_compiler.plan import PAGE_BYTES
+from klotski_compiler.ops import PAGE_BYTES
 
 MERGE_GAP = 2 * PAGE_BYTES
 """Widest gap, in bytes, that is read along rather than skipped: the widest with which ``layout`` keeps its bound."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from klotski_compiler.plan import Load, Step, Store
+from klotski_compiler.ops import Load, Step, Store
 from klotski_runtime.streams import Perform, Ran, ThreadBackend, ThreadStream
 
 SWITCH_S = 1e-3

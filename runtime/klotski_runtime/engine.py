@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from klotski_compiler.cost import GATHERED_ROWS, ROW_READERS
 from klotski_compiler.errors import ConfigError, ExecError, KlotskiError, PlanError, window
 from klotski_compiler.execute import execute
+from klotski_compiler.kernel_facts import GATHERED_ROWS, ROW_READERS
 from klotski_compiler.model import gate_bytes, spec_from_config
-from klotski_compiler.plan import (
+from klotski_compiler.ops import (
     ALL,
     CPU,
     NOWHERE,
@@ -29,14 +29,13 @@ from klotski_compiler.plan import (
     Bind,
     Compute,
     Load,
-    Phase,
-    Plan,
     Step,
     Store,
     Tensor,
     align_up,
     batches_of,
 )
+from klotski_compiler.plan import Phase, Plan
 from klotski_compiler.tensors import QUERY_ELEMENTS, page_rows
 from klotski_compiler.verify import verify
 from klotski_runtime import binding

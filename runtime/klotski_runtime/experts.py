@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
-from klotski_compiler.cost import FEW_ROWS, ROW_STEP
+from klotski_compiler.kernel_facts import FEW_ROWS, ROW_STEP
 from klotski_runtime.skeleton import HOST
 from klotski_runtime.wide import NARROW, Widener
 

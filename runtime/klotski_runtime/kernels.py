@@ -19,7 +19,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from klotski_compiler.errors import ExecError
-from klotski_compiler.plan import ALL, batches_of
+from klotski_compiler.ops import ALL, batches_of
 from klotski_runtime.assignment import Assignment, Routing, rows_worth, shares
 from klotski_runtime.batch import Batch, Frame, abreast
 from klotski_runtime.checkpoint import EMBEDDING

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from klotski_compiler.plan import Bind, Compute, Step
+from klotski_compiler.ops import Bind, Compute, Step
 from klotski_compiler.simulate import cause_of
 from klotski_runtime.streams import Ran
 

@@ -11,8 +11,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from klotski_compiler.cost import WIDENED_COLUMNS, WIDENED_DEPTH, WIDENED_PADDING, WIDENED_ROWS, WIDENED_TILE
 from klotski_compiler.errors import ConfigError
+from klotski_compiler.kernel_facts import WIDENED_COLUMNS, WIDENED_DEPTH, WIDENED_PADDING, WIDENED_ROWS, WIDENED_TILE
 
 SOURCE = Path(__file__).with_name("matmul.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")

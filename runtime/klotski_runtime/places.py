@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 
 from klotski_compiler.errors import ConfigError, PlanError
-from klotski_compiler.plan import Pages, Phase, Plan, Slot, Tensor
+from klotski_compiler.ops import Pages, Slot, Tensor
+from klotski_compiler.plan import Phase, Plan
 from klotski_compiler.tensors import page_rows
 from klotski_runtime.arena import Arena, GpuArena, Reservation
 from klotski_runtime.checkpoint import EMBEDDING, HEAD, Checkpoint, Layout, ModuleKey, Segment, layout

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from klotski_compiler.errors import ConfigError
-from klotski_compiler.plan import PAGE_BYTES
+from klotski_compiler.ops import PAGE_BYTES
 from klotski_runtime.arena import Arena
 from klotski_runtime.checkpoint import Extent
 from klotski_runtime.reader import DiskReader

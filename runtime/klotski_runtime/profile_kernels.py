@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from klotski_compiler.plan import PAGE_BYTES
+from klotski_compiler.ops import PAGE_BYTES
 from klotski_runtime.attention import grouped_attention
 from klotski_runtime.native import can_compile
 from klotski_runtime.profile_block import SMALL, Block

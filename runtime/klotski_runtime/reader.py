@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from klotski_compiler.errors import ExecError
-from klotski_compiler.plan import PAGE_BYTES
+from klotski_compiler.ops import PAGE_BYTES
 from klotski_runtime.arena import Arena
 from klotski_runtime.checkpoint import Extent, Segment, layout
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from klotski_compiler.cost import GATHERED_ROWS
 from klotski_compiler.errors import ConfigError
+from klotski_compiler.kernel_facts import GATHERED_ROWS
 from klotski_compiler.model import read_model
 from klotski_compiler.prompts import Limits, Tokenizer, read_tokens
 from klotski_compiler.routing import Routing

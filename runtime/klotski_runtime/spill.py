@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from klotski_compiler.errors import ExecError
-from klotski_compiler.plan import PAGE_BYTES, align_up
+from klotski_compiler.ops import PAGE_BYTES, align_up
 from klotski_runtime.checkpoint import Extent
 from klotski_runtime.reader import DiskReader
 

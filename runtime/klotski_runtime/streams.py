@@ -12,7 +12,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import NamedTuple
 
-from klotski_compiler.plan import Step
+from klotski_compiler.ops import Step
 
 Perform = Callable[[int, Step, int], bool | None]
 """Does the work of an op (its number, the step, the pass); True: nothing more is to be done."""

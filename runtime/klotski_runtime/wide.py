@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from klotski_compiler.cost import FIXED_ROWS, widened_bytes
+from klotski_compiler.kernel_facts import FIXED_ROWS, widened_bytes
 from klotski_runtime.native import matmul_library
 from klotski_runtime.workers import WORTH_SHARING, Workers
 

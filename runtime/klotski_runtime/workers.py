@@ -12,7 +12,7 @@ from queue import SimpleQueue
 
 import torch
 
-from klotski_compiler.cost import WORKERS
+from klotski_compiler.kernel_facts import WORKERS
 
 WORTH_SHARING = 40_000_000
 """Flops from which on work is shared: to call another thread, and to wait for it, takes as long as a fifth of them."""

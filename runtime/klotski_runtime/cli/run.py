@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from klotski_compiler.errors import ConfigError, ExecError
+from klotski_compiler.ops import op_text
 from klotski_compiler.outcome import outcome
 from klotski_compiler.output import check_file, write_whole
-from klotski_compiler.plan import Plan, load, op_text
+from klotski_compiler.plan import Plan, load
 from klotski_compiler.prompts import check_source
 from klotski_compiler.report import CAUSES
 from klotski_compiler.trace import Row as Event
