@@ -261,10 +261,11 @@ class Cost:
     def experts_us(self, number: int, tokens: int, processor: str = "") -> tuple[float, ...]:
         """The same for every expert of a layer; those that are equally popular are priced once."""
         layer, shares = self.spec.layers[number], self.experts(number, tokens)
-        each = {share: self._expert_us(layer, *share, processor) for share in set(shares)}
+        each = {share: self.expert_share_us(layer, *share, processor) for share in set(shares)}
         return tuple([each[share] for share in shares])
 
-    def _expert_us(self, layer: Layer, share: float, touched: float, name: str = "") -> float:
+    def expert_share_us(self, layer: Layer, share: float, touched: float, name: str = "") -> float:
+        """One expert of a layer over ``share`` tokens in the mean, where it is asked for with probability ``touched``."""
         if touched <= 0 or layer.expert is None:
             return 0.0
         processor = self.processor_of(name)

@@ -1,7 +1,7 @@
 """The search: for every policy the best (n, batch size) that fits.
 
 Sizes are enumerated outside (``candidates``), residency is solved inside (``fill``); each candidate is timed by the same simulator on
-its distinct layer periods, and each policy's best is lowered whole. Nobody is handicapped: all policies see the same grid, the same
+its distinct layer periods, and whatever may still win is lowered whole. Nobody is handicapped: all policies see the same grid, the same
 readers, the same memory.
 """
 

@@ -56,6 +56,7 @@ class Relaxation(Runs):
     """
 
     phases: tuple[str, ...] = ("load", "prefill", "decode")
+    strides: tuple[int, int] = (1, 1)  # in mixed passes: of an interval, the least and the most
 
     def refined_us(self, groups: int) -> float:
         """``least_us`` of one number of groups, whatever the number of batches and of prefill's parts, each of which has a batch at least:

@@ -54,12 +54,11 @@ def bound_tokens_per_s(cost: Cost, workload: Workload, budgets: dict[str, int], 
         push(one, *one.sizes, 0, 0.0)
     while queue:
         _, minus, _, time_us, one, first, last = heappop(queue)
-        strides = one.strides if isinstance(one, Mixed) else (1, 1)
         if minus == -REFINED:
             least_us = min([time_us, *(entry[3] for entry in queue)])
             return 1e6 * workload.num_sequences * workload.gen_len / least_us
-        if strides[0] < strides[1] and strides[1] / strides[0] >= last / first:
-            for half in halves(*strides):
+        if one.strides[0] < one.strides[1] and one.strides[1] / one.strides[0] >= last / first:
+            for half in halves(*one.strides):
                 part = known[half] = known.get(half) or Mixed(cost, workload, budgets, half)
                 push(part, first, last, 1 - minus, part.least_us(first, last))
         elif first < last:

@@ -250,9 +250,9 @@ class Least:
         """Experts over their share of so many tokens, of which more never take less. even: what a token takes does not grow with them;
         where kernels round rows up beyond a few, as if they could take that few at a time."""
         share, touched = tokens * q, 1.0 - (1.0 - q) ** tokens
-        us, rows = self.cost._expert_us(layer, share, touched, processor), share / touched if touched > 0 else 0.0
+        us, rows = self.cost.expert_share_us(layer, share, touched, processor), share / touched if touched > 0 else 0.0
         if rows < (wide := self.cost.processor_of(processor).widen_rows):  # from where on none are rounded up
-            us = min(us, self.cost._expert_us(layer, wide * touched, touched, processor))
+            us = min(us, self.cost.expert_share_us(layer, wide * touched, touched, processor))
         if even and (pieces := rows / FEW_ROWS * (1 + ROUNDED)) > 1:
-            us = min(us, pieces * self.cost._expert_us(layer, share / pieces, touched, processor))
+            us = min(us, pieces * self.cost.expert_share_us(layer, share / pieces, touched, processor))
         return count * us

@@ -1,1 +1,1 @@
-"""Named pure functions from program to plan: slots, depend, waits, schedule."""
+"""Named pure functions from program to plan: slots, depend, waits, and the critical path."""

@@ -300,7 +300,7 @@ class Group:
     @torch.inference_mode()
     def router(self, layer: int, batch: int, shared: bool = True) -> None:
         """wide <- h + base and x <- the experts' input, where h is x; notes the experts and weights of each token of one batch, or of
-        several (``plan.batches_of``); in the last layer of each prompt's last token. shared: with what the shared expert adds."""
+        several (``ops.batches_of``); in the last layer of each prompt's last token. shared: with what the shared expert adds."""
         self._make_room(self._routing.indices.shape[1])
         for rows in self._fed(layer, batch):
             routing = self._routing.indices, self._routing.weights
@@ -378,7 +378,7 @@ class Group:
 
     @torch.inference_mode()
     def counts(self, layer: int, batch: int = ALL) -> list[int]:
-        """Tokens routed to each expert, in one batch or several (``plan.batches_of``); their routers have run."""
+        """Tokens routed to each expert, in one batch or several (``ops.batches_of``); their routers have run."""
         return self._assignment(layer, batch).counts
 
     @torch.inference_mode()
