@@ -85,6 +85,11 @@ class Decision(Record):
     layers: tuple[LayerDecision, ...]
 
     @property
+    def head_parts(self) -> int:
+        """Pages of the head: one where it is resident."""
+        return max(1, self.head_pages)
+
+    @property
     def near(self) -> Pages | None:
         """Of an expert on disk, what lives in host memory nonetheless."""
         return Pages(0, self.pages - 1, self.pages) if self.pages > 1 else None

@@ -20,7 +20,7 @@ from klotski_compiler.pipeline import LOAD_BYTES, lower
 from klotski_compiler.policies import OURS, policy
 from klotski_compiler.program import staging_slots
 from klotski_compiler.shape import shapes
-from klotski_compiler.tensors import MODULES, kv_bytes, query_bytes, state_bytes
+from klotski_compiler.tensors import BEHIND, MODULES, kv_bytes, query_bytes, state_bytes
 from klotski_compiler.workspace import workspace
 
 SPILLED_BATCHES = 3  # of one layer's KV in flight where KV does not live in the compute tier
@@ -108,7 +108,7 @@ class Fills(Candidates):
     def _stream_all(self, name: str, base: Decision) -> Decision:
         """Nothing resident, KV where it takes the least of the compute tier, experts on disk where that is possible."""
         spilled = self.least_kv_bytes(base) < sum(self.kv_bytes_of(base))
-        kv = {"gpu": "host", "host": "disk"}[self.tier] if spilled else self.tier
+        kv = BEHIND[self.tier] if spilled else self.tier
         far = self.tier == "gpu" and policy(name).experts != "picks"
         layers = (
             layer.model_copy(update={"kv": kv, "on_disk": tuple(sorted(layer.static)) if far else ()})
@@ -230,7 +230,7 @@ class Fills(Candidates):
         spec, free = self.request.spec, capacity[self.tier]
         cache, kv_tier = self.kv_bytes_of(base), self.tier
         if sum(cache) > free or (self.tier == "gpu" and (base.cpu_batches or policy(name).kv == "host")):
-            kv_tier = "host" if self.tier == "gpu" else "disk"
+            kv_tier = BEHIND[self.tier]
             free -= self.least_kv_bytes(base)
         else:
             free -= sum(cache)

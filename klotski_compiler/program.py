@@ -395,7 +395,7 @@ class Program:
 
     def head_pages(self) -> list[int]:
         """The head in the order of its pages."""
-        return self._present(*(("head", -1, page) for page in range(max(1, self.decision.head_pages))))
+        return self._present(*(("head", -1, page) for page in range(self.decision.head_parts)))
 
     def logits(self, next_page: Callable[[], None] | None = None, sync: bool = False) -> None:
         """Final norm, the head page by page, the next tokens.

@@ -12,6 +12,7 @@ from klotski_compiler.model import ModelSpec, Module
 from klotski_compiler.ops import Pages, Tensor, align_up
 
 MODULES = ("attention", "router", "shared", "dense")
+BEHIND = {"gpu": "host", "host": "disk"}  # where what a compute tier has no room for lives
 QUERY_ELEMENTS = 8  # what a sequence's part of an exchange is a multiple of
 
 
@@ -64,7 +65,7 @@ class TensorTable:
         elif decision.embedding:  # else they are read from disk
             self._module("embedding", -1, 0, spec.embedding, True)
         self._module("norm", -1, 0, spec.norm, True)
-        pages = max(1, decision.head_pages)
+        pages = decision.head_parts
         for page in range(pages):
             rows = page_rows(spec.vocab_size, pages, page)
             nbytes = spec.head.nbytes * (rows[1] - rows[0]) // spec.vocab_size
@@ -111,7 +112,7 @@ class TensorTable:
     def _add(
         self, kind: str, layer: int, index: int, nbytes: int, segments: int, resident: bool, home: str = ""
     ) -> None:
-        weights_home = home or ("disk" if self.compute_tier == "host" else "host")
+        weights_home = home or BEHIND[self.compute_tier]
         tensor = Tensor(len(self.all), kind, layer, index, nbytes, segments, weights_home)
         self.ids[kind, layer, index] = tensor.id
         self.all.append(tensor)

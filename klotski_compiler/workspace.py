@@ -43,13 +43,13 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
         "embedding": 2 * rows * hidden * width,
     }
     if converted := _converts(cost):
-        pages = max(1, decision.head_pages)
+        pages = decision.head_parts
         expert = max(layer.expert.params for layer in cost.layers if layer.expert)
         transient["conversion"] = 2 * width * max(expert, -(-spec.head.params // pages))
     gathered = cost.hardware.compute_tier == "host" and not decision.embedding
     kept = {
         "experts": rows * width * (3 * hidden + 2 * inner),
-        "logits": decision.sequences * (2 * hidden + -(-spec.vocab_size // max(1, decision.head_pages))) * width,
+        "logits": decision.sequences * (2 * hidden + -(-spec.vocab_size // decision.head_parts)) * width,
         "routing": tokens * top_k * (44 + 2 * width),
         "embedding rows": gathered * GATHERED_ROWS * (2 * hidden * width + 8192),
     }

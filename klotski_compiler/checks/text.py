@@ -65,7 +65,7 @@ def phases(plan: Plan) -> None:
         raise Fault(f"phase {name} has {has} of the plan, by the decision {asked}")
     counts = Counter((tensor.kind, tensor.layer) for tensor in plan.tensors if tensor.kind in ("kv", "head"))
     for kind, layer, count in (
-        ("head", -1, max(1, d.head_pages)),
+        ("head", -1, d.head_parts),
         *(("kv", n, d.num_batches) for n in range(len(d.layers))),
     ):
         if counts[kind, layer] != count:

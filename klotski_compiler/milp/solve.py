@@ -14,6 +14,7 @@ from klotski_compiler.milp.problem import Group, Problem, build, class_members
 from klotski_compiler.milp.solver import Answer, Solver
 from klotski_compiler.ops import ALL
 from klotski_compiler.shape import shapes
+from klotski_compiler.tensors import BEHIND
 
 UNDECIDED = "the solver found no residency within its limits; choose other sizes with --batch-size and --num-batches"
 
@@ -206,7 +207,6 @@ def _group_layers(
         static.append([room - taken for room, taken in zip(left, cpu[c], strict=True)])
         disk.append(spread(counts.get(f"disk{where}", 0), static[c], [0.0] * g.count, 0.0))
     tokens = shapes(decision, workload)[1].scope_tokens(ALL)
-    home = "host" if problem.compute_tier == "gpu" else "disk"
     layers = []
     for j, number in enumerate(g.layers):
         classes = class_members(cost, number, g.sizes)
@@ -229,7 +229,7 @@ def _group_layers(
                 late=tuple(late_ones),
                 cpu=tuple(apart),
                 on_disk=tuple(sorted(far)),
-                kv=problem.compute_tier if kv[j] == decision.part_batches else home,
+                kv=problem.compute_tier if kv[j] == decision.part_batches else BEHIND[problem.compute_tier],
                 kv_batches=kv[j] if kv[j] < decision.part_batches else 0,
                 cpu_batches=round((attended[j] + problem.last) * decision.num_batches / decision.part_batches),
             )

@@ -1,4 +1,5 @@
-"""depend: the one pass that knows the rule, which the checks know by themselves. Read after write, write after read, write after write, over the cells of memory.
+"""depend: the one pass that knows the rule, which the checks know by themselves. Read after write, write after read, write after
+write, over the cells of memory.
 
 Cells are slots, the hidden states of a batch, the experts' input, the routing and the bindings of a layer, KV on disk, and the
 token ids. A phase is replayed, so edges are found on an unrolled sequence: the openings (loads for the next pass, issued once

@@ -474,7 +474,7 @@ class PhaseRunner:
                 group.final()
             case "head":
                 page, weights = self.engine.places.parts(step.slots[0])
-                pages = max(1, self.engine.plan.decision.head_pages)
+                pages = self.engine.plan.decision.head_parts
                 first = page_rows(self.engine.checkpoint.modules[HEAD][0].shape[0], pages, page)[0]
                 group.head(first, weights["lm_head.weight"], weights.get("lm_head.bias"))
             case "sample":

@@ -219,7 +219,7 @@ class Places:
         if key not in self._modules:
             segments = self._checkpoint.modules[HEAD if key.kind == "head" else key]
             if key.kind == "head":
-                pages = max(1, self._plan.decision.head_pages)
+                pages = self._plan.decision.head_parts
                 vocabulary = segments[0].shape[0]
                 segments = tuple(s.rows(*page_rows(vocabulary, pages, tensor.index)) for s in segments)
             plan = layout(segments)
