@@ -59,6 +59,7 @@ MODELS = (
     Model("qwen3-30b-a3b", replace(SHAPES["qwen3-30b-a3b"], layers=10), 1024, 128, 16, ORDER, 1.0),
 )
 FAMILY_POLICIES = ("joint", "klotski")
+PEERS = {"accelerate": "gpu_offload", "deepspeed": "zero_inference"}  # by the program, what peer.py calls it
 PEER_BATCHES = (16, 64, 128)
 PEER_GEN_LEN = 3
 CALIBRATED = MODELS[-1]  # its ops are the smallest: what they cost beside their work shows most
@@ -254,14 +255,17 @@ def _compare(model: Model, folder: Path, plans: Path, link_rate: float, end: flo
         f"{model.name}, {model.shape.layers} layers: {total / 1e9:.1f} GB of weights, GPU {budget / 1e9:.1f} GB, {work}"
     )
     columns = f"{'tokens/s':>17}{'prefill pass s':>18}{'decode pass s':>18}{'link s':>9}{'of link':>9}{'of bound':>10}"
-    say(f"{'':{NAMES}}{'size':>11}{columns}{'GPU':>14}")
+    say(f"{'':{NAMES}}{'size':>11}{columns}{'GPU':>14}{'host':>16}")
     columns = f"{'now / forecast':>17}{'now / forecast':>18}{'now / forecast':>18}{'':28}"
-    say(f"{'':{NAMES}}{'':11}{columns}{'peak / cap GB':>14}")
+    say(f"{'':{NAMES}}{'':11}{columns}{'peak / cap GB':>14}{'peak / cap GB':>16}")
     speeds: dict[str, float] = {}
     here = partial(_policy, model=model, folder=folder, plans=plans, link_rate=link_rate, say=say)
     runs: list[tuple[str, Callable[[], float]]] = [(policy, partial(here, policy)) for policy in model.policies]
-    names = {f"accelerate's own, batch {batch}": batch for batch in PEER_BATCHES}
-    peers = [(name, partial(_peer, name, batch, model, folder, say)) for name, batch in names.items()]
+    peers = [
+        (name := f"{program}'s own, batch {batch}", partial(_peer, name, program, batch, model, folder, say))
+        for program in PEERS
+        for batch in PEER_BATCHES
+    ]
     runs[2:2] = peers  # whatever there is no time for is none of those that matter most
     for name, run in runs:
         if time.perf_counter() > end:
@@ -293,20 +297,22 @@ def _policy(policy: str, model: Model, folder: Path, plans: Path, link_rate: flo
     return after_loading(found)
 
 
-def _peer(name: str, batch: int, model: Model, folder: Path, say: Report) -> float:
-    """Tokens per second of accelerate's own offloading, 0 where it did not run; where memory is short, with no module kept on the GPU."""
+def _peer(name: str, program: str, batch: int, model: Model, folder: Path, say: Report) -> float:
+    """Tokens per second of a program's own offloading, 0 where it did not run; where memory is short, with no module kept on the GPU."""
     budget = int(GPU_SHARE * weight_bytes(model.shape))
-    for kept_bytes in sorted({_room(model, batch, budget), 0}, reverse=True):
-        found = attempt(peer, folder, model, batch, budget, kept_bytes)
+    keeps = sorted({_room(model, batch, budget), 0}, reverse=True) if program == "accelerate" else [0]
+    for kept_bytes in keeps:
+        found = attempt(peer, program, folder, model, batch, budget, kept_bytes)
         if "OutOfMemory" not in found.get("failed", ""):
             break
     if "failed" in found:
-        say(f"{name:{NAMES}}{found['failed']}")
+        missing = "ModuleNotFoundError" in found["failed"]
+        say(f"{name:{NAMES}}{f'{program} is not installed here' if missing else found['failed']}")
         return 0.0
     passes = f"prefill {found['prefill_s']:.2f} s, decode pass {found['pass_s']:.3f} s"
     peak = f"GPU {found['peak_gpu_bytes'] / 1e9:.2f} GB"
-    kept = f"{kept_bytes / 1e9:.1f} GB of modules kept"
-    say(f"{name:{NAMES}}{found['tokens_per_s']:,.1f} tokens/s, {passes}, {peak}, {kept}")
+    kept = f", {kept_bytes / 1e9:.1f} GB of modules kept" if kept_bytes else ""
+    say(f"{name:{NAMES}}{found['tokens_per_s']:,.1f} tokens/s, {passes}, {peak}{kept}")
     return float(found["tokens_per_s"])
 
 
@@ -321,12 +327,13 @@ def _row(policy: str, plan: Plan, found: dict[str, Any], link_rate: float, budge
     spans = [f"{passes.get(p, 0):.3f} / {planned.get(p, 0):.3f}" for p in ("prefill", "decode")]
     forecast = 1e6 * plan.workload.num_sequences * plan.workload.gen_len / plan.forecast.makespan_us
     speed = f"{after_loading(found):,.0f} / {forecast:,.0f}"
-    memory = f"{found['peak_gpu_bytes'] / 1e9:.2f} / {budget / 1e9:.2f}"
+    gpu = f"{found['peak_gpu_bytes'] / 1e9:.2f} / {budget / 1e9:.2f}"
+    host = f"{(found['peak_rss_bytes'] - found['idle_rss_bytes']) / 1e9:.1f} / {plan.budgets['host'] / 1e9:.1f}"
     share = link_s / passes[phase] if passes[phase] else 0.0
     whole = found["generated_tokens"] / (found["load_s"] + found["prefill_s"] + found["decode_s"])
     bound = whole / plan.forecast.bound_tokens_per_s
     row = f"{spans[0]:>18}{spans[1]:>18}{link_s:>9.3f}{share:>9.1%}{bound:>10.1%}"
-    return f"{policy:{NAMES}}{size:>11}{speed:>17}{row}{memory:>14}"
+    return f"{policy:{NAMES}}{size:>11}{speed:>17}{row}{gpu:>14}{host:>16}"
 
 
 def after_loading(found: dict[str, Any]) -> float:
@@ -410,19 +417,21 @@ def rows_of_family(family: str, folder: Path) -> dict[str, Any]:
     return {"parts": parts}
 
 
-def peer(folder: Path, model: Model, batch: int, budget: int, kept_bytes: int) -> dict[str, Any]:
-    """transformers with a device map of accelerate's, in the same GPU memory, of which modules of ``kept_bytes`` stay there; the rate of a
-    whole workload from one prefill and a few passes."""
+def peer(program: str, folder: Path, model: Model, batch: int, budget: int, kept_bytes: int) -> dict[str, Any]:
+    """transformers with a device map of accelerate's, or DeepSpeed ZeRO-Inference, in the same GPU memory, of which modules of
+    ``kept_bytes`` stay there; the rate of a whole workload from one prefill and a few passes."""
     import torch
 
-    from benchmarks.peer import generate, import_accelerate, load_gpu_offload
+    from benchmarks.peer import PEERS as programs
+    from benchmarks.peer import generate
 
+    imports, load_weights, _ = programs[PEERS[program]]
     choose = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, model.shape.vocab, (batch, model.prompt_len), generator=choose).tolist()
     setting = {"batch": batch, "cap_bytes": budget, "gpu_bytes": kept_bytes}
     asked = argparse.Namespace(setting=setting, gen_len=PEER_GEN_LEN)
-    import_accelerate(folder)
-    found = generate(lambda: load_gpu_offload(folder, setting, PEER_GEN_LEN), prompts, asked)
+    imports(folder)
+    found = generate(lambda: load_weights(folder, setting, PEER_GEN_LEN), prompts, asked)
     pass_s = found["decode_s"] / found["decode_passes"]
     return {
         "tokens_per_s": batch * model.gen_len / (found["prefill_s"] + (model.gen_len - 1) * pass_s),

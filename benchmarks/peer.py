@@ -12,6 +12,7 @@ import argparse
 import inspect
 import json
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -117,6 +118,12 @@ def generate(load: Callable[[], Start], prompts: Rows, asked: argparse.Namespace
 # ------------------------------------------------------------------------------------------------------ transformers
 
 
+def import_deepspeed(model: Path) -> None:
+    """The same and DeepSpeed."""
+    import_torch(model)
+    import deepspeed  # noqa: F401
+
+
 def import_torch(model: Path) -> None:
     """What every run with transformers imports, the model's own module too."""
     import torch
@@ -203,6 +210,46 @@ def load_gpu_offload(model: Path, setting: Setting, gen_len: int) -> Start:
     return started(from_pretrained(model, setting, device_map=placed(empty, setting["gpu_bytes"], 0, "cpu")), setting)
 
 
+def load_zero_inference(model: Path, setting: Setting, gen_len: int) -> Start:
+    """DeepSpeed ZeRO-Inference, set as its own example sets it: weights in locked host memory, a layer's are fetched while the one before
+    computes. cap_bytes: of a GPU's memory that torch lets this process have."""
+    import deepspeed
+    import torch
+    from deepspeed.accelerator import get_accelerator
+    from transformers import AutoConfig
+    from transformers.integrations import HfDeepSpeedConfig
+
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    os.environ.update(alone)
+    if "cap_bytes" in setting:
+        _, total = torch.cuda.mem_get_info(0)
+        torch.cuda.set_per_process_memory_fraction(setting["cap_bytes"] / total, 0)
+    config = AutoConfig.from_pretrained(model, local_files_only=True)
+    hidden = config.hidden_size
+    asked = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": config.dtype == torch.bfloat16},
+        "zero_optimization": {
+            "stage": 3,
+            "offload_param": {"device": "cpu", "pin_memory": torch.cuda.is_available()},
+            "stage3_prefetch_bucket_size": 2 * hidden * hidden,
+            "stage3_param_persistence_threshold": hidden,
+            "stage3_max_live_parameters": 2 * hidden * hidden,
+        },
+    }
+    partitioned = HfDeepSpeedConfig(asked)  # as long as it lives, weights are partitioned as they are read
+    engine, *_ = deepspeed.initialize(model=from_pretrained(model, setting), config=asked)
+    del partitioned
+    return started(engine.module, setting, get_accelerator().current_device_name())
+
+
+def free_port() -> str:
+    """A port on which nobody listens."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
 def placed(model: Any, room_bytes: int, near: str | int = "cpu", far: str = "disk") -> dict[str, str | int]:
     """A device map: small modules first, then whatever still fits. Every module is read once in a pass, so only bytes count."""
     sizes = {}
@@ -241,22 +288,22 @@ def from_pretrained(model: Path, setting: Setting, **options: Any) -> Any:
     )
 
 
-def started(model: Any, setting: Setting) -> Start:
-    """How a loaded model takes a batch."""
+def started(model: Any, setting: Setting, device: str = "cpu") -> Start:
+    """How a loaded model takes a batch. device: where token ids go."""
     import torch
 
     torch.set_num_threads(setting.get("threads") or os.cpu_count() or 1)
     model.eval()
-    return lambda prompts: TorchBatch(model, prompts)
+    return lambda prompts: TorchBatch(model, prompts, device)
 
 
 class TorchBatch:
     """Forward calls with transformers' own cache."""
 
-    def __init__(self, model: Any, prompts: Rows) -> None:
+    def __init__(self, model: Any, prompts: Rows, device: str) -> None:
         from transformers import DynamicCache
 
-        self.model, self.prompts = model, prompts
+        self.model, self.prompts, self.device = model, prompts, device
         # transformers 5.24 calls it so, and warns of the old name.
         name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
         self.cache = {name: DynamicCache(config=model.config), "use_cache": True}
@@ -271,7 +318,7 @@ class TorchBatch:
         import torch
 
         with torch.inference_mode():
-            found = self.model(torch.tensor(ids), **self.cache, logits_to_keep=1)
+            found = self.model(torch.tensor(ids, device=self.device), **self.cache, logits_to_keep=1)
             tokens: list[int] = found.logits[:, -1].argmax(-1).tolist()
         return tokens
 
@@ -409,6 +456,7 @@ PEERS: dict[str, tuple[Import, Load, Prepare]] = {
     "disk_offload": (import_accelerate, load_disk_offload, prepare_disk_offload),
     "device_map": (import_accelerate, load_device_map, nothing),
     "gpu_offload": (import_accelerate, load_gpu_offload, nothing),
+    "zero_inference": (import_deepspeed, load_zero_inference, nothing),
     "llama_cpp": (import_llama, load_llama, prepare_llama),
 }
 
