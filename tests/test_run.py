@@ -275,6 +275,7 @@ def test_json_is_one_object(tiny: SimpleNamespace, tmp_path: Path, capsys: pytes
     assert report["peak_bytes"] == tiny.plan.forecast.peak_bytes
     assert 0 < report["idle_rss_bytes"] <= report["peak_rss_bytes"]
     assert all(us["measured"] > 0 and us["predicted"] > 0 for us in report["pass_us"].values())
+    assert set(report["pass_faults"]) == set(report["pass_us"])
 
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     ran = [event["name"] for event in events if event["ph"] == "X"]

@@ -7,21 +7,25 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from klotski_compiler.ops import Bind, Compute, Step
 from klotski_compiler.simulate import cause_of
+from klotski_runtime.memory import page_faults
 from klotski_runtime.streams import Ran
 
 
 @dataclass(slots=True)
 class Measured:
-    """What a run took. link_bytes: per phase and link. busy_s: per stream, loading apart. bubble_s: idle compute time by cause, as the
-    forecast splits it (``simulate.bubbles``). log: per phase run (group, phase, finished ops), where kept."""
+    """What a run took. passes_us, passes_faults: per phase, of each pass, its time and its page faults. link_bytes: per phase and link.
+    busy_s: per stream, loading apart. bubble_s: idle compute time by cause, as the forecast splits it (``simulate.bubbles``). log: per
+    phase run (group, phase, finished ops), where kept."""
 
     load_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     passes_us: dict[str, list[float]] = field(default_factory=dict)
+    passes_faults: dict[str, list[int]] = field(default_factory=dict)
     link_bytes: dict[str, Counter[str]] = field(default_factory=dict)
     busy_s: dict[str, float] = field(default_factory=dict)
     bubble_s: dict[str, float] = field(default_factory=dict)
@@ -30,6 +34,10 @@ class Measured:
     def pass_us(self, phase: str) -> float:
         """Median time of a pass, 0 where there was none."""
         return statistics.median(self.passes_us[phase]) if self.passes_us.get(phase) else 0.0
+
+    def pass_faults(self, phase: str) -> float:
+        """Median number of page faults of a pass: none once all memory has been touched."""
+        return statistics.median(self.passes_faults[phase]) if self.passes_faults.get(phase) else 0.0
 
     def pass_bytes(self, phase: str) -> dict[str, float]:
         """Bytes that a pass moved over each link, on average."""
@@ -42,6 +50,7 @@ class Measured:
         starts = [watch.began, *watch.samples[:-1]]
         spans = [1e6 * (end - start) for start, end in zip(starts, watch.samples, strict=False)]
         self.passes_us.setdefault(phase, []).extend(spans)
+        self.passes_faults.setdefault(phase, []).extend(after - before for before, after in pairwise(watch.faults))
         for stream, busy in watch.busy_s.items():
             self.busy_s[stream] = self.busy_s.get(stream, 0.0) + busy
         for cause, idle in watch.bubble_s.items():
@@ -52,7 +61,7 @@ class Watch:
     """The times of one run of a phase, added up as ops end; ``note`` is called from every stream's thread.
 
     busy_s: per stream. bubble_s: idle time of the compute stream, copies that block it included, by what it waited for. samples: when
-    each pass ended.
+    each pass ended. faults: of the process, before the first pass and when each ended.
     """
 
     def __init__(self, steps: Sequence[Step], compute: str, keep_log: bool) -> None:
@@ -62,6 +71,7 @@ class Watch:
         self.bubble_s: dict[str, float] = {}
         self._computed = self.began
         self.samples: list[float] = []
+        self.faults = [page_faults()]
         self.log: list[Ran] = []
 
     def note(self, ran: Ran) -> None:
@@ -75,5 +85,6 @@ class Watch:
             self._computed = ran.end
             if isinstance(op, Compute) and op.fn == "sample":
                 self.samples.append(ran.end)
+                self.faults.append(page_faults())
         if self._keep_log:
             self.log.append(ran)

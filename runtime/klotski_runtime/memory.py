@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -49,6 +50,12 @@ def storage_read_bytes() -> int:
     except OSError:  # a container may hide it
         return 0
     return int(fields["read_bytes"])
+
+
+def page_faults() -> int:
+    """How often this process touched a page so far that was not there, whether or not a disk was read for it."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_minflt + used.ru_majflt
 
 
 class PeakRss:

@@ -232,6 +232,7 @@ def _report(engine: Engine, rows: Sequence[Row], wall_s: float) -> dict[str, Any
             phase: {"measured": measured.pass_us(phase), "predicted": predicted}
             for phase, predicted in forecast.pass_us.items()
         },
+        "pass_faults": {phase: measured.pass_faults(phase) for phase in forecast.pass_us},
         "pass_bytes": {phase: measured.pass_bytes(phase) for phase in measured.link_bytes},
         "bubble_fraction": sum(measured.bubble_s.values()) / passes_s,
         "predicted_bubble_fraction": forecast.bubble_fraction,
@@ -254,6 +255,8 @@ def _table(plan: Plan, report: dict[str, Any]) -> str:
     ]
     for phase, us in report["pass_us"].items():
         lines.append((f"{phase} pass", _seconds(us["predicted"] / 1e6), _seconds(us["measured"] / 1e6)))
+    for phase, faults in report["pass_faults"].items():
+        lines.append((f"page faults of a {phase} pass", "0", f"{faults:,.0f}"))
     lines.append(("compute waits", f"{report['predicted_bubble_fraction']:.1%}", f"{report['bubble_fraction']:.1%}"))
     for cause, words in CAUSES.items():
         planned, waited = (report[which].get(cause, 0.0) for which in ("predicted_bubble_s", "bubble_s"))
