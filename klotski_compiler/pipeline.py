@@ -283,7 +283,7 @@ def _phase(
     timed: bool = True,
     rounds: Rounds | None = None,
 ) -> LoweredPhase:
-    states = [table.state(shape.name, shape.scope_tokens(ALL))] if shape.tokens else []
+    states = [table.add_state(shape.name, shape.scope_tokens(ALL))] if shape.tokens else []
     exchanged = _exchanged(table, shape)
     passing, staging = _staged(table, len(arena.slots)) if shape.name == "load" else ({}, [])
     first = len(arena.slots) + len(staging)

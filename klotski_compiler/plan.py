@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 from klotski_compiler.decision import Decision, Record, Workload
 from klotski_compiler.errors import PlanError
 from klotski_compiler.ops import Slot, Step, Tensor, op_text, parse_step
+from klotski_compiler.output import write_whole
 
 if TYPE_CHECKING:
     import networkx
@@ -171,14 +172,8 @@ class Plan(Record):
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     def save(self, path: str | Path) -> None:
-        """Write ``plan.json`` whole or not at all."""
-        target = Path(path)
-        partial = target.with_name(target.name + ".partial")
-        try:
-            partial.write_text(self.dumps())
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        """Write ``plan.json`` whole or not at all. Raises OSError."""
+        write_whole(path, self.dumps())
 
 
 def _pretty(phases: list[dict[str, object]]) -> str:

@@ -131,7 +131,7 @@ class TensorTable:
         far, unit = self.decision.far, 1 if self.decision.far else self.decision.unit
         return unit * max(tensor.room(far) for tensor in self.all if tensor.kind == "expert")
 
-    def state(self, phase: str, tokens: int) -> Tensor:
+    def add_state(self, phase: str, tokens: int) -> Tensor:
         """Adds the hidden states of a phase: ``tokens`` tokens at once."""
         nbytes = state_bytes(self.spec, tokens, self.dtype)
         tensor = Tensor(len(self.all), "state", -1, 0 if phase == "prefill" else 1, nbytes, 0, "none")

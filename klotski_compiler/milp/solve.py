@@ -95,7 +95,7 @@ def residency(
 def relaxed_us(cost: Cost, workload: Workload, decision: Decision, capacity: dict[str, int]) -> float:
     """What ``residency`` would take if experts and layers could be divided, loading included: within a few percent, in a tenth of
     the time. Raises Infeasible as it does."""
-    return _relaxed(build(cost, workload, decision, capacity), whole=False).objective
+    return _relaxed(build(cost, workload, decision, capacity), values=False).objective
 
 
 def attended_share(cost: Cost, workload: Workload, decision: Decision, capacity: dict[str, int]) -> float:
@@ -107,9 +107,9 @@ def attended_share(cost: Cost, workload: Workload, decision: Decision, capacity:
     return sum(g.count * share for g, share in zip(problem.groups, shares, strict=True)) / len(cost.spec.layers)
 
 
-def _relaxed(problem: Problem, whole: bool = True) -> Answer:
+def _relaxed(problem: Problem, values: bool = True) -> Answer:
     solver = Solver(Formulation(problem).add_all())
-    answer = solver.relaxed() if whole else solver.least()
+    answer = solver.relaxed() if values else solver.least()
     if answer.status == "infeasible":
         raise _shortfall(problem)
     return answer
