@@ -43,6 +43,13 @@ class Best(NamedTuple):
     tried: list[Tried]
     why_not: str = ""
 
+    @property
+    def fastest(self) -> list[Setting]:
+        """The best setting, then the others that ran in that cap, fastest first."""
+        others = [one for one in self.tried if one.factor == self.factor and after_loading(one.report)]
+        others.sort(key=lambda one: -after_loading(one.report))
+        return [self.setting, *(one.setting for one in others if one.setting != self.setting)]
+
 
 def end_to_end(report: Report) -> float:
     """Generated tokens per second from the first weight byte on; 0 for a run that failed. A run of a part of the prompts
@@ -116,7 +123,7 @@ def tables(found: dict[str, Best], runs: dict[str, list[Report]]) -> Iterator[st
     yield f"{'medians':<26}{'runs':>6}" + "".join(f"{word:>9}" for word in [*COLUMNS, "same"]) + "  setting"
     for name, reports in runs.items():
         if good := [report for report in reports if "failed" not in report]:
-            shown = good[-1].get("shown") or described(found[name].setting)
+            shown = good[-1]["shown"]
             beside = [report.get("beside", report) for report in reports]
             cells = [*numbers(good), cell(same_first(beside, reports), 2) if name != OURS else cell(None)]
             yield f"{name:<26}{len(good):>6}" + "".join(cells) + f"  {shown}"
@@ -149,6 +156,8 @@ def tables(found: dict[str, Best], runs: dict[str, list[Report]]) -> Iterator[st
                 yield f"{name}: a run failed: {report['failed']}"
             elif report.get("again"):
                 yield f"{name}: was killed, and ran when tried again ({report['again'] + 1} tries)"
+            if name in found and report.get("shown") not in (None, described(found[name].setting)):
+                yield f"{name}: was killed at its best setting whenever it was tried; ran with {report['shown']}"
     yield from at_the_limit([report for report in ours if "failed" not in report])
 
 

@@ -225,29 +225,22 @@ class Bench:
         self, turn: str, number: int, before: list[tuple[str, Best]], after: list[tuple[str, Best]]
     ) -> Iterator[tuple[str, Report]]:
         """Ours after the disk, between two peers."""
-        reports = dict[str, Report]()
-        for peer, best in before:
-            reports[held_to(peer)] = self._held(turn, best)
-            reports[peer] = self._peer(number, peer, best)
+        first = [pair for peer, best in before for pair in self._pair(turn, number, peer, best)]
         disk = self.record.once(f"repeat {turn}: independent reader", self._reader)
         ours = self.ours(turn, None, self.asked.prompts) | {"disk": disk}
-        for peer, best in after:
-            reports[peer] = self._peer(number, peer, best)
-            reports[held_to(peer)] = self._held(turn, best)
         yield OURS, ours
-        for name, report in reports.items():
+        for name, report in [*first, *(pair for peer, best in after for pair in self._pair(turn, number, peer, best))]:
             yield name, report | {"beside": ours}
 
-    def _peer(self, number: int, peer: str, best: Best) -> Report:
-        return self.tries(peer, best.setting, best.factor, self._count(best), number, TRIES)
-
-    def _held(self, turn: str, best: Best) -> Report:
-        """Ours at a peer's batch size."""
-        return self.ours(turn, best.setting["batch"], self._count(best))
-
-    def _count(self, best: Best) -> int:
-        """Prompts that a peer runs."""
-        return self._whole_batches(self.asked.peer_prompts or self.asked.prompts, best.setting["batch"])
+    def _pair(self, turn: str, number: int, peer: str, best: Best) -> Iterator[tuple[str, Report]]:
+        """A peer at the fastest setting that is not killed too often, then ours at its batch size."""
+        for setting in best.fastest:
+            count = self._whole_batches(self.asked.peer_prompts or self.asked.prompts, setting["batch"])
+            report = self.tries(peer, setting, best.factor, count, number, TRIES)
+            if not report.get("killed"):
+                break
+        yield peer, report | {"shown": described(setting)}
+        yield held_to(peer), self.ours(turn, setting["batch"], count)
 
     def _whole_batches(self, prompts: int, batch: int) -> int:
         """Prompts of as few batches as hold so many; there are no more than all."""

@@ -13,8 +13,8 @@ from math import ceil
 from klotski_compiler.cost import Cost
 from klotski_compiler.decision import Decision, LayerDecision, Workload
 from klotski_compiler.hardware import Hardware
+from klotski_compiler.layout import LOAD_BYTES, most_pages
 from klotski_compiler.model import ModelSpec
-from klotski_compiler.pipeline import LOAD_BYTES, most_pages
 from klotski_compiler.policies import Policy, policy
 from klotski_compiler.routing import Routing
 from klotski_compiler.tensors import state_bytes

@@ -14,9 +14,10 @@ from klotski_compiler.candidates import Candidates, Request
 from klotski_compiler.cost import Cost
 from klotski_compiler.decision import Decision, LayerDecision, Workload
 from klotski_compiler.errors import Infeasible
+from klotski_compiler.layout import LOAD_BYTES
 from klotski_compiler.milp.solve import residency
 from klotski_compiler.ops import ALL, NOWHERE, Bind, align_up
-from klotski_compiler.pipeline import LOAD_BYTES, lower
+from klotski_compiler.pipeline import lower
 from klotski_compiler.policies import OURS, policy
 from klotski_compiler.program import staging_slots
 from klotski_compiler.shape import shapes

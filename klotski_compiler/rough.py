@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from klotski_compiler.cost import Cost
 from klotski_compiler.decision import Decision, LayerDecision, Workload
+from klotski_compiler.layout import LOAD_BYTES
 from klotski_compiler.ops import ALL, CPU
-from klotski_compiler.pipeline import LOAD_BYTES
 from klotski_compiler.policies import Policy
 from klotski_compiler.shape import Shape, shapes
 from klotski_compiler.tensors import MODULES

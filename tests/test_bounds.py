@@ -17,10 +17,11 @@ from klotski_compiler.bounds.runs import MOST_BATCHES, Division
 from klotski_compiler.cost import Cost
 from klotski_compiler.decision import Decision, LayerDecision, Workload
 from klotski_compiler.hardware import Hardware, read_hardware
+from klotski_compiler.layout import most_pages
 from klotski_compiler.milp.solve import residency
 from klotski_compiler.milp.solver import Solver
 from klotski_compiler.model import ModelSpec, read_model
-from klotski_compiler.pipeline import Lowered, lower, most_pages
+from klotski_compiler.pipeline import Lowered, lower
 from klotski_compiler.policies import POLICIES, policy
 from klotski_compiler.rough import busiest_us
 from klotski_compiler.routing import uniform
@@ -104,7 +105,7 @@ def random_schedule(policy_name: str, seed: int, window: int = 0) -> tuple[Cost,
 @pytest.mark.parametrize("policy_name", POLICIES)
 def test_no_schedule_beats_the_bounds(policy_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random decisions of every policy, with just the memory that they take; also busy times and critical paths."""
-    monkeypatch.setattr("klotski_compiler.pipeline.LOAD_BYTES", 12 << 10)  # so that experts may have three pages
+    monkeypatch.setattr("klotski_compiler.layout.LOAD_BYTES", 12 << 10)  # so that experts may have three pages
     for seed, window in ((seed, 4 * (seed % 3 == 0)) for seed in range(30)):
         cost, workload, decision, lowered = random_schedule(policy_name, seed, window)
         bound = bound_tokens_per_s(cost, workload, lowered.peak_bytes, decision.rolling)

@@ -13,9 +13,10 @@ from klotski_compiler.candidates import lean, resized
 from klotski_compiler.decision import Decision, Workload
 from klotski_compiler.errors import PlanError
 from klotski_compiler.hardware import read_hardware
+from klotski_compiler.layout import most_pages
 from klotski_compiler.model import read_model
 from klotski_compiler.ops import Compute, Load, Pages, Step, Tensor, op_text, parse_op
-from klotski_compiler.pipeline import lower, most_pages
+from klotski_compiler.pipeline import lower
 from klotski_compiler.plan import Plan
 from klotski_compiler.planner import Request
 from klotski_compiler.routing import uniform

@@ -193,7 +193,8 @@ def test_the_table_shows_speeds_ratios_and_what_did_not_run() -> None:
         "llama_cpp": Best({}, 1, [], "not installed here; pip install gguf llama-cpp-python"),
     }
     ours = [made_up(8.0, **OWN), made_up(6.0, **OWN)]
-    theirs = [made_up(2.0), made_up(1.0, again=1)]
+    shown = "batch 4, experts eager"
+    theirs = [made_up(2.0, shown=shown), made_up(1.0, again=1, shown="batch 2, experts eager")]
     runs = {
         "klotski": ours,
         "disk_offload": [report | {"beside": our} for our, report in zip(ours, theirs, strict=True)],
@@ -206,6 +207,7 @@ def test_the_table_shows_speeds_ratios_and_what_did_not_run() -> None:
     assert "2 times the cap is the least" in text
     assert "killed: it needs more memory" in text
     assert "disk_offload: was killed, and ran when tried again (2 tries)" in text
+    assert "disk_offload: was killed at its best setting whenever it was tried; ran with batch 2, experts eager" in text
     assert "2.67*" in text  # after loading
     assert "80.0%" in text  # of the limit: 0.3 s of a decode pass of 12 / 8 / 4 s
     assert "-10.0%" in text  # forecast of prefill
@@ -280,8 +282,18 @@ def test_every_run_of_ours_stands_between_two_peers() -> None:
     bench._reader = dict  # type: ignore[method-assign]
     found = {name: Best({"batch": size}, 1, []) for name, size in (("a", 1), ("b", 2), ("c", 3))}
     reports = dict(bench.repeat(4, found | {"d": Best({}, 1, [], "is not here")}))
-    assert order == ["4.0 1", "a", "4.0 None", "b", "4.0 2", "4.1 3", "c", "4.1 None"]
+    assert order == ["a", "4.0 1", "4.0 None", "b", "4.0 2", "c", "4.1 3", "4.1 None"]
     assert all("beside" in report for name, report in reports.items() if name != "klotski")
+
+
+def test_a_peer_that_is_killed_at_its_best_setting_runs_at_the_next_best() -> None:
+    bench = Pretend(lambda s, factor: 0 if s["batch"] == 8 else 1.0)
+    bench.asked.peer_prompts = 0
+    bench.ours = lambda turn, batch, count: made_up(2.0, shown=f"{batch}")  # type: ignore[method-assign]
+    tried = [Tried({"batch": size}, 1, made_up(speed)) for size, speed in ((2, 1.0), (8, 5.0), (4, 3.0))]
+    (_, theirs), (_, ours) = bench._pair("0.0", 0, "a", Best({"batch": 8}, 1, tried))
+    assert [size for size, _ in bench.ran] == [8] * peers.TRIES + [4]
+    assert (theirs["shown"], ours["shown"]) == ("batch 4", "4")
 
 
 def test_a_peer_that_is_killed_gets_the_least_cap_that_works() -> None:

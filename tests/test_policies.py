@@ -226,7 +226,7 @@ def test_large_residents_of_a_gpu_are_loaded_through_the_same_places(
     monkeypatch: pytest.MonkeyPatch, buffers: int
 ) -> None:
     """Whatever their kind: as many as there are buffers, each of the size of the largest."""
-    monkeypatch.setattr("klotski_compiler.pipeline.LOAD_BYTES", 1)
+    monkeypatch.setattr("klotski_compiler.layout.LOAD_BYTES", 1)
     spec = replace(tiny_spec(), layers=SPECS["shared experts"])
     kept = decided("joint", spec.layers, "gpu", "none", 1)
     layers = tuple(

@@ -126,7 +126,7 @@ def test_experts_in_pages(
 ) -> None:
     """Their last page on disk, the others in host memory: its own matrices, or slices of fused ones, cut anywhere. Residents of the
     GPU are loaded in pages, too."""
-    monkeypatch.setattr("klotski_compiler.pipeline.LOAD_BYTES", 32 << 10)
+    monkeypatch.setattr("klotski_compiler.layout.LOAD_BYTES", 32 << 10)
     model = models(family, intermediate_size=512)
     decision = tiny_decision(policy_name, replace(model.spec, compute_dtype="fp32"), "gpu")
     layers = [layer.model_copy(update={"on_disk": layer.static[:2]}) for layer in decision.layers]

@@ -11,11 +11,11 @@ from math import inf, isinf
 from klotski_compiler.bounds.least import DECODE, PREFILL, SCALE_US, Cores, Weight
 from klotski_compiler.bounds.runs import MOST_BATCHES, UNKNOWN, Division, Runs
 from klotski_compiler.decision import Decision
+from klotski_compiler.layout import most_pages
 from klotski_compiler.milp.linear import Model, Row, Terms, Variable, plus, times
 from klotski_compiler.milp.solver import Solver
 from klotski_compiler.model import Layer
 from klotski_compiler.ops import CPU
-from klotski_compiler.pipeline import most_pages
 from klotski_compiler.simulate import NEGLIGIBLE
 from klotski_compiler.tensors import state_bytes
 from klotski_compiler.workspace import workspace
