@@ -33,6 +33,12 @@ def first(peer: str, prompts: int) -> Setting:
     return {name: values[0] for name, values in OPTIONS[peer].items()} | {"batch": min(FIRST_BATCH, prompts)}
 
 
+def halvings(batch: int) -> Iterator[int]:
+    """Half of it, and half of that, down to one."""
+    while batch := batch // 2:
+        yield batch
+
+
 def variants(peer: str, setting: Setting) -> Iterator[Setting]:
     """The same batch with one other option."""
     for name, values in OPTIONS[peer].items():

@@ -146,7 +146,10 @@ def tables(found: dict[str, Best], runs: dict[str, list[Report]]) -> Iterator[st
     }
     for name, factor in factors.items():
         if factor > 1:
-            yield f"{name}: does not run so in the cap; {factor} times the cap is the least, in doubling steps, that works"
+            few = [one for one in found[name].tried if one.factor == 1] if name in found else []
+            here = max((after_loading(one.report) for one in few), default=0.0)
+            alone = f"; in the cap it reaches {here:.2f} tokens/s after loading" if here else ""
+            yield f"{name}: {factor} times the cap is the least, in doubling steps, in which it takes what others take{alone}"
     for name, best in found.items():
         if best.why_not:
             yield f"{name}: {best.why_not}"

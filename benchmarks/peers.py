@@ -7,9 +7,10 @@ mapped; optional: ``pip install gguf llama-cpp-python``).
 The cap is what a process may take beyond an idle one that has imported its libraries and does nothing: the cgroup of a run gets the
 cap and what such a process was seen to take, page cache counted for both. So no one pays for Python, and everyone for cached pages.
 Every run is a process of its own and starts with the model's files out of the page cache.A peer that cannot take 64 prompts at once
-in the cap gets the least cap, in doubling steps, in which it can; one that is killed may try again: at the edge of a cap that is
-chance. What a peer writes once beside the model (an offload folder, a GGUF file) is made before and not timed; nor are Klotski's
-profile, measured anew for every run of ours, and its compilation. Routing is profiled on other prompts than those of the runs.
+in the cap gets the least cap, in doubling steps, in which it can, and the sweep says what it does in the cap itself; one that is
+killed may try again: at the edge of a cap that is chance. What a peer writes once beside the model (an offload folder, a GGUF file) is
+made before and not timed; nor are Klotski's profile, measured anew for every run of ours, and its compilation. Routing is profiled on
+other prompts than those of the runs.
 
 Every run of ours stands in time between two peers, or beside one; and every peer beside one of ours at its own batch size, too.
 
@@ -55,7 +56,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "runtime")]
 from benchmarks import cage  # noqa: E402
 from benchmarks.demo import command, weight_bytes  # noqa: E402
 from benchmarks.limit import fastest, limit, readings  # noqa: E402
-from benchmarks.peer_sweep import BETTER, CORES, FREE, PEERS, first, moves, prolonged, variants  # noqa: E402
+from benchmarks.peer_sweep import BETTER, CORES, FREE, PEERS, first, halvings, moves, prolonged, variants  # noqa: E402
 from benchmarks.peer_tables import (  # noqa: E402
     LEGEND,
     OURS,
@@ -196,7 +197,7 @@ class Bench:
         tried: dict[str, Tried] = {}
         base = first(peer, self.asked.prompts)
 
-        def speed(setting: Setting) -> float:
+        def speed(setting: Setting, factor: int) -> float:
             key = json.dumps([factor, setting], sort_keys=True)
             if key not in tried:
                 count = self._whole_batches(self.asked.sweep_prompts or 1, setting["batch"])
@@ -204,13 +205,15 @@ class Bench:
             return after_loading(tried[key].report)
 
         factor = 1
-        while not (best := next(filter(speed, (base, *variants(peer, base))), None)):
+        while not (best := next((s for s in (base, *variants(peer, base)) if speed(s, factor)), None)):
             killed = any(one.report.get("killed") for one in tried.values() if one.factor == factor)
             if not killed or factor * self.cap > CAP_SHARE * self.weights or peer == FREE:
                 return Best({}, factor, list(tried.values()), next(iter(tried.values())).report["failed"])
             factor *= 2
+        if factor > 1:  # what it does in the cap itself
+            any(speed(base | {"batch": batch}, 1) for batch in halvings(base["batch"]))
         while better := next(
-            (s for s in moves(peer, best, self.asked.prompts) if speed(s) > BETTER * speed(best)), None
+            (s for s in moves(peer, best, self.asked.prompts) if speed(s, factor) > BETTER * speed(best, factor)), None
         ):
             best = better
         return Best(best, factor, list(tried.values()))

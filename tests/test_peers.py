@@ -17,7 +17,19 @@ import pytest
 
 from benchmarks import cage, gguf_file, limit, peers
 from benchmarks.peer_sweep import prolonged
-from benchmarks.peer_tables import Best, Report, Tried, decode, end_to_end, prefill, ratios, same_first, sweeps, tables
+from benchmarks.peer_tables import (
+    Best,
+    Report,
+    Tried,
+    after_loading,
+    decode,
+    end_to_end,
+    prefill,
+    ratios,
+    same_first,
+    sweeps,
+    tables,
+)
 from commands import ENVIRONMENT, ROOT
 from klotski_compiler.cost import Cost
 from klotski_compiler.decision import Workload
@@ -204,7 +216,7 @@ def test_the_table_shows_speeds_ratios_and_what_did_not_run() -> None:
     assert "5.00 (4.00 to 6.00)" in text
     assert "2.00 (2.00 to 2.00)" in text  # at equal batch
     assert "llama_cpp: not installed here" in text
-    assert "2 times the cap is the least" in text
+    assert "disk_offload: 2 times the cap is the least" in text
     assert "killed: it needs more memory" in text
     assert "disk_offload: was killed, and ran when tried again (2 tries)" in text
     assert "disk_offload: was killed at its best setting whenever it was tried; ran with batch 2, experts eager" in text
@@ -297,8 +309,9 @@ def test_a_peer_that_is_killed_at_its_best_setting_runs_at_the_next_best() -> No
 
 
 def test_a_peer_that_is_killed_gets_the_least_cap_that_works() -> None:
-    best = Pretend(lambda s, factor: s["batch"] if factor >= 4 else 0).sweep("disk_offload")
-    assert (best.factor, best.why_not) == (4, "")
+    best = Pretend(lambda s, factor: s["batch"] if factor >= 4 or s["batch"] <= 2 else 0).sweep("disk_offload")
+    assert (best.factor, best.setting["batch"], best.why_not) == (4, 100, "")
+    assert [one.setting["batch"] for one in best.tried if one.factor == 1 and after_loading(one.report)] == [2]
     never = Pretend(lambda s, factor: 0).sweep("disk_offload")
     assert "killed" in never.why_not
 
