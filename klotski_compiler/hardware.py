@@ -56,7 +56,7 @@ class Processor(_Fact):
     attention op (a whole attention block of a layer). router_op_us: of one router op. expert_op_us: of one expert.
     hidden_bytes_per_s: rate at which hidden states pass the elementwise work of such a block (norm, residual, copies),
     each element counted once. shared_speed: what is left of the speed while a link into the processor's tier is busy.
-    widen_rows: from how many rows on a 16-bit matmul is faster through fp32 (0: never); ``matmul`` has the faster one's rates.
+    widen_rows: from how many rows on a 16-bit matmul is faster by the package's kernel (0: never); ``matmul`` has the faster one's rates.
     threads: of a CPU's kernels. beside_cpu: what is left of the speed of a GPU's ops while the CPU computes, whose threads take cores and
     the interpreter from those that issue them.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 ROW_READERS = 16  # threads that gather embedding rows: single pages, each of which waits behind large reads
-# Of 16-bit matmuls through fp32: rows, columns of the product and terms of a sum at a time; between rows so many floats more.
+# Of 16-bit matmuls by the package's kernel: rows, columns of the product and terms of a sum at a time; between rows so many floats more.
 WIDENED_ROWS, WIDENED_COLUMNS, WIDENED_DEPTH, WIDENED_PADDING = 128, 256, 512, 16
 WIDENED_TILE = 4  # columns whose weights are widened at a time
 WORKERS = 2  # threads of a CPU, with kernels of their own, that experts and large matmuls are shared among
@@ -15,9 +15,9 @@ GATHERED_ROWS = 256  # embedding rows that are read from disk at a time
 
 
 def widened_bytes(widest: int) -> int:
-    """What one thread needs to multiply through fp32 by weights of up to ``widest`` columns: widened rows and weights, sums, and a block
+    """What one thread needs to multiply so by weights of up to ``widest`` columns: widened rows and weights, sums, and a block
     of a weight whose columns, not rows, lie in one piece."""
     row = WIDENED_DEPTH + WIDENED_PADDING
     blocks = -(-widest // WIDENED_DEPTH)
     floats = (WIDENED_ROWS * blocks + WIDENED_TILE) * row + WIDENED_ROWS * WIDENED_COLUMNS
-    return 4 * floats + 2 * WIDENED_COLUMNS * WIDENED_DEPTH
+    return 4 * floats + 4 * WIDENED_COLUMNS * WIDENED_DEPTH

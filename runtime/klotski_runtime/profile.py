@@ -286,7 +286,7 @@ def _processor_round(device: torch.device, sizes: Sizes, step: Callable[[str], N
             why = "nowhere" if can_compile() else "without a C compiler, which it takes"
             found["widen_rows"] = (
                 widen_rows,
-                f"from where on those matmuls, faster through fp32, are in the table so; 0: {why}",
+                f"from where on those matmuls, faster by the package's own kernel, are in the table so; 0: {why}",
             )
             found["threads"] = torch.get_num_threads(), "PyTorch's"
         how = f"experts side by side (each three F.linear, hidden {sizes.hidden}, intermediate {sizes.inter}), weights not in cache"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from klotski_compiler.kernel_facts import FEW_ROWS, ROW_STEP
 from klotski_compiler.ops import PAGE_BYTES
 from klotski_runtime.attention import grouped_attention
 from klotski_runtime.native import can_compile
@@ -29,7 +30,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # The attention of Qwen3-30B-A3B: 32 query heads share 4 key and value heads.
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 4, 128
 
-WORTH_WIDENING = 0.9  # of the time of a 16-bit matmul that one through fp32 may take
+WORTH_WIDENING, CLOSE = (
+    0.95,
+    1.05,
+)  # of a 16-bit matmul's time, what ours takes from where on it is used, and nowhere beyond more than
 CACHE_BYTES = 64 * MIB  # more than caches hold
 SHORT_PROMPT = 32  # tokens: of prompts whose attention is mostly elementwise work
 SHARED_ROWS = 32  # tokens of the expert that computes while the disk is read
@@ -112,7 +116,7 @@ def _experts(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator
 
 def matmul_rates(device: torch.device, dtype: str, sizes: Sizes) -> tuple[tuple[tuple[int, float], ...], float, int]:
     """Points (tokens, flops per second) of experts, the fastest rate at which they read their weights, bytes/s, and from how many
-    tokens on 16-bit matmuls are faster through fp32 (0: never), which then give the points. On a CPU as many run side by side as there
+    tokens on 16-bit matmuls are faster by our kernel (0: never), which then gives the points. On a CPU as many run side by side as there
     are workers.
 
     On a CPU the fixed cost of the calls is taken off, because expert_op_us holds it; on a GPU it hides behind the
@@ -140,20 +144,33 @@ def matmul_rates(device: torch.device, dtype: str, sizes: Sizes) -> tuple[tuple[
         plain.append(seconds)
         widened.append(each(_widened(widener, workers, rows, turn, sizes)) if may_widen else inf)
     workers.close()
-    wins = [wide < WORTH_WIDENING * one for one, wide in zip(plain, widened, strict=True)]
-    first = max((i + 1 for i, won in enumerate(wins) if not won), default=0)  # from here on it always does
+    first = first_win(sizes.tokens, plain, widened)
     points = []
     for tokens, seconds in zip(sizes.tokens, [*plain[:first], *widened[first:]], strict=True):
         alone = max(seconds - fixed, seconds / 2)
         points.append((tokens, rounded(2 * params * tokens / alone)))
         fastest = max(fastest, nbytes / alone)
-    return tuple(points), fastest, sizes.tokens[first] if first < len(wins) else 0
+    return tuple(points), fastest, sizes.tokens[first] if first < len(points) else 0
+
+
+def first_win(tokens: Sequence[int], plain: Sequence[float], ours: Sequence[float]) -> int:
+    """The first of so many tokens from which on our kernel had better be taken, given the seconds of either: where it is faster, and is
+    nowhere beyond much slower. PyTorch's compute more rows than there are."""
+    rounded_up = [
+        seconds * (1 + ROW_STEP / 2 / count if count > FEW_ROWS else 1)
+        for count, seconds in zip(tokens, plain, strict=True)
+    ]
+    pairs = list(zip(ours, rounded_up, strict=True))
+    close = max((i + 1 for i, (own, theirs) in enumerate(pairs) if own > CLOSE * theirs), default=0)
+    return next(
+        (i for i, (own, theirs) in enumerate(pairs) if i >= close and own < WORTH_WIDENING * theirs), len(pairs)
+    )
 
 
 def _widened(
     widener: Widener, workers: Workers, rows: Tensor, turn: Iterator[tuple[Tensor, ...]], sizes: Sizes
 ) -> Task:
-    """An expert through fp32, the next one in every call."""
+    """An expert by our own kernel, the next one in every call."""
     outs = [
         [rows.new_empty(len(rows), n) for n in (sizes.inter, sizes.inter, sizes.hidden)] for _ in range(workers.count)
     ]

@@ -247,14 +247,14 @@ class Skeleton:
         return old
 
     def make_widener(self) -> Widener:
-        """What multiplies by this model's weights through fp32, where it may."""
+        """What multiplies by this model's weights with our own kernel, where it may."""
         return Widener(self._widen_rows, self._widest, self.workers)
 
     def _linear_module(self, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         return self._linear(x, module.weight, module.bias)
 
     def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """``functional.linear``, through fp32 where that is faster."""
+        """``functional.linear``, by our own kernel where that is faster."""
         rows = x.reshape(-1, x.shape[-1])
         if not self.widener.takes(rows):
             return functional.linear(x, weight, bias)

@@ -1,5 +1,5 @@
-"""16-bit matmuls on a processor without instructions for them: through fp32, by the package's own kernel (``matmul.c``), where that is
-faster than PyTorch's.
+"""16-bit matmuls on a CPU by the package's own kernel (``matmul.c``), where that is faster than PyTorch's: always on a processor without
+instructions for them, where it goes through fp32; else for few rows, and for numbers of rows that PyTorch rounds up.
 
 A product is rounded once, as by a 16-bit kernel that adds in fp32. What a row's product is depends on that row alone, not on how many
 others there are, nor on who computes it.
@@ -31,7 +31,7 @@ class _Team:
 
 
 class Widener:
-    """Multiplies by weights: where that is faster, by 16-bit ones through fp32. ``workers`` share a matmul's columns, or multiply each on
+    """Multiplies by weights; where that is faster, with our kernel. ``workers`` share a matmul's columns, or multiply each on
     its own."""
 
     def __init__(self, least_rows: int, widest: int, workers: Workers | None = None) -> None:
@@ -45,7 +45,7 @@ class Widener:
             self._teams = [_Team(team, widest) for team in self._workers.teams()]
 
     def takes(self, x: torch.Tensor) -> bool:
-        """Whether rows ``x`` [m, k] had better be multiplied through fp32."""
+        """Whether rows ``x`` [m, k] had better be multiplied by our kernel."""
         return 0 < self._least_rows <= x.shape[0] and x.dtype in NARROW and x.device.type == "cpu"
 
     def mm(
