@@ -18,6 +18,7 @@ NEEDS_SOLVERS = tuple(
         "milp",
         "bounds",
         "fill",
+        "shortlist",
         "search",
         "explain",
         "record",
@@ -106,10 +107,12 @@ def test_help_needs_no_torch() -> None:
 
 
 def test_the_plan_is_standard_library_and_pydantic() -> None:
-    imported = imports(COMPILER / "plan.py")
-    ours = {name for name in imported if name.startswith("klotski")}
-    assert ours <= {"klotski_compiler.errors"}
-    assert {name.partition(".")[0] for name in imported - ours} <= {*sys.stdlib_module_names, "pydantic"}
+    files = ("plan", "ops", "decision", "output", "errors")
+    for file in files:
+        imported = imports(COMPILER / f"{file}.py")
+        ours = {name for name in imported if name.startswith("klotski")}
+        assert ours <= {f"klotski_compiler.{name}" for name in files}
+        assert {name.partition(".")[0] for name in imported - ours} <= {*sys.stdlib_module_names, "pydantic"}
 
 
 def test_runtime_is_not_imported_by_the_compiler() -> None:
