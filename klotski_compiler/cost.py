@@ -286,8 +286,8 @@ class Cost:
 
     def _rounds_up(self, processor: Processor, rows: float) -> bool:
         """Whether an expert computes more rows than it has tokens: with the CPU's 16-bit kernels."""
-        widened = 0 < processor.widen_rows <= rows
-        return processor.tier == "host" and self.compute_bytes == 2 and not widened and rows > FEW_ROWS
+        own = 0 < processor.least_own_rows <= rows  # beyond most_own_rows rounding is next to nothing
+        return processor.tier == "host" and self.compute_bytes == 2 and not own and rows > FEW_ROWS
 
     # ------------------------------------------------------------------------------------------------------------ ops
 

@@ -56,7 +56,8 @@ class Processor(_Fact):
     attention op (a whole attention block of a layer). router_op_us: of one router op. expert_op_us: of one expert.
     hidden_bytes_per_s: rate at which hidden states pass the elementwise work of such a block (norm, residual, copies),
     each element counted once. shared_speed: what is left of the speed while a link into the processor's tier is busy.
-    widen_rows: from how many rows on a 16-bit matmul is faster by the package's kernel (0: never); ``matmul`` has the faster one's rates.
+    least_own_rows, most_own_rows: from how many rows on, and up to how many (0: any number), a 16-bit matmul is faster by the package's
+    kernel (0: never); ``matmul`` has the faster one's rates.
     threads: of a CPU's kernels. beside_cpu: what is left of the speed of a GPU's ops while the CPU computes, whose threads take cores and
     the interpreter from those that issue them.
     """
@@ -75,7 +76,8 @@ class Processor(_Fact):
     router_op_us: Microseconds
     expert_op_us: Microseconds
     shared_speed: Share = 1.0
-    widen_rows: Annotated[int, Field(strict=True, ge=0)] = 0
+    least_own_rows: Annotated[int, Field(strict=True, ge=0)] = 0
+    most_own_rows: Annotated[int, Field(strict=True, ge=0)] = 0
     threads: Annotated[int, Field(strict=True, ge=1)] = 1
     beside_cpu: Share = 1.0
 

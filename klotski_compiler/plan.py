@@ -22,7 +22,7 @@ from klotski_compiler.output import write_whole
 if TYPE_CHECKING:
     import networkx
 
-SCHEMA_VERSION = 11
+SCHEMA_VERSION = 12
 APART, MIXED = "phases apart", "mixed passes"  # classes of schedules
 
 
@@ -85,8 +85,8 @@ class Candidate(Record):
 
 
 class Plan(Record):
-    """Everything that running and reading a schedule takes. processors: the tier in which each of them computes. widen_rows: of the
-    CPU's 16-bit matmuls, as in the hardware profile. See ``load`` and ``dumps`` for the file."""
+    """Everything that running and reading a schedule takes. processors: the tier in which each of them computes. least_own_rows,
+    most_own_rows: of the CPU's 16-bit matmuls, as in the hardware profile. See ``load`` and ``dumps`` for the file."""
 
     schema_version: int
     model: str
@@ -95,7 +95,8 @@ class Plan(Record):
     hardware: str
     compute_tier: str
     processors: dict[str, str]
-    widen_rows: int
+    least_own_rows: int
+    most_own_rows: int
     budgets: dict[str, int]
     workload: Workload
     envelope: Envelope

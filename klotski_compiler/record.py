@@ -21,7 +21,7 @@ def record(search: Search, best: Best, candidates: list[Candidate]) -> Plan:
     """The record of the winner, sealed."""
     request, lowered = search.request, best.lowered
     names = [t.name for t in lowered.tensors]
-    decision, workload = best.decision, request.workload
+    decision, workload, cpu = best.decision, request.workload, request.hardware.processors.get(CPU)
     predicted = forecast(search, decision, lowered)
     return Plan(
         schema_version=SCHEMA_VERSION,
@@ -31,7 +31,8 @@ def record(search: Search, best: Best, candidates: list[Candidate]) -> Plan:
         hardware=request.hardware.name,
         compute_tier=search.tier,
         processors={name: processor.tier for name, processor in request.hardware.processors.items()},
-        widen_rows=cpu.widen_rows if (cpu := request.hardware.processors.get(CPU)) else 0,
+        least_own_rows=cpu.least_own_rows if cpu else 0,
+        most_own_rows=cpu.most_own_rows if cpu else 0,
         budgets=request.budgets,
         workload=workload,
         envelope=Envelope(sequences=decision.sequences, prompt_len=workload.prompt_len, gen_len=workload.gen_len),

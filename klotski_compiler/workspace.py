@@ -61,8 +61,8 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
             graphs += (decision.sequences - few) * (hidden * width + query_bytes(spec, 1, cost.dtype))
         kept["CUDA graphs"] = graphs + (GRAPHS_BYTES if graphs > FINE_BYTES else 0)
     narrow = rows  # of 16-bit matmuls
-    if width == 2 and cost.hardware.compute_tier == "host" and cost.processor.widen_rows:
-        narrow = min(rows, cost.processor.widen_rows)
+    if width == 2 and cost.hardware.compute_tier == "host" and cost.processor.least_own_rows:
+        narrow = rows if cost.processor.most_own_rows else min(rows, cost.processor.least_own_rows)
         widest = max(hidden, inner, shared, dense, *(layer.attention_flops // 4 for layer in cost.layers))
         kept["widened matmuls"] = max(WORKERS, cost.processor.threads) * widened_bytes(widest)
     if converted:

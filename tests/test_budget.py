@@ -42,7 +42,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("large")
     hardware = read_hardware("dev-2core")
     # 16-bit matmuls through fp32, which takes memory too: without, a processor that lacks the first is ten times as slow.
-    cpu = hardware.processors["cpu"].model_copy(update={"widen_rows": 16})
+    cpu = hardware.processors["cpu"].model_copy(update={"least_own_rows": 16})
     hardware = hardware.model_copy(update={"name": "here", "processors": {"cpu": cpu}})
     (folder / "hw.json").write_text(to_json(hardware))
     model = make_large(folder / "model", SHAPE)

@@ -57,17 +57,18 @@ def test_progress_runs_from_nothing_to_all(measured: tuple[Hardware, list[float]
 
 
 @pytest.mark.parametrize(
-    ("ours", "first"),
+    ("ours", "places"),
     [
-        ([2.0, 2.0, 2.0, 2.0], 4),  # never
-        ([0.5, 0.5, 0.5, 0.5], 0),  # always
-        ([1.1, 0.9, 1.0, 1.03], 1),  # where it is faster, though beyond it is not
-        ([0.5, 0.9, 1.4, 0.9], 3),  # not where it is much slower somewhere beyond
-        ([1.0, 1.0, 1.02, 1.0], 2),  # where PyTorch's compute 80 rows for 64
+        ([2.0, 2.0, 2.0, 2.0], []),  # never
+        ([0.5, 0.5, 0.5, 0.5], [0, 1, 2, 3]),  # always
+        ([1.1, 0.9, 0.9, 1.1], [1, 2]),  # where it is faster
+        ([0.9, 1.0, 0.9, 1.1], [0, 1, 2]),  # though not everywhere between
+        ([0.9, 1.1, 0.9, 0.9], [2, 3]),
+        ([1.0, 1.0, 1.02, 1.0], [2]),  # where PyTorch's compute 80 rows for 64
     ],
 )
-def test_our_kernel_is_used_from_where_on_it_is_worth_it(ours: list[float], first: int) -> None:
-    assert profile_kernels.first_win((8, 16, 64, 1024), [1.0, 1.0, 1.0, 1.0], ours) == first
+def test_our_kernel_is_used_where_it_is_worth_it(ours: list[float], places: list[int]) -> None:
+    assert list(profile_kernels.worth((8, 16, 64, 1024), [1.0] * 4, ours)) == places
 
 
 def test_small_ops_are_no_faster_beside_a_busy_cpu() -> None:

@@ -422,10 +422,10 @@ class Bf16(NamedTuple):
     fp32: list[int]
 
 
-def in_bf16(model: Resident, prompts: Sequence[list[int]], gen_len: int, scratch: Path, widen_rows: int = 0) -> Bf16:
+def in_bf16(model: Resident, prompts: Sequence[list[int]], gen_len: int, scratch: Path, own_rows: int = 0) -> Bf16:
     decision = tiny_decision("joint", model.spec, "host", 2, len(prompts) // 2)
     plan = plan_of(model.spec, "joint", decision, workload(prompts, gen_len))
-    plan = edited(plan, widen_rows=widen_rows).sealed()
+    plan = edited(plan, least_own_rows=own_rows).sealed()
     assert plan.dtype == "bf16"
     rows, reference = run(plan, model, scratch, prompts).rows, resident(model.folder, torch.bfloat16)
     return Bf16(
@@ -436,7 +436,7 @@ def in_bf16(model: Resident, prompts: Sequence[list[int]], gen_len: int, scratch
     )
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids=["16-bit kernels", "through fp32"])
+@pytest.fixture(scope="module", params=[0, 1], ids=["PyTorch's kernels", "our kernel"])
 def bf16(request: pytest.FixtureRequest, models: Models, tmp_path_factory: pytest.TempPathFactory) -> Bf16:
     """Of two tiny models together."""
     prompts = ragged(*(1 + 5 * i % 19 for i in range(24)), seed=2)

@@ -1,4 +1,4 @@
-"""16-bit matmuls through fp32: what a product is, in whatever blocks it is computed."""
+"""16-bit matmuls by the package's own kernel: what a product is, in whatever blocks it is computed."""
 
 from __future__ import annotations
 
@@ -119,12 +119,13 @@ def test_it_takes_what_is_worth_it() -> None:
     few, many = torch.zeros(15, 4, dtype=torch.bfloat16), torch.zeros(16, 4, dtype=torch.bfloat16)
     assert [Widener(16, 4).takes(x) for x in (few, many, many.float())] == [False, True, False]
     assert not Widener(0, 4).takes(many)
+    assert [Widener(1, 4, most_rows=15).takes(x) for x in (few, many)] == [True, False]
 
 
 @NARROW
 def test_linear_modules_go_through_it(dtype: torch.dtype, tmp_path: Path) -> None:
     folder = make_checkpoint("qwen2_moe", tmp_path)
-    skeleton = Skeleton(import_model(folder), dtype, widen_rows=4)
+    skeleton = Skeleton(import_model(folder), dtype, own_rows=(4, 0))
     module = skeleton.model.get_submodule("model.layers.0.self_attn.q_proj")
     weight = torch.randn(module.weight.shape, dtype=dtype)
     module._parameters["weight"] = torch.nn.Parameter(weight, requires_grad=False)
@@ -153,8 +154,8 @@ def test_a_layer_goes_through_it_as_it_is(family: str, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(Widener, "mm", mm)
 
-    def block(dtype: torch.dtype, widen_rows: int) -> Routed:
-        skeleton = Skeleton(import_model(folder), dtype, widen_rows=widen_rows)
+    def block(dtype: torch.dtype, least: int) -> Routed:
+        skeleton = Skeleton(import_model(folder), dtype, own_rows=(least, 0))
         last = skeleton.layers - 1
         prefix = f"model.layers.{last}."
         part = {name: tensor for name, tensor in state.items() if name.startswith(prefix) and ".experts." not in name}

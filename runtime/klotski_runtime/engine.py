@@ -96,7 +96,9 @@ class Engine:
         self.threads = threads or cpu_threads(device)
         kernel_threads(1)
         self.workers = Workers(self.threads)
-        self.skeleton = Skeleton(config, DTYPES[plan.dtype], device, plan.widen_rows, self.workers)
+        self.skeleton = Skeleton(
+            config, DTYPES[plan.dtype], device, (plan.least_own_rows, plan.most_own_rows), self.workers
+        )
         self.checkpoint = Checkpoint.open(folder, self.skeleton.model)
         self._check_model()
         self.reader = DiskReader()

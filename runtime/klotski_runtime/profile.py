@@ -280,14 +280,15 @@ def _processor_round(device: torch.device, sizes: Sizes, step: Callable[[str], N
     fastest_read = 0.0
     for dtype in DTYPES:
         step(f"{unit}: expert matmuls in {dtype}")
-        points, read, widen_rows = matmul_rates(device, dtype, sizes)
+        points, read, (least, most) = matmul_rates(device, dtype, sizes)
         fastest_read = max(fastest_read, read)
         if device.type == "cpu" and dtype == "bf16":
             why = "nowhere" if can_compile() else "without a C compiler, which it takes"
-            found["widen_rows"] = (
-                widen_rows,
+            found["least_own_rows"] = (
+                least,
                 f"from where on those matmuls, faster by the package's own kernel, are in the table so; 0: {why}",
             )
+            found["most_own_rows"] = most, "up to where; 0: any number"
             found["threads"] = torch.get_num_threads(), "PyTorch's"
         how = f"experts side by side (each three F.linear, hidden {sizes.hidden}, intermediate {sizes.inter}), weights not in cache"
         found[f"matmul.{dtype}"] = points, how

@@ -30,10 +30,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # The attention of Qwen3-30B-A3B: 32 query heads share 4 key and value heads.
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 4, 128
 
-WORTH_WIDENING, CLOSE = (
-    0.95,
-    1.05,
-)  # of a 16-bit matmul's time, what ours takes from where on it is used, and nowhere beyond more than
+FASTER, CLOSE = (
+    0.97,
+    1.02,
+)  # of PyTorch's time for a 16-bit matmul: what ours takes where it is worth it; no more than between such
 CACHE_BYTES = 64 * MIB  # more than caches hold
 SHORT_PROMPT = 32  # tokens: of prompts whose attention is mostly elementwise work
 SHARED_ROWS = 32  # tokens of the expert that computes while the disk is read
@@ -114,10 +114,12 @@ def _experts(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator
     return cycle([drawn, *(tuple(matrix.clone() for matrix in drawn) for _ in range(number - 1))])
 
 
-def matmul_rates(device: torch.device, dtype: str, sizes: Sizes) -> tuple[tuple[tuple[int, float], ...], float, int]:
+def matmul_rates(
+    device: torch.device, dtype: str, sizes: Sizes
+) -> tuple[tuple[tuple[int, float], ...], float, tuple[int, int]]:
     """Points (tokens, flops per second) of experts, the fastest rate at which they read their weights, bytes/s, and from how many
-    tokens on 16-bit matmuls are faster by our kernel (0: never), which then gives the points. On a CPU as many run side by side as there
-    are workers.
+    tokens on, and up to how many, 16-bit matmuls are faster by our kernel (see ``hardware.Processor``), which then gives the points.
+    On a CPU as many run side by side as there are workers.
 
     On a CPU the fixed cost of the calls is taken off, because expert_op_us holds it; on a GPU it hides behind the
     kernel before.
@@ -144,27 +146,27 @@ def matmul_rates(device: torch.device, dtype: str, sizes: Sizes) -> tuple[tuple[
         plain.append(seconds)
         widened.append(each(_widened(widener, workers, rows, turn, sizes)) if may_widen else inf)
     workers.close()
-    first = first_win(sizes.tokens, plain, widened)
+    won = worth(sizes.tokens, plain, widened)
     points = []
-    for tokens, seconds in zip(sizes.tokens, [*plain[:first], *widened[first:]], strict=True):
+    for place, tokens in enumerate(sizes.tokens):
+        seconds = (widened if place in won else plain)[place]
         alone = max(seconds - fixed, seconds / 2)
         points.append((tokens, rounded(2 * params * tokens / alone)))
         fastest = max(fastest, nbytes / alone)
-    return tuple(points), fastest, sizes.tokens[first] if first < len(points) else 0
+    least, most = (sizes.tokens[won[0]], sizes.tokens[won[-1]]) if won else (0, 0)
+    return tuple(points), fastest, (least, 0 if most == sizes.tokens[-1] else most)
 
 
-def first_win(tokens: Sequence[int], plain: Sequence[float], ours: Sequence[float]) -> int:
-    """The first of so many tokens from which on our kernel had better be taken, given the seconds of either: where it is faster, and is
-    nowhere beyond much slower. PyTorch's compute more rows than there are."""
-    rounded_up = [
-        seconds * (1 + ROW_STEP / 2 / count if count > FEW_ROWS else 1)
-        for count, seconds in zip(tokens, plain, strict=True)
+def worth(tokens: Sequence[int], plain: Sequence[float], ours: Sequence[float]) -> range:
+    """For which of so many tokens, in a row, our kernel had better be taken, given the seconds of either: the longest stretch that begins
+    and ends where it is faster, and has none where it is slower. PyTorch's compute more rows than there are."""
+    shares = [
+        own / (theirs * (1 + ROW_STEP / 2 / count if count > FEW_ROWS else 1))
+        for count, theirs, own in zip(tokens, plain, ours, strict=True)
     ]
-    pairs = list(zip(ours, rounded_up, strict=True))
-    close = max((i + 1 for i, (own, theirs) in enumerate(pairs) if own > CLOSE * theirs), default=0)
-    return next(
-        (i for i, (own, theirs) in enumerate(pairs) if i >= close and own < WORTH_WIDENING * theirs), len(pairs)
-    )
+    wins = [place for place, share in enumerate(shares) if share < FASTER]
+    stretches = (range(i, j + 1) for i in wins for j in wins if i <= j and max(shares[i : j + 1]) <= CLOSE)
+    return max(stretches, key=len, default=range(0))
 
 
 def _widened(

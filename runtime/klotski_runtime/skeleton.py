@@ -160,12 +160,12 @@ class Skeleton:
         config: PreTrainedConfig,
         compute_dtype: torch.dtype,
         device: torch.device = HOST,
-        widen_rows: int = 0,
+        own_rows: tuple[int, int] = (0, 0),
         workers: Workers | None = None,
     ) -> None:
-        """widen_rows: of 16-bit matmuls on the CPU, see ``plan.Plan``. workers: of the CPU (None: only who calls).
+        """own_rows: least and most, of 16-bit matmuls on the CPU, see ``plan.Plan``. workers: of the CPU (None: only who calls).
 
-        Raises ConfigError where the model or the type is unknown, or where ``widen_rows`` asks for a C compiler that is not there."""
+        Raises ConfigError where the model or the type is unknown, or where ``own_rows`` ask for a C compiler that is not there."""
         if compute_dtype not in WIDE:
             raise ConfigError(
                 "", "dtype", f"{compute_dtype} is not a compute dtype; use one of {', '.join(map(str, WIDE))}"
@@ -196,13 +196,13 @@ class Skeleton:
         self._addresses: dict[ModuleKey, tuple[int, ...]] = {}
         self.layers = len(self._layers)
         self.hidden = int(config.hidden_size)
-        self._widen_rows, self.workers = widen_rows, workers or Workers(1)
+        self._own_rows, self.workers = own_rows, workers or Workers(1)
         linear = [module for module in self.model.modules() if type(module).forward is nn.Linear.forward]
         self._widest = max(
             self.hidden, *(module.in_features for module in linear), *map(self.inner, range(self.layers))
         )
         self.widener = self.make_widener()
-        if widen_rows and device == HOST:
+        if own_rows[0] and device == HOST:
             for module in linear:
                 module.__dict__["forward"] = partial(self._linear_module, module)
             for layer in range(self.layers):
@@ -248,7 +248,7 @@ class Skeleton:
 
     def make_widener(self) -> Widener:
         """What multiplies by this model's weights with our own kernel, where it may."""
-        return Widener(self._widen_rows, self._widest, self.workers)
+        return Widener(self._own_rows[0], self._widest, self.workers, self._own_rows[1])
 
     def _linear_module(self, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         return self._linear(x, module.weight, module.bias)

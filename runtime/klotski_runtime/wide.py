@@ -7,6 +7,7 @@ others there are, nor on who computes it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -34,11 +35,13 @@ class Widener:
     """Multiplies by weights; where that is faster, with our kernel. ``workers`` share a matmul's columns, or multiply each on
     its own."""
 
-    def __init__(self, least_rows: int, widest: int, workers: Workers | None = None) -> None:
-        """least_rows: from how many rows on it is faster than PyTorch's kernels (0: never). widest: most columns of a weight.
+    def __init__(self, least_rows: int, widest: int, workers: Workers | None = None, most_rows: int = 0) -> None:
+        """least_rows, most_rows: from how many rows on it is faster than PyTorch's kernels (0: never), and up to how many (0: any
+        number). widest: most columns of a weight.
 
         Raises ConfigError where it is to multiply so and the kernel cannot be compiled."""
-        self._least_rows, self._widest, self._workers = least_rows, widest, workers or Workers(1)
+        self._least_rows, self._most_rows = least_rows, most_rows or sys.maxsize
+        self._widest, self._workers = widest, workers or Workers(1)
         if least_rows:
             library = matmul_library()
             self._matmul = {torch.bfloat16: library.matmul_bf16, torch.float16: library.matmul_fp16}
@@ -46,7 +49,7 @@ class Widener:
 
     def takes(self, x: torch.Tensor) -> bool:
         """Whether rows ``x`` [m, k] had better be multiplied by our kernel."""
-        return 0 < self._least_rows <= x.shape[0] and x.dtype in NARROW and x.device.type == "cpu"
+        return 0 < self._least_rows <= x.shape[0] <= self._most_rows and x.dtype in NARROW and x.device.type == "cpu"
 
     def mm(
         self,
