@@ -2,7 +2,8 @@
 
 ``run`` begins with the link's rate beside the profile's. Then tiny models of every family write their tokens with the GPU and with the
 CPU in its place. Then models of published layer shapes run under every policy, with a GPU budget far below their weights: decode
-passes beside what the link, at the rate measured in this run, takes for the bytes that they moved. Then accelerate, in the same memory.
+passes beside what the link, at the rate measured in this run, takes for the bytes that they moved, and the whole beside the plan's bound.
+Between them accelerate's own offloading and, where it is installed, DeepSpeed ZeRO-Inference, in the same memory.
 """
 
 from __future__ import annotations

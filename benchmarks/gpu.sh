@@ -6,7 +6,7 @@
 #   benchmarks/gpu.sh plans hw2.json -o plans        where OR-Tools is, half a minute: a plan per policy and model
 #   benchmarks/gpu.sh run plans -o result.txt        on the GPU machine, under nine minutes: everything else
 #
-# It needs no installation: Python with torch, transformers, pydantic and greenlet will do, and accelerate for its own rows.
+# It needs no installation: Python with torch, transformers, pydantic and greenlet will do; accelerate and deepspeed for rows of theirs.
 # PYTHON names another interpreter.
 here=$(cd "$(dirname "$0")/.." && pwd)
 PYTHONPATH="$here:$here/runtime:$here/tests${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python3}" "$here/benchmarks/gpu.py" "$@"
