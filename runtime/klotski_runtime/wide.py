@@ -32,8 +32,7 @@ class _Team:
 
 
 class Widener:
-    """Multiplies by weights; where that is faster, with our kernel. ``workers`` share a matmul's columns, or multiply each on
-    its own."""
+    """Multiplies by weights; where that is faster, with our kernel. ``workers`` share a matmul's columns, or multiply each on its own."""
 
     def __init__(self, least_rows: int, widest: int, workers: Workers | None = None, most_rows: int = 0) -> None:
         """least_rows, most_rows: from how many rows on it is faster than PyTorch's kernels (0: never), and up to how many (0: any
