@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from klotski_compiler.hardware import Hardware, Processor, matmul_us
-from klotski_compiler.kernel_facts import DTYPE_BYTES, FEW_ROWS, FIXED_ROWS, ROW_READERS, ROW_STEP
+from klotski_compiler.kernel_facts import DTYPE_BYTES, FEW_ROWS, FIXED_ROWS, OWN_STEP, ROW_READERS, ROW_STEP
 from klotski_compiler.model import Layer, ModelSpec, Module
 from klotski_compiler.ops import ALL, CPU, Bind, Compute, Load, Op, Store, Tensor, batches_of, onward, span
 from klotski_compiler.routing import Routing
@@ -271,23 +271,29 @@ class Cost:
         processor = self.processor_of(name)
         moved = share * self.spec.hidden_size * 8 * self.compute_bytes  # gather (2) and add in twice the width (6)
         rows = share / touched
-        if self._rounds_up(processor, rows):
-            rows += ROW_STEP / 2
+        rows += self._surplus(processor, rows)
         busy = processor.expert_op_us + self.module_us(layer.expert, rows, processor)
         return touched * busy + 1e6 * moved / processor.memory_bytes_per_s
 
     def experts_op_us(self, layer: Layer, processor: str = "") -> float:
-        """What an op of experts takes whatever they are: workers of a CPU share their rows evenly, so that the weights of one that is cut
-        are read twice."""
+        """What an op of experts takes whatever they are: where PyTorch multiplies, workers of a CPU share their rows evenly, so that the
+        weights of one that is cut are read twice."""
         own = self.processor_of(processor)
-        if own.tier != "host" or own.threads == 1 or layer.expert is None:
+        if (
+            own.tier != "host"
+            or own.threads == 1
+            or layer.expert is None
+            or (own.least_own_rows and self.compute_bytes == 2)
+        ):
             return own.op_us
         return own.op_us + self.module_us(layer.expert, FIXED_ROWS, own)
 
-    def _rounds_up(self, processor: Processor, rows: float) -> bool:
-        """Whether an expert computes more rows than it has tokens: with the CPU's 16-bit kernels."""
+    def _surplus(self, processor: Processor, rows: float) -> float:
+        """How many more rows an expert computes than it has tokens, in the mean: with the CPU's 16-bit kernels."""
+        if processor.tier != "host" or self.compute_bytes != 2 or rows <= FEW_ROWS:
+            return 0.0
         own = 0 < processor.least_own_rows <= rows  # beyond most_own_rows rounding is next to nothing
-        return processor.tier == "host" and self.compute_bytes == 2 and not own and rows > FEW_ROWS
+        return (OWN_STEP if own else ROW_STEP) / 2
 
     # ------------------------------------------------------------------------------------------------------------ ops
 

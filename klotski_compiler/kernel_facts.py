@@ -4,9 +4,9 @@ from __future__ import annotations
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 ROW_READERS = 16  # threads that gather embedding rows: single pages, each of which waits behind large reads
-# Of 16-bit matmuls by the package's kernel: rows, columns of the product and terms of a sum at a time; between rows so many floats more.
-WIDENED_ROWS, WIDENED_COLUMNS, WIDENED_DEPTH, WIDENED_PADDING = 128, 256, 512, 16
-WIDENED_TILE = 4  # columns whose weights are widened at a time
+# Of 16-bit matmuls by the package's kernel: rows and columns of the product at a time, of which a panel has so many rows at most; for how
+# many blocks of rows there is room between an expert's matmuls; and in what steps an expert's rows are computed.
+BLOCK_ROWS, BLOCK_COLUMNS, PANEL_ROWS, INNERS, OWN_STEP = 128, 48, 64, 3, 8
 WORKERS = 2  # threads of a CPU, with kernels of their own, that experts and large matmuls are shared among
 FIXED_ROWS = 10  # rows that take as long to multiply by an expert's weights as these take to read
 # With 16-bit kernels of a CPU an expert computes more rows than the first number in multiples of the second.
@@ -14,10 +14,12 @@ FEW_ROWS, ROW_STEP = 16, 32
 GATHERED_ROWS = 256  # embedding rows that are read from disk at a time
 
 
-def widened_bytes(widest: int) -> int:
-    """What one thread needs to multiply so by weights of up to ``widest`` columns: widened rows and weights, sums, and a block
-    of a weight whose columns, not rows, lie in one piece."""
-    row = WIDENED_DEPTH + WIDENED_PADDING
-    blocks = -(-widest // WIDENED_DEPTH)
-    floats = (WIDENED_ROWS * blocks + WIDENED_TILE) * row + WIDENED_ROWS * WIDENED_COLUMNS
-    return 4 * floats + 4 * WIDENED_COLUMNS * WIDENED_DEPTH
+def multiplier_bytes(widest: int) -> int:
+    """What one thread needs to multiply so by weights of up to ``widest`` columns: packed rows, columns of a weight packed and as they
+    are, and two blocks of sums."""
+    return 4 * BLOCK_ROWS * widest + 6 * BLOCK_COLUMNS * widest + 8 * BLOCK_COLUMNS * PANEL_ROWS
+
+
+def inner_bytes(width: int) -> int:
+    """What all threads need for what lies between the matmuls of experts of such a width."""
+    return 4 * INNERS * BLOCK_ROWS * width

@@ -251,7 +251,7 @@ class Least:
         where kernels round rows up beyond a few, as if they could take that few at a time."""
         share, touched = tokens * q, 1.0 - (1.0 - q) ** tokens
         us, rows = self.cost.expert_share_us(layer, share, touched, processor), share / touched if touched > 0 else 0.0
-        if rows < (wide := self.cost.processor_of(processor).least_own_rows):  # from where on none are rounded up
+        if rows < (wide := self.cost.processor_of(processor).least_own_rows):  # from where on fewer are rounded up
             us = min(us, self.cost.expert_share_us(layer, wide * touched, touched, processor))
         if even and (pieces := rows / FEW_ROWS * (1 + ROUNDED)) > 1:
             us = min(us, pieces * self.cost.expert_share_us(layer, share / pieces, touched, processor))

@@ -13,9 +13,9 @@ from torch.nn import functional
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
-from klotski_compiler.kernel_facts import FEW_ROWS, ROW_STEP
+from klotski_compiler.kernel_facts import FEW_ROWS, ROW_STEP, inner_bytes
+from klotski_runtime.multiply import NARROW, Multiplier
 from klotski_runtime.skeleton import HOST
-from klotski_runtime.wide import NARROW, Widener
 
 GROUPED_BYTES = 16
 """Where matrices must begin, and how far apart they must be, for kernels that take several: multiples of this."""
@@ -24,7 +24,7 @@ Parts = Mapping[str, torch.Tensor]
 """One expert's weights: gate, up, down; or gate_up, down and, where the model has them, gate_up_bias and down_bias."""
 
 Multiply = Callable[..., None]
-"""``Widener.mm`` for one worker."""
+"""``Multiplier.mm`` for one worker."""
 
 Runs = tuple[list[tuple[list[int], Parts]], list[int]]
 """Places of experts that are taken together, with their matrices, and places of those that are not."""
@@ -45,10 +45,10 @@ class ExpertKernel:
         compute: torch.dtype,
         wide: torch.dtype,
         device: torch.device = HOST,
-        widener: Widener | None = None,
+        multiplier: Multiplier | None = None,
     ) -> None:
         self.rows, self.flops_per_row = rows, 6 * hidden * intermediate
-        self._widener = widener or Widener(0, 0)
+        self._multiplier = multiplier or Multiplier(0, 0)
         self._x = torch.zeros(rows, hidden, dtype=compute, device=device)
         self._inner = torch.empty(2 * rows * intermediate, dtype=compute, device=device)
         self._out = torch.empty(rows, hidden, dtype=wide, device=device)
@@ -64,7 +64,7 @@ class ExpertKernel:
     ) -> torch.Tensor:
         """``weights`` [r] x expert(``x``[``rows``]) as [r, hidden] in the wide type; valid until the next call. worker: whose task this
         is part of (None: of none)."""
-        mm = partial(self._widener.mm, worker=worker)
+        mm = partial(self._multiplier.mm, worker=worker)
         count = rows.shape[0]
         source, out = self._x[: self._computed(count)], self._out[:count]
         torch.index_select(x, 0, rows, out=source[:count])
@@ -101,7 +101,7 @@ class ExpertKernel:
         all of them.
         """
         x = self._x[:count]
-        if count <= FEW_ROWS or x.dtype not in NARROW or self._widener.takes(x):
+        if count <= FEW_ROWS or x.dtype not in NARROW or self._multiplier.takes(x):
             return count
         return min(-(-count // ROW_STEP) * ROW_STEP, self.rows)
 
@@ -131,6 +131,38 @@ class ExpertKernel:
             inner.add_(parts["gate_up_bias"])
         gated: torch.Tensor = experts._apply_gate(inner)
         return gated
+
+
+class OwnKernel:
+    """Feed-forwards of routed experts in one call of our own kernel, where ``multiplier`` takes them."""
+
+    def __init__(self, intermediate: int, multiplier: Multiplier) -> None:
+        self._multiplier = multiplier
+        self._inner = torch.empty(inner_bytes(intermediate), dtype=torch.uint8)
+
+    def takes(self, experts: Any, parts: Parts, x: torch.Tensor, rows: torch.Tensor) -> bool:
+        """Whether it had better compute an expert of such a module, over so many rows of x."""
+        common = is_common(experts) and isinstance(experts.act_fn, nn.SiLU | SiLUActivation)
+        return (
+            common and self._multiplier.takes_rows(len(rows)) and all(part.dtype == x.dtype for part in parts.values())
+        )
+
+    def add(
+        self,
+        into: torch.Tensor,
+        x: torch.Tensor,
+        experts: Sequence[tuple[Parts, torch.Tensor, torch.Tensor]],
+    ) -> None:
+        """``into`` += weight x expert(x) of some rows of x, for experts that it takes: weights, rows, and the weight of each row."""
+        self._multiplier.feed_forward(
+            x, into, [(*_three(parts), rows, weights) for parts, rows, weights in experts], self._inner
+        )
+
+
+def _three(parts: Parts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gate, up and down."""
+    gate, up = (parts["gate"], parts["up"]) if "gate" in parts else parts["gate_up"].chunk(2)
+    return gate, up, parts["down"]
 
 
 def is_common(experts: Any) -> bool:

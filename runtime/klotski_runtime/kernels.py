@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
@@ -23,13 +23,13 @@ from klotski_compiler.ops import ALL, batches_of
 from klotski_runtime.assignment import Assignment, Routing, rows_worth, shares
 from klotski_runtime.batch import Batch, Frame, abreast
 from klotski_runtime.checkpoint import EMBEDDING
-from klotski_runtime.experts import ExpertKernel, Parts, Runs, is_common, runs
+from klotski_runtime.experts import ExpertKernel, OwnKernel, Parts, Runs, is_common, runs
 from klotski_runtime.graphs import Graphs, Piece
 from klotski_runtime.kv import KvBlock
+from klotski_runtime.multiply import Multiplier
 from klotski_runtime.reader import RowGather
 from klotski_runtime.skeleton import HOST, Skeleton
 from klotski_runtime.split import Call, Ends, NewOnly, Regions, Split, on_host
-from klotski_runtime.wide import Widener
 from klotski_runtime.workers import WORTH_SHARING
 
 
@@ -46,6 +46,13 @@ class Chunks:
     decode_batch: int
     token_rows: int
     expert_rows: int
+
+
+class Kernels(NamedTuple):
+    """Of experts: one for every worker of the CPU, or one for the GPU, which take them one by one; and, where it is known, our own."""
+
+    alone: list[ExpertKernel]
+    own: OwnKernel | None
 
 
 class Room:
@@ -102,8 +109,8 @@ class Group:
         self._skeleton, self._chunks, self._embedding, self._every_token = skeleton, chunks, embedding, every_token
         self._device = skeleton.device
         self.batches = {number: Batch(sequences, self._device) for number, sequences in enumerate(prompts)}
-        self._kernels = self._make_kernels(self._device, skeleton.widener)
-        self._elsewhere: list[ExpertKernel] = []
+        self._kernels = self._make_kernels(self._device, skeleton.multiplier)
+        self._elsewhere: Kernels | None = None
         self._adding = threading.Lock()
         self._found: dict[tuple[int, ...], tuple[Sequence[Parts], Runs]] = {}
         self._halted: dict[int, list[Halted]] = {}
@@ -115,13 +122,13 @@ class Group:
         self._assignments: dict[int, Assignment] = {}  # by the batches that they are for
         self._logits = Room(skeleton.compute_dtype, self._device)
 
-    def _make_kernels(self, device: torch.device, widener: Widener) -> list[ExpertKernel]:
-        """One for every worker of the CPU, or one for the GPU."""
+    def _make_kernels(self, device: torch.device, multiplier: Multiplier) -> Kernels:
         skeleton = self._skeleton
         inner = max(map(skeleton.inner, range(skeleton.layers)))
         count = skeleton.workers.count if device == HOST else 1
         rows, dtypes = -(-self._chunks.expert_rows // count), (skeleton.compute_dtype, skeleton.wide_dtype)
-        return [ExpertKernel(rows, skeleton.hidden, inner, *dtypes, device, widener) for _ in range(count)]
+        alone = [ExpertKernel(rows, skeleton.hidden, inner, *dtypes, device, multiplier) for _ in range(count)]
+        return Kernels(alone, OwnKernel(inner, multiplier) if device == HOST and multiplier.known else None)
 
     @property
     def tokens(self) -> int:
@@ -416,8 +423,7 @@ class Group:
         """sums <- the sum of weight x expert(rows) in the wide type, for all tokens of the group; both flat."""
         shape = self._wide.shape
         x, out = rows[: self._x.numel()].view(shape), sums[: self._wide.numel()].view(shape)
-        if not self._elsewhere:
-            self._elsewhere.extend(self._make_kernels(HOST, self._skeleton.make_widener()))
+        self._elsewhere = self._elsewhere or self._make_kernels(HOST, self._skeleton.make_multiplier())
         self._add_experts(self._elsewhere, layer, experts, self._sent, x, out.zero_())
 
     @torch.inference_mode()
@@ -427,17 +433,18 @@ class Group:
 
     def _add_experts(
         self,
-        kernels: Sequence[ExpertKernel],
+        kernels: Kernels,
         layer: int,
         experts: Sequence[tuple[int, Parts]],
         assignment: Assignment,
         x: torch.Tensor,
         into: torch.Tensor,
     ) -> None:
-        module, most = self._skeleton.experts(layer), kernels[0].rows
+        module, alone = self._skeleton.experts(layer), kernels.alone
         if into.is_cuda:
-            experts = self._add_together(kernels[0], module, experts, assignment, x, into)
-
+            experts = self._add_together(alone[0], module, experts, assignment, x, into)
+        elif kernels.own:
+            experts = self._add_by_own(kernels.own, module, experts, assignment, x, into)
         each = assignment.of_each
 
         def add(expert: int, stored: Parts, piece: slice, worker: int | None) -> None:
@@ -446,20 +453,41 @@ class Group:
             if piece.stop - piece.start < len(rows):
                 own = slice(piece.start - assignment.starts[expert], piece.stop - assignment.starts[expert])
                 rows, weights = rows[own], weights[own]
-            out = kernels[worker or 0].run(module, parts, x, rows, weights, worker)
+            out = alone[worker or 0].run(module, parts, x, rows, weights, worker)
             with self._adding:
                 into.index_add_(0, rows, out)
 
         def add_share(share: Sequence[tuple[int, slice]], worker: int | None) -> None:
             for number, rows in share:
-                for piece in _split(rows, most):
+                for piece in _split(rows, alone[0].rows):
                     add(*experts[number], piece, worker)
 
         chosen = [slice(assignment.starts[expert], assignment.starts[expert + 1]) for expert, _ in experts]
-        if len(kernels) > 1 and rows_worth(chosen) * kernels[0].flops_per_row >= WORTH_SHARING:
-            self._skeleton.workers.run([partial(add_share, share) for share in shares(chosen, len(kernels))])
+        if len(alone) > 1 and rows_worth(chosen) * alone[0].flops_per_row >= WORTH_SHARING:
+            self._skeleton.workers.run([partial(add_share, share) for share in shares(chosen, len(alone))])
         else:
             add_share(list(enumerate(chosen)), None)
+
+    def _add_by_own(
+        self,
+        own: OwnKernel,
+        module: Any,
+        experts: Sequence[tuple[int, Parts]],
+        assignment: Assignment,
+        x: torch.Tensor,
+        into: torch.Tensor,
+    ) -> Sequence[tuple[int, Parts]]:
+        """As many of an op's experts as our own kernel had better compute; returns the others that have tokens."""
+        taken, others = list[tuple[Parts, torch.Tensor, torch.Tensor]](), list[tuple[int, Parts]]()
+        for expert, parts in experts:
+            rows, weights, _ = assignment.of_each[expert]
+            if own.takes(module, parts, x, rows):
+                taken.append((parts, rows, weights))
+            elif len(rows):
+                others.append((expert, parts))
+        if taken:
+            own.add(into, x, taken)
+        return others
 
     def _add_together(
         self,
@@ -512,7 +540,7 @@ class Group:
         """
         size = len(self._last) * len(weight)
         logits = self._logits.take(size)[:size].view(len(self._last), -1)
-        self._skeleton.widener.mm(self._last, (weight.to(self._last.dtype), logits), bias=bias)
+        self._skeleton.multiplier.mm(self._last, (weight.to(self._last.dtype), logits), bias=bias)
         value, word = logits.max(dim=1)
         word += first
         better = (value > self._best) | ((value == self._best) & (word < self._token))

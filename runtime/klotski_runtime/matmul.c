@@ -1,16 +1,20 @@
-/* Products of 16-bit matrices, for any number of rows without code of its own: sums are kept in fp32, and what comes out is rounded
- * once. Where a processor multiplies pairs of bf16, elements go into the cache as they are; else they are widened to fp32 on the way.
+/* Products of 16-bit matrices, and whole feed-forwards of routed experts, for any number of rows without code of its own: sums are kept
+ * in fp32, and what comes out is rounded once. Where a processor multiplies pairs of bf16, elements stay as they are; else they are
+ * widened to fp32.
  *
- * out [m, n] = x [m, k] times the transpose of weight [n, k], plus bias [n]. Weights are read from memory once for BLOCK_ROWS rows:
- *     rows are brought in once, in blocks of BLOCK_DEPTH columns which stay in the second-level cache;
- *     COLUMNS rows of the weight at a time are brought into the first-level cache;
- *     a tile of TILE_ROWS x COLUMNS sums, one vector each over the depth, stays in registers.
- * A sum's terms are added in an order that depends on nothing but k, so a row's product is the same, to the bit, whatever rows are
- * multiplied beside it and however columns are shared among threads.
+ * out [m, n] = x [m, k] times the transpose of weight [n, k], plus bias [n].
+ *     Rows are packed in panels: a lane of a vector for each of them, one term (or pair of terms) of all of them after the other. They stay
+ *     in the second-level cache, BLOCK_ROWS at a time, for which a weight is read from memory once.
+ *     Weights need no packing: every term of a column is multiplied by a panel's rows at once, a few columns at a time, whose sums stay in
+ *     registers over the whole depth.
+ * A sum's terms are added one after the other, so a row's product is the same, to the bit, whatever rows are multiplied beside it.
  *
- * Compiled where it runs, for the processor that is there. BLOCK_ROWS, BLOCK_DEPTH, BLOCK_COLUMNS, PADDING and
- * COLUMNS come with the command, from where the memory that they take is counted. */
+ * Threads that work together share a counter and take the next BLOCK_COLUMNS columns from it: who is held up takes fewer.
+ *
+ * Compiled where it runs, for the processor that is there. BLOCK_ROWS, BLOCK_COLUMNS, PANEL_ROWS and INNERS come with the command, from
+ * where the memory that they take is counted. */
 
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
 #if defined(__F16C__) || defined(__AVX512F__)
@@ -26,15 +30,20 @@
 #define LANES 4
 #endif
 #endif
+#define HALF (LANES / 2)
 
 #if defined(__AVX512F__) || defined(__aarch64__) /* which have 32 vector registers; others have 16 */
-#define TILE_ROWS 6
+#define VECTORS 4 /* of rows in a panel */
+#define MANY 8    /* columns at a time, beside up to three of them */
 #else
-#define TILE_ROWS 3
+#define VECTORS 2
+#define MANY 6
 #endif
-_Static_assert(COLUMNS == 4 && BLOCK_COLUMNS % COLUMNS == 0, "four sums at a time are added up and kept");
+#define FEW 6
+_Static_assert(VECTORS * LANES <= PANEL_ROWS && BLOCK_ROWS % (VECTORS * LANES) == 0, "blocks are of whole panels");
+_Static_assert(BLOCK_COLUMNS % MANY == 0 && BLOCK_COLUMNS % FEW == 0 && BLOCK_COLUMNS % 8 == 0, "blocks are of whole tiles");
 
-#if defined(__AVX512BF16__) && LANES == 16
+#if defined(__AVX512BF16__) && defined(__AVX512VL__) && LANES == 16 && !defined(NO_PAIRS)
 #define HAS_PAIRS 1
 #else
 #define HAS_PAIRS 0
@@ -44,13 +53,14 @@ _Static_assert(COLUMNS == 4 && BLOCK_COLUMNS % COLUMNS == 0, "four sums at a tim
 enum type { BF16, FP16 };
 
 #define IN_PAIRS(type) (HAS_PAIRS && (type) == BF16)
-#define ELEMENT(type) (IN_PAIRS(type) ? 2 : 4) /* bytes in the cache */
-#define DEPTH(type) (4 * BLOCK_DEPTH / ELEMENT(type)) /* columns of a block, which takes as many bytes of either */
-#define STRIDE (4 * (BLOCK_DEPTH + PADDING)) /* bytes: rows that lie a power of two apart would displace each other in the cache */
+#define TERMS(type) (IN_PAIRS(type) ? 2 : 1) /* of a sum in a word of four bytes */
+#define WORDS(type, k) (((k) + TERMS(type) - 1) / TERMS(type))
 
 #ifndef IN_REGISTER /* or compilers read it from memory again for each of its uses */
 #if defined(__aarch64__)
 #define IN_REGISTER(v) __asm__("" : "+w"(v))
+#elif defined(__AVX512F__)
+#define IN_REGISTER(v) __asm__("" : "+v"(v))
 #elif defined(__x86_64__)
 #define IN_REGISTER(v) __asm__("" : "+x"(v))
 #else
@@ -58,96 +68,65 @@ enum type { BF16, FP16 };
 #endif
 #endif
 
-#define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
+#define EACH(i, count) _Pragma("GCC unroll 32") for (int i = 0; i < (count); i++)
 #define INLINE static inline __attribute__((always_inline))
 
+typedef uint32_t word; /* fp32, or a pair of bf16 */
 typedef float vector __attribute__((vector_size(4 * LANES)));
+typedef float half_vector __attribute__((vector_size(4 * HALF)));
+typedef word vector_words __attribute__((vector_size(4 * LANES)));
+typedef word half_words __attribute__((vector_size(4 * HALF)));
 typedef float four __attribute__((vector_size(16)));
 typedef uint16_t halves __attribute__((vector_size(16)));
-typedef uint32_t words __attribute__((vector_size(32)));
+typedef word words __attribute__((vector_size(32)));
 
 typedef struct {
     const uint16_t *at;
     long row, column; /* elements from one to the next */
 } matrix;
 
+/* Rows of x, in the order of their numbers where they have some. */
+typedef struct {
+    const uint16_t *at;
+    long row;
+    const int64_t *numbers;
+} selection;
+
+/* Rows in panels: as many as make ``units`` halves of a vector, evenly shared among panels. */
+typedef struct {
+    long rows, units, count;
+} panels;
+
+/* What one thread needs for itself. */
+typedef struct {
+    float *sums, *others; /* [BLOCK_COLUMNS, a panel's lanes] */
+    word *rows, *columns; /* panels [BLOCK_ROWS, terms], and BLOCK_COLUMNS columns of a weight, in words */
+    uint16_t *turned;     /* such columns as they are */
+} room;
+
 INLINE long least(long a, long b) { return a < b ? a : b; }
 
-/* The sum of each of four vectors. */
-INLINE four sums_of(const vector *v) {
-#if defined(__AVX512F__) && LANES == 16
-#define FOLDED(a, b) (_mm512_unpacklo_ps((__m512)(a), (__m512)(b)) + _mm512_unpackhi_ps((__m512)(a), (__m512)(b)))
-    __m512 ab = FOLDED(v[0], v[1]), cd = FOLDED(v[2], v[3]);
-    __m512 all = (__m512)_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd) + (__m512)_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
-    __m256 half = _mm512_castps512_ps256(all) + (__m256)_mm512_extractf64x4_pd((__m512d)all, 1);
-    return (four)(_mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
-#else
-    four folded[4], part;
-    EACH(i, 4) {
-        memcpy(&folded[i], &v[i], sizeof part);
-        EACH(j, LANES / 4 - 1) {
-            memcpy(&part, (const float *)&v[i] + 4 * (j + 1), sizeof part);
-            folded[i] += part;
-        }
-    }
-#define PAIRS(a, b) (four){a[0], b[0], a[1], b[1]} + (four){a[2], b[2], a[3], b[3]}
-    four p = PAIRS(folded[0], folded[1]), q = PAIRS(folded[2], folded[3]);
-    return (four){p[0], p[1], q[0], q[1]} + (four){p[2], p[3], q[2], q[3]};
-#endif
+INLINE room rooms(float *scratch, long widest) {
+    room of = {.sums = scratch};
+    of.others = of.sums + BLOCK_COLUMNS * PANEL_ROWS;
+    of.rows = (word *)(of.others + BLOCK_COLUMNS * PANEL_ROWS);
+    of.columns = of.rows + BLOCK_ROWS * widest;
+    of.turned = (uint16_t *)(of.columns + BLOCK_COLUMNS * widest);
+    return of;
 }
 
-/* sum + x * w, of pairs of elements each lane's two products. */
-INLINE vector added(const enum type type, vector sum, vector x, vector w) {
-#if HAS_PAIRS
-    if (type == BF16) return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
-#endif
-    return sum + x * w;
+INLINE panels in_panels(long rows) {
+    panels found = {.rows = rows, .units = (rows + HALF - 1) / HALF};
+    found.count = (found.units + 2 * VECTORS - 1) / (2 * VECTORS);
+    return found;
 }
 
-/* sums [rows, COLUMNS] of products over so many bytes, added to what stands there unless they are the first. */
-INLINE void tile(const enum type type, const int rows, const char *x, const char *weight, long nbytes, float *sums, int first) {
-    vector sum[TILE_ROWS][COLUMNS];
-    EACH(r, rows) EACH(c, COLUMNS) sum[r][c] = (vector){0};
-    for (long i = 0; i < nbytes; i += sizeof(vector)) {
-        vector xs[TILE_ROWS], w;
-        EACH(r, rows) {
-            memcpy(&xs[r], x + r * STRIDE + i, sizeof w);
-            IN_REGISTER(xs[r]);
-        }
-        EACH(c, COLUMNS) {
-            memcpy(&w, weight + c * STRIDE + i, sizeof w);
-            IN_REGISTER(w);
-            EACH(r, rows) sum[r][c] = added(type, sum[r][c], xs[r], w);
-        }
-    }
-    EACH(r, rows) {
-        four of_row = sums_of(sum[r]), before;
-        if (!first) {
-            memcpy(&before, sums + r * BLOCK_COLUMNS, sizeof before);
-            of_row += before;
-        }
-        memcpy(sums + r * BLOCK_COLUMNS, &of_row, sizeof of_row);
-    }
-}
-
-INLINE void tiles(const enum type type, const char *x, long rows, const char *weight, long nbytes, float *sums, int first) {
-    for (; rows >= TILE_ROWS; rows -= TILE_ROWS, x += TILE_ROWS * STRIDE, sums += TILE_ROWS * BLOCK_COLUMNS)
-        tile(type, TILE_ROWS, x, weight, nbytes, sums, first);
-    switch (rows) {
-    case 1: tile(type, 1, x, weight, nbytes, sums, first); break;
-    case 2: tile(type, 2, x, weight, nbytes, sums, first); break;
-#if TILE_ROWS > 3
-    case 3: tile(type, 3, x, weight, nbytes, sums, first); break;
-    case 4: tile(type, 4, x, weight, nbytes, sums, first); break;
-    case 5: tile(type, 5, x, weight, nbytes, sums, first); break;
-#endif
-    }
-}
+INLINE long unit(panels of, long number) { return of.units * number / of.count; } /* the first one of a panel */
 
 INLINE float widened(const enum type type, uint16_t half) {
     float wide;
     if (type == BF16) {
-        uint32_t bits = (uint32_t)half << 16;
+        word bits = (word)half << 16;
         memcpy(&wide, &bits, sizeof wide);
     } else {
 #ifdef __F16C__
@@ -163,7 +142,7 @@ INLINE float widened(const enum type type, uint16_t half) {
 
 INLINE uint16_t narrowed(const enum type type, float wide) { /* to the nearest, ties to even */
     if (type == BF16) {
-        uint32_t bits;
+        word bits;
         memcpy(&bits, &wide, sizeof bits);
         return wide != wide ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     }
@@ -177,118 +156,414 @@ INLINE uint16_t narrowed(const enum type type, float wide) { /* to the nearest, 
 #endif
 }
 
-INLINE void widen_eight(const enum type type, const uint16_t *from, float *to) {
+/* A value that is rounded to the type, in fp32. */
+INLINE float rounded(const enum type type, float wide) { return widened(type, narrowed(type, wide)); }
+
+INLINE words widen_eight(const enum type type, const uint16_t *from) {
+    words wide;
     if (type == BF16) {
         halves eight;
         memcpy(&eight, from, sizeof eight);
-        words wide = __builtin_convertvector(eight, words) << 16;
-        memcpy(to, &wide, sizeof wide);
+        wide = __builtin_convertvector(eight, words) << 16;
     } else {
 #ifdef __F16C__
-        _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)));
+        wide = (words)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
 #else
-        EACH(i, 8) to[i] = widened(type, from[i]);
+        float each[8];
+        EACH(i, 8) each[i] = widened(type, from[i]);
+        memcpy(&wide, each, sizeof wide);
+#endif
+    }
+    return wide;
+}
+
+/* Eight words of a row; one word of it, of which so many terms are there. */
+INLINE words eight_words(const enum type type, const uint16_t *from) {
+    if (!IN_PAIRS(type)) return widen_eight(type, from);
+    words pairs;
+    memcpy(&pairs, from, sizeof pairs);
+    return pairs;
+}
+
+INLINE word one_word(const enum type type, const uint16_t *from, long terms) {
+    if (IN_PAIRS(type)) return terms > 1 ? from[0] | (word)from[1] << 16 : from[0];
+    float wide = widened(type, from[0]);
+    word bits;
+    memcpy(&bits, &wide, sizeof bits);
+    return bits;
+}
+
+/* The transpose of eight vectors of eight: three rounds, each of which deals them out like two halves of a pack of cards. */
+#define TURN(v, u)                                                                                     \
+    for (int round = 0; round < 3; round++) {                                                          \
+        EACH(i, 4) {                                                                                   \
+            __typeof__(v[0]) a = v[i], b = v[i + 4];                                                   \
+            u[2 * i] = (__typeof__(a)){a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3]};                \
+            u[2 * i + 1] = (__typeof__(a)){a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]};            \
+        }                                                                                              \
+        EACH(i, 8) v[i] = u[i];                                                                        \
+    }
+
+/* to [columns, k] <- the columns of a weight whose columns, not rows, lie in one piece, as some families store theirs. */
+INLINE void turn(matrix from, long columns, long k, uint16_t *to) {
+    long whole = from.row == 1 ? k / 8 * 8 : 0;
+    for (long i = 0; i < whole; i += 8) {
+        long j = 0;
+        for (; j + 8 <= columns; j += 8) {
+            halves v[8], u[8];
+            EACH(d, 8) memcpy(&v[d], from.at + (i + d) * from.column + j, sizeof v[d]);
+            TURN(v, u)
+            EACH(c, 8) memcpy(to + (j + c) * k + i, &v[c], sizeof v[c]);
+        }
+        for (; j < columns; j++)
+            for (long d = i; d < i + 8; d++) to[j * k + d] = from.at[d * from.column + j];
+    }
+    for (long j = 0; j < columns; j++)
+        for (long i = whole; i < k; i++) to[j * k + i] = from.at[j * from.row + i * from.column];
+}
+
+/* to [words of k, lanes] <- ``count`` rows, from number ``first`` on; zeros in lanes that have none. */
+INLINE void pack(const enum type type, selection x, long first, long count, long lanes, long k, word *to) {
+    const long terms = TERMS(type), whole = k / (8 * terms) * 8, all = WORDS(type, k);
+    for (long lane = 0; lane < lanes; lane += HALF) {
+        const uint16_t *from[HALF];
+        EACH(i, HALF) {
+            long number = first + lane + i;
+            from[i] = lane + i < count ? x.at + (x.numbers ? x.numbers[number] : number) * x.row : 0;
+        }
+        long p = 0;
+#if HALF == 8
+        for (; p < whole; p += 8) {
+            words v[8], u[8];
+            EACH(i, 8) v[i] = from[i] ? eight_words(type, from[i] + terms * p) : (words){0};
+            TURN(v, u)
+            EACH(i, 8) memcpy(to + (p + i) * lanes + lane, &v[i], sizeof v[i]);
+        }
+#else
+        for (; p < whole; p += 8)
+            EACH(i, HALF) {
+                words v = from[i] ? eight_words(type, from[i] + terms * p) : (words){0};
+                EACH(j, 8) to[(p + j) * lanes + lane + i] = v[j];
+            }
+#endif
+        for (; p < all; p++)
+            EACH(i, HALF) to[p * lanes + lane + i] = from[i] ? one_word(type, from[i] + terms * p, k - terms * p) : 0;
+    }
+}
+
+/* sum + x * w, of pairs of elements each lane's two products. */
+INLINE vector added(const enum type type, vector sum, vector_words x, vector_words w) {
+#if HAS_PAIRS
+    if (type == BF16) return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
+#endif
+    return sum + (vector)x * (vector)w;
+}
+
+INLINE half_vector added_half(const enum type type, half_vector sum, half_words x, half_words w) {
+#if HAS_PAIRS
+    if (type == BF16) return (half_vector)_mm256_dpbf16_ps((__m256)sum, (__m256bh)x, (__m256bh)w);
+#endif
+    return sum + (half_vector)x * (half_vector)w;
+}
+
+/* sums [columns, lanes] of a panel of ``vectors`` vectors and perhaps half of one; columns lie ``apart`` bytes from each other, and those
+ * that come next are called for. */
+INLINE void tile(const enum type type, const int vectors, const int has_half, const int columns, const word *x, const char *weight,
+                 long apart, long count, float *sums) {
+    const int lanes = LANES * vectors + HALF * has_half;
+    vector sum[VECTORS][MANY];
+    half_vector last[MANY];
+    EACH(c, columns) {
+        EACH(v, vectors) sum[v][c] = (vector){0};
+        last[c] = (half_vector){0};
+    }
+    for (long begin = 0; begin < count; begin += 16) {
+        EACH(c, columns) __builtin_prefetch(weight + (columns + c) * apart + 4 * begin, 0, 2);
+        for (long p = begin, end = least(begin + 16, count); p < end; p++) {
+            vector_words xs[VECTORS];
+            half_words of_half = {0};
+            EACH(v, vectors) {
+                memcpy(&xs[v], x + p * lanes + LANES * v, sizeof xs[v]);
+                IN_REGISTER(xs[v]);
+            }
+            if (has_half) {
+                memcpy(&of_half, x + p * lanes + LANES * vectors, sizeof of_half);
+                IN_REGISTER(of_half);
+            }
+            EACH(c, columns) {
+                word w;
+                memcpy(&w, weight + c * apart + 4 * p, sizeof w);
+                vector_words ws = w - (vector_words){0};
+                half_words half = w - (half_words){0};
+                if (vectors) IN_REGISTER(ws);
+                EACH(v, vectors) sum[v][c] = added(type, sum[v][c], xs[v], ws);
+                if (has_half && vectors) memcpy(&half, &ws, sizeof half);
+                if (has_half) last[c] = added_half(type, last[c], of_half, half);
+            }
+        }
+    }
+    EACH(c, columns) {
+        EACH(v, vectors) memcpy(sums + c * lanes + LANES * v, &sum[v][c], sizeof sum[v][c]);
+        if (has_half) memcpy(sums + c * lanes + LANES * vectors, &last[c], sizeof last[c]);
+    }
+}
+
+INLINE void tiles(const enum type type, const int vectors, const int has_half, const word *x, const char *weight, long apart,
+                  long columns, long count, float *sums) {
+    const int lanes = LANES * vectors + HALF * has_half, many = 2 * vectors + has_half < 2 * VECTORS - 1 ? MANY : FEW;
+    long c = 0;
+    for (; c + many <= columns; c += many) tile(type, vectors, has_half, many, x, weight + c * apart, apart, count, sums + c * lanes);
+    for (; c < columns; c++) tile(type, vectors, has_half, 1, x, weight + c * apart, apart, count, sums + c * lanes);
+}
+
+/* sums [columns, lanes] of a panel of so many halves of vectors. */
+INLINE void of_panel(const enum type type, long units, const word *x, const char *weight, long apart, long columns, long count,
+                     float *sums) {
+#define PANEL(vectors, half) \
+    case 2 * (vectors) + (half): tiles(type, vectors, half, x, weight, apart, columns, count, sums); break;
+    switch (units) {
+        PANEL(0, 1) PANEL(1, 0) PANEL(1, 1) PANEL(2, 0)
+#if VECTORS > 2
+        PANEL(2, 1) PANEL(3, 0) PANEL(3, 1) PANEL(4, 0)
 #endif
     }
 }
 
-/* to [8, a block's depth] <- the transpose of eight rows of eight elements. */
-INLINE void turn_eight(const enum type type, const uint16_t *from, long row, uint16_t *to) {
-    halves v[8], u[8];
-    EACH(i, 8) memcpy(&v[i], from + i * row, sizeof v[i]);
-    for (int round = 0; round < 3; round++) { /* each deals the rows out like two halves of a pack of cards */
-        EACH(i, 4) {
-            halves a = v[i], b = v[i + 4];
-            u[2 * i] = (halves){a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3]};
-            u[2 * i + 1] = (halves){a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]};
+typedef struct {
+    const char *at;
+    long apart; /* bytes from one column to the next */
+} columns;
+
+/* So many columns of a weight, in words: where they are if they lie so, or in ``of``. */
+INLINE columns brought(const enum type type, matrix weight, long count, long k, room of) {
+    if (weight.column != 1) {
+        turn(weight, count, k, of.turned);
+        weight = (matrix){of.turned, k, 1};
+    }
+    if (IN_PAIRS(type) && k % 2 == 0) return (columns){(const char *)weight.at, 2 * weight.row};
+    const long terms = TERMS(type), all = WORDS(type, k), whole = k / (8 * terms) * 8;
+    for (long c = 0; c < count; c++) {
+        const uint16_t *from = weight.at + c * weight.row;
+        word *to = of.columns + c * all;
+        for (long d = 0; d < k; d += 32) __builtin_prefetch(from + BLOCK_COLUMNS * weight.row + d, 0, 2);
+        long p = 0;
+        for (; p < whole; p += 8) {
+            words eight = eight_words(type, from + terms * p);
+            memcpy(to + p, &eight, sizeof eight);
         }
-        EACH(i, 8) v[i] = u[i];
+        for (; p < all; p++) to[p] = one_word(type, from + terms * p, k - terms * p);
     }
-    EACH(i, 8) memcpy(to + i * DEPTH(type), &v[i], sizeof v[i]);
+    return (columns){(const char *)of.columns, 4 * all};
 }
 
-/* to [columns, a block's depth] <- a block of a weight whose columns, not rows, lie in one piece, as some families store theirs. */
-INLINE void turn(const enum type type, matrix from, long columns, long depth, uint16_t *to) {
-    long whole = from.row == 1 ? depth / 8 * 8 : 0;
-    for (long i = 0; i < whole; i += 8) {
-        long j = 0;
-        for (; j + 8 <= columns; j += 8) turn_eight(type, from.at + i * from.column + j, from.column, to + j * DEPTH(type) + i);
-        for (; j < columns; j++)
-            for (long d = i; d < i + 8; d++) to[j * DEPTH(type) + d] = from.at[d * from.column + j];
+INLINE void pack_all(const enum type type, selection x, panels of, long k, word *to) {
+    for (long q = 0; q < of.count; q++) {
+        long first = HALF * unit(of, q), lanes = HALF * unit(of, q + 1) - first;
+        pack(type, x, first, least(lanes, of.rows - first), lanes, k, to + first * WORDS(type, k));
     }
-    for (long j = 0; j < columns; j++)
-        for (long i = whole; i < depth; i++) to[j * DEPTH(type) + i] = from.at[j * from.row + i * from.column];
 }
 
-/* ``count`` elements into the cache, and zeros up to a whole vector. */
-INLINE void bring(const enum type type, const uint16_t *from, long count, char *to) {
-    long i = 0, nbytes = count * ELEMENT(type);
-    if (IN_PAIRS(type)) {
-        memcpy(to, from, nbytes);
-    } else {
-        float *wide = (float *)to;
-        for (; i + 8 <= count; i += 8) widen_eight(type, from + i, wide + i);
-        for (; i < count; i++) wide[i] = widened(type, from[i]);
+/* out <- what stands in sums [columns, lanes], plus bias. */
+INLINE void put(const enum type type, const float *sums, long lanes, long rows, long columns, const uint16_t *bias, uint16_t *out,
+                long out_row) {
+    uint16_t each[BLOCK_COLUMNS * PANEL_ROWS];
+    for (long c = 0; c < columns; c++) {
+        float added = bias ? widened(type, bias[c]) : 0;
+        for (long lane = 0; lane < lanes; lane++) each[c * lanes + lane] = narrowed(type, sums[c * lanes + lane] + added);
     }
-    if (nbytes % sizeof(vector)) memset(to + nbytes, 0, sizeof(vector) - nbytes % sizeof(vector));
+    long r = 0;
+#if HALF >= 8
+    for (; r + 8 <= rows; r += 8) {
+        long c = 0;
+        for (; c + 8 <= columns; c += 8) {
+            halves v[8], u[8];
+            EACH(i, 8) memcpy(&v[i], each + (c + i) * lanes + r, sizeof v[i]);
+            TURN(v, u)
+            EACH(i, 8) memcpy(out + (r + i) * out_row + c, &v[i], sizeof v[i]);
+        }
+        for (; c < columns; c++)
+            for (long i = r; i < r + 8; i++) out[i * out_row + c] = each[c * lanes + i];
+    }
+#endif
+    for (; r < rows; r++)
+        for (long c = 0; c < columns; c++) out[r * out_row + c] = each[c * lanes + r];
 }
 
-/* COLUMNS rows of a weight that has so many left: zeros for those that are not there. */
-INLINE void bring_columns(const enum type type, matrix from, long left, long depth, char *to) {
-    for (long c = 0; c < COLUMNS; c++, to += STRIDE) {
-        const uint16_t *row = from.at + c * from.row;
-        if (c >= left) {
-            memset(to, 0, STRIDE);
+INLINE void multiply(const enum type type, matrix x, matrix weight, const uint16_t *bias, uint16_t *out, long out_row, long m, long n,
+                     long k, long *next, float *scratch) {
+    const room of = rooms(scratch, k);
+    const long parts = (n + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS, blocks = (m + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    long taken, packed = -1;
+    while ((taken = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < blocks * parts) {
+        long block = taken / parts, m0 = block * BLOCK_ROWS, n0 = taken % parts * BLOCK_COLUMNS, width = least(BLOCK_COLUMNS, n - n0);
+        const panels in = in_panels(least(BLOCK_ROWS, m - m0));
+        if (packed != block) pack_all(type, (selection){x.at + m0 * x.row, x.row, 0}, in, k, of.rows);
+        packed = block;
+        columns from = brought(type, (matrix){weight.at + n0 * weight.row, weight.row, weight.column}, width, k, of);
+        for (long q = 0; q < in.count; q++) {
+            long units = unit(in, q + 1) - unit(in, q), first = HALF * unit(in, q);
+            of_panel(type, units, of.rows + first * WORDS(type, k), from.at, from.apart, width, WORDS(type, k), of.sums);
+            put(type, of.sums, HALF * units, least(HALF * units, in.rows - first), width, bias ? bias + n0 : 0,
+                out + (m0 + first) * out_row + n0, out_row);
+        }
+    }
+}
+
+/* next: zero, where threads that call with the same one share the work. scratch: room for ``rooms``. */
+void matmul_bf16(const uint16_t *x, long x_row, const uint16_t *weight, long weight_row, long weight_column, const uint16_t *bias,
+                 uint16_t *out, long out_row, long m, long n, long k, long *next, float *scratch) {
+    multiply(BF16, (matrix){x, x_row, 1}, (matrix){weight, weight_row, weight_column}, bias, out, out_row, m, n, k, next, scratch);
+}
+
+void matmul_fp16(const uint16_t *x, long x_row, const uint16_t *weight, long weight_row, long weight_column, const uint16_t *bias,
+                 uint16_t *out, long out_row, long m, long n, long k, long *next, float *scratch) {
+    multiply(FP16, (matrix){x, x_row, 1}, (matrix){weight, weight_row, weight_column}, bias, out, out_row, m, n, k, next, scratch);
+}
+
+/* ------------------------------------------------------------------------------------------------- experts */
+
+/* Up to BLOCK_ROWS rows of one expert: numbers of rows of x and out, and the weight of each. */
+typedef struct {
+    const uint16_t *gate, *up, *down;
+    const int64_t *rows;
+    const float *weights;
+    long count, gate_row, up_row, down_row;
+    long inner_done, done; /* blocks of columns */
+} piece;
+
+/* x [tokens, hidden] by row, out [tokens, hidden] in fp32; inner: INNERS x BLOCK_ROWS x width words for what lies between a piece's
+ * matmuls; locks: one for every block of columns of out, zero. */
+typedef struct {
+    const uint16_t *x;
+    float *out;
+    long x_row, out_row, hidden, width, count;
+    piece *pieces;
+    word *inner;
+    char *locks;
+    long next;
+} job;
+
+INLINE void wait_for(const long *counter, long value) {
+    for (int spins = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < value;)
+        if (++spins > 1000) sched_yield();
+}
+
+/* e to the x: 2^n times a polynomial, within two units in the last place; x is at most 88. */
+INLINE float exponential(float x) {
+    x = x < -87 ? -87 : x;
+    const float shift = 12582912; /* rounds to a whole number */
+    float shifted = x * 1.44269504f + shift, n = shifted - shift, r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1;
+    word bits;
+    memcpy(&bits, &p, sizeof bits);
+    bits += (word)(int32_t)n << 23;
+    memcpy(&p, &bits, sizeof p);
+    return p;
+}
+
+/* What the first two matmuls leave, as the third's rows: silu(gate) * up, each rounded as PyTorch's ops round it. */
+INLINE void activate(const enum type type, const float *gate, const float *up, long lanes, long columns, word *to) {
+    uint16_t each[2][PANEL_ROWS];
+    for (long c = 0; c < columns; c += TERMS(type), to += lanes) {
+        for (long t = 0; t < TERMS(type); t++) {
+            if (c + t >= columns) { /* the last of an odd number */
+                memset(each[t], 0, sizeof each[t]);
+                break;
+            }
+            const float *g = gate + (c + t) * lanes, *u = up + (c + t) * lanes;
+            for (long lane = 0; lane < lanes; lane++) {
+                float x = rounded(type, g[lane]), silu = x / (1 + exponential(x > -87 ? -x : 87));
+                each[t][lane] = narrowed(type, rounded(type, silu) * rounded(type, u[lane]));
+            }
+        }
+        for (long lane = 0; lane < lanes; lane++) {
+            float wide = widened(type, each[0][lane]);
+            if (IN_PAIRS(type)) to[lane] = each[0][lane] | (word)each[1][lane] << 16;
+            else memcpy(to + lane, &wide, sizeof wide);
+        }
+    }
+}
+
+/* out of every row += its weight times what stands in sums [columns, lanes], rounded. */
+INLINE void scatter(const enum type type, float *sums, long lanes, long rows, long columns, const int64_t *numbers, const float *weights,
+                    float *out, long out_row) {
+    for (long c = 0; c < columns; c++)
+        for (long r = 0; r < rows; r++) sums[c * lanes + r] = rounded(type, sums[c * lanes + r]) * weights[r];
+    long r = 0;
+    for (; r + 4 <= rows; r += 4) {
+        long c = 0;
+        for (; c + 4 <= columns; c += 4) {
+            four v[4], to;
+            EACH(i, 4) memcpy(&v[i], sums + (c + i) * lanes + r, sizeof v[i]);
+            EACH(i, 4) {
+                float *at = out + numbers[r + i] * out_row + c;
+                memcpy(&to, at, sizeof to);
+                to += (four){v[0][i], v[1][i], v[2][i], v[3][i]};
+                memcpy(at, &to, sizeof to);
+            }
+        }
+        for (; c < columns; c++)
+            EACH(i, 4) out[numbers[r + i] * out_row + c] += sums[c * lanes + r + i];
+    }
+    for (; r < rows; r++)
+        for (long c = 0; c < columns; c++) out[numbers[r] * out_row + c] += sums[c * lanes + r];
+}
+
+/* Blocks are taken in such an order that what a block needs was taken long before: the first part of piece 0, then of each piece the first
+ * part of the next one and its own second part. */
+INLINE void feed_forward(const enum type type, job *of, float *scratch, long widest) {
+    const room own = rooms(scratch, widest);
+    const long firsts = (of->width + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS, seconds = (of->hidden + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
+    const long words_in = WORDS(type, of->hidden), words_inner = WORDS(type, of->width);
+    long taken, packed = -1;
+    while ((taken = __atomic_fetch_add(&of->next, 1, __ATOMIC_RELAXED)) < of->count * (firsts + seconds)) {
+        long turn = taken - firsts, number = turn < 0 ? 0 : turn / (firsts + seconds), part = turn < 0 ? taken : turn % (firsts + seconds);
+        int is_first = turn < 0 || (number < of->count - 1 && part < firsts);
+        if (turn >= 0 && number < of->count - 1) {
+            if (is_first) number++;
+            else part -= firsts;
+        }
+        piece *p = of->pieces + number;
+        const panels in = in_panels(p->count);
+        word *inner = of->inner + number % INNERS * BLOCK_ROWS * words_inner;
+        long c0 = part * BLOCK_COLUMNS, width = least(BLOCK_COLUMNS, (is_first ? of->width : of->hidden) - c0);
+        if (is_first) {
+            if (number >= INNERS) wait_for(&p[-INNERS].done, seconds);
+            if (packed != number) pack_all(type, (selection){of->x, of->x_row, p->rows}, in, of->hidden, own.rows);
+            packed = number;
+            for (long q = 0; q < in.count; q++) {
+                long first = HALF * unit(in, q), lanes = HALF * unit(in, q + 1) - first;
+                const word *rows = own.rows + first * words_in;
+                columns gate = brought(type, (matrix){p->gate + c0 * p->gate_row, p->gate_row, 1}, width, of->hidden, own);
+                of_panel(type, lanes / HALF, rows, gate.at, gate.apart, width, words_in, own.sums);
+                columns up = brought(type, (matrix){p->up + c0 * p->up_row, p->up_row, 1}, width, of->hidden, own);
+                of_panel(type, lanes / HALF, rows, up.at, up.apart, width, words_in, own.others);
+                activate(type, own.sums, own.others, lanes, width, inner + first * words_inner + c0 / TERMS(type) * lanes);
+            }
+            __atomic_fetch_add(&p->inner_done, 1, __ATOMIC_RELEASE);
             continue;
         }
-        for (long i = 0; i < depth; i += 32) __builtin_prefetch(row + COLUMNS * from.row + i, 0, 2); /* what comes next */
-        bring(type, row, depth, to);
-    }
-}
-
-INLINE void multiply(const enum type type, matrix x, matrix weight, const uint16_t *bias, uint16_t *out, long out_row,
-                     long m, long n, long k, float *scratch) {
-    float *sums = scratch + COLUMNS * STRIDE / sizeof *sums;
-    uint16_t *turned = (uint16_t *)(sums + BLOCK_ROWS * BLOCK_COLUMNS);
-    char *columns = (char *)scratch, *rows = (char *)(turned + BLOCK_COLUMNS * DEPTH(type)), *block;
-    for (long m0 = 0; m0 < m; m0 += BLOCK_ROWS) {
-        long height = least(BLOCK_ROWS, m - m0);
-        block = rows;
-        for (long k0 = 0; k0 < k; k0 += DEPTH(type), block += BLOCK_ROWS * STRIDE)
-            for (long i = 0; i < height; i++)
-                bring(type, x.at + (m0 + i) * x.row + k0, least(DEPTH(type), k - k0), block + i * STRIDE);
-        for (long n0 = 0; n0 < n; n0 += BLOCK_COLUMNS) {
-            long width = least(BLOCK_COLUMNS, n - n0);
-            block = rows;
-            for (long k0 = 0; k0 < k; k0 += DEPTH(type), block += BLOCK_ROWS * STRIDE) {
-                long depth = least(DEPTH(type), k - k0);
-                matrix part = {weight.at + n0 * weight.row + k0 * weight.column, weight.row, weight.column};
-                if (weight.column != 1) {
-                    turn(type, part, width, depth, turned);
-                    part = (matrix){turned, DEPTH(type), 1};
-                }
-                for (long j = 0; j < width; j += COLUMNS, part.at += COLUMNS * part.row) {
-                    bring_columns(type, part, width - j, depth, columns);
-                    tiles(type, block, height, columns, depth * ELEMENT(type), sums + j, k0 == 0);
-                }
-            }
-            for (long i = 0; i < height; i++)
-                for (long j = 0; j < width; j++) {
-                    float sum = sums[i * BLOCK_COLUMNS + j] + (bias ? widened(type, bias[n0 + j]) : 0);
-                    out[(m0 + i) * out_row + n0 + j] = narrowed(type, sum);
-                }
+        wait_for(&p->inner_done, firsts);
+        columns down = brought(type, (matrix){p->down + c0 * p->down_row, p->down_row, 1}, width, of->width, own);
+        for (long q = 0; q < in.count; q++) {
+            long first = HALF * unit(in, q), lanes = HALF * unit(in, q + 1) - first;
+            of_panel(type, lanes / HALF, inner + first * words_inner, down.at, down.apart, width, words_inner, own.sums);
+            while (__atomic_test_and_set(of->locks + part, __ATOMIC_ACQUIRE)) sched_yield(); /* tokens have several experts */
+            scatter(type, own.sums, lanes, least(lanes, p->count - first), width, p->rows + first, p->weights + first, of->out + c0,
+                    of->out_row);
+            __atomic_clear(of->locks + part, __ATOMIC_RELEASE);
         }
+        __atomic_fetch_add(&p->done, 1, __ATOMIC_RELEASE);
     }
 }
 
-/* scratch: room for COLUMNS rows of a block of the weight, BLOCK_ROWS x BLOCK_COLUMNS sums, a block of BLOCK_COLUMNS rows of the weight
- * as it is, BLOCK_ROWS rows in whole blocks. */
-void matmul_bf16(const uint16_t *x, long x_row, const uint16_t *weight, long weight_row, long weight_column,
-                 const uint16_t *bias, uint16_t *out, long out_row, long m, long n, long k, float *scratch) {
-    multiply(BF16, (matrix){x, x_row, 1}, (matrix){weight, weight_row, weight_column}, bias, out, out_row, m, n, k, scratch);
-}
+/* out += weight x expert(x) for all pieces, shared among the threads that call with the same job. widest: of hidden and width. */
+void experts_bf16(job *of, float *scratch, long widest) { feed_forward(BF16, of, scratch, widest); }
 
-void matmul_fp16(const uint16_t *x, long x_row, const uint16_t *weight, long weight_row, long weight_column,
-                 const uint16_t *bias, uint16_t *out, long out_row, long m, long n, long k, float *scratch) {
-    multiply(FP16, (matrix){x, x_row, 1}, (matrix){weight, weight_row, weight_column}, bias, out, out_row, m, n, k, scratch);
-}
+void experts_fp16(job *of, float *scratch, long widest) { feed_forward(FP16, of, scratch, widest); }

@@ -12,12 +12,13 @@ from functools import cache
 from pathlib import Path
 
 from klotski_compiler.errors import ConfigError
-from klotski_compiler.kernel_facts import WIDENED_COLUMNS, WIDENED_DEPTH, WIDENED_PADDING, WIDENED_ROWS, WIDENED_TILE
+from klotski_compiler.kernel_facts import BLOCK_COLUMNS, BLOCK_ROWS, INNERS, PANEL_ROWS
 
 SOURCE = Path(__file__).with_name("matmul.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 POINTER, LONG = ctypes.c_void_p, ctypes.c_long
-MATMUL = (POINTER, LONG, POINTER, LONG, LONG, POINTER, POINTER, LONG, LONG, LONG, LONG, POINTER)
+MATMUL = (POINTER, LONG, POINTER, LONG, LONG, POINTER, POINTER, LONG, LONG, LONG, LONG, POINTER, POINTER)
+EXPERTS = (POINTER, POINTER, LONG)
 
 
 @cache
@@ -44,20 +45,19 @@ def compile_library(source: Path, *flags: str) -> ctypes.CDLL:
     """
     compiler = os.environ.get("CC") or "cc"
     sizes = {
-        "BLOCK_ROWS": WIDENED_ROWS,
-        "BLOCK_COLUMNS": WIDENED_COLUMNS,
-        "BLOCK_DEPTH": WIDENED_DEPTH,
-        "PADDING": WIDENED_PADDING,
-        "COLUMNS": WIDENED_TILE,
+        "BLOCK_ROWS": BLOCK_ROWS,
+        "BLOCK_COLUMNS": BLOCK_COLUMNS,
+        "PANEL_ROWS": PANEL_ROWS,
+        "INNERS": INNERS,
     }
     command = [compiler, *FLAGS, *(f"-D{name}={value}" for name, value in sizes.items()), *flags]
     built = _folder() / f"{source.stem}-{_digest(source, command)}.so"
     if not built.exists():
         _compile([*command, str(source)], built)
     library = ctypes.CDLL(str(built))
-    for name in ("matmul_bf16", "matmul_fp16"):
-        function = getattr(library, name)
-        function.argtypes, function.restype = MATMUL, None
+    for name, types in (("matmul", MATMUL), ("experts", EXPERTS)):
+        for function in (getattr(library, f"{name}_bf16"), getattr(library, f"{name}_fp16")):
+            function.argtypes, function.restype = types, None
     return library
 
 

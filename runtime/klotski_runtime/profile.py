@@ -298,4 +298,4 @@ def _processor_round(device: torch.device, sizes: Sizes, step: Callable[[str], N
     step(f"{unit}: prefill attention")
     found["prefill_attention_flops_per_s"] = prefill_attention(device, sizes)
     step(f"{unit}: fixed costs")
-    return found | fixed_costs(device, sizes)
+    return found | fixed_costs(device, sizes, bool(found.get("least_own_rows", (0, ""))[0]))

@@ -33,7 +33,9 @@ class Block:
         heads: tuple[int, int, int],
         batch: int,
         queries: int,
+        own: bool = False,
     ) -> None:
+        """own: experts by our own kernel."""
         query_heads, kv_heads, width = heads
         settings: dict[str, Any] = {
             "hidden_size": hidden,
@@ -46,7 +48,7 @@ class Block:
             "num_experts_per_tok": 2,
             "moe_intermediate_size": SMALL,
         }
-        skeleton = Skeleton(Qwen3MoeConfig(**settings), torch.bfloat16, device)
+        skeleton = Skeleton(Qwen3MoeConfig(**settings), torch.bfloat16, device, (1, 0) if own else (0, 0))
         with device:
             shape = skeleton.kv_shape(0)
             for kind, part in (
@@ -67,8 +69,8 @@ class Block:
             capacity = past + queries
             storage = torch.zeros(batch * capacity * shape.elements, dtype=torch.bfloat16)
             self._kv = KvBlock(storage, shape, batch, capacity)
-            # Small experts share a load, and a GPU takes them together.
-            self.experts = 4 if device.type == "cuda" else 1
+            # Small experts share a load; a GPU takes them together, and so does our own kernel, all that one token asks for.
+            self.experts = 4 if device.type == "cuda" else 2 if own else 1
             matrices = torch.randn(self.experts, 3, SMALL * hidden, dtype=torch.bfloat16) / 32
             forms = {"gate": (SMALL, hidden), "up": (SMALL, hidden), "down": (hidden, SMALL)}
             self._parts = [

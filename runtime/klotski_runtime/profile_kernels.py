@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from klotski_compiler.kernel_facts import FEW_ROWS, ROW_STEP
 from klotski_compiler.ops import PAGE_BYTES
 from klotski_runtime.attention import grouped_attention
+from klotski_runtime.multiply import Multiplier
 from klotski_runtime.native import can_compile
 from klotski_runtime.profile_block import SMALL, Block
 from klotski_runtime.profile_disk import MIB, Found, rounded
-from klotski_runtime.wide import Widener
 from klotski_runtime.workers import Task, Workers, kernel_threads
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -94,7 +94,7 @@ def shared_work(sizes: Sizes) -> Callable[[], object]:
     rows = torch.randn(SHARED_ROWS, sizes.hidden, dtype=torch.bfloat16)
     ways: list[Task] = [lambda worker: _expert(rows, *next(turn))]
     if can_compile():
-        ways.append(_widened(Widener(1, max(sizes.hidden, sizes.inter), workers), workers, rows, turn, sizes))
+        ways.append(_ours(Multiplier(1, max(sizes.hidden, sizes.inter), workers), workers, rows, turn, sizes))
     calls = [partial(workers.run, [way] * workers.count) for way in ways]
     return min(calls, key=lambda call: mean_seconds(call, host, sizes))
 
@@ -137,19 +137,19 @@ def matmul_rates(
         return mean_seconds(lambda: workers.run([task] * workers.count), device, sizes) / workers.count
 
     fixed = each(lambda worker: _expert(*small)) if on_cpu else 0.0
-    may_widen = on_cpu and torch_dtype.itemsize == 2 and can_compile()
-    widener = Widener(int(may_widen), max(sizes.hidden, sizes.inter), workers)
-    plain, widened, fastest = list[float](), list[float](), 0.0
+    may_own = on_cpu and torch_dtype.itemsize == 2 and can_compile()
+    multiplier = Multiplier(int(may_own), max(sizes.hidden, sizes.inter), workers)
+    plain, ours, fastest = list[float](), list[float](), 0.0
     for tokens in sizes.tokens:
         rows = torch.randn(tokens, sizes.hidden, device=device, dtype=torch_dtype)
         seconds = each(lambda worker, rows=rows: _expert(rows, *next(turn)))  # type: ignore[misc]
         plain.append(seconds)
-        widened.append(each(_widened(widener, workers, rows, turn, sizes)) if may_widen else inf)
+        ours.append(each(_ours(multiplier, workers, rows, turn, sizes)) if may_own else inf)
     workers.close()
-    won = worth(sizes.tokens, plain, widened)
+    won = worth(sizes.tokens, plain, ours)
     points = []
     for place, tokens in enumerate(sizes.tokens):
-        seconds = (widened if place in won else plain)[place]
+        seconds = (ours if place in won else plain)[place]
         alone = max(seconds - fixed, seconds / 2)
         points.append((tokens, rounded(2 * params * tokens / alone)))
         fastest = max(fastest, nbytes / alone)
@@ -169,8 +169,8 @@ def worth(tokens: Sequence[int], plain: Sequence[float], ours: Sequence[float]) 
     return max(stretches, key=len, default=range(0))
 
 
-def _widened(
-    widener: Widener, workers: Workers, rows: Tensor, turn: Iterator[tuple[Tensor, ...]], sizes: Sizes
+def _ours(
+    multiplier: Multiplier, workers: Workers, rows: Tensor, turn: Iterator[tuple[Tensor, ...]], sizes: Sizes
 ) -> Task:
     """An expert by our own kernel, the next one in every call."""
     outs = [
@@ -179,8 +179,8 @@ def _widened(
 
     def task(worker: int) -> None:
         (gate, up, down), (inner, other, out) = next(turn), outs[worker]
-        widener.mm(rows, (gate, inner), (up, other), worker=worker)
-        widener.mm(F.silu(inner, inplace=True).mul_(other), (down, out), worker=worker)
+        multiplier.mm(rows, (gate, inner), (up, other), worker=worker)
+        multiplier.mm(F.silu(inner, inplace=True).mul_(other), (down, out), worker=worker)
 
     return task
 
@@ -232,13 +232,15 @@ def prefill_attention(device: torch.device, sizes: Sizes) -> tuple[float, str]:
     return rounded(flops / seconds), how
 
 
-def fixed_costs(device: torch.device, sizes: Sizes) -> Found:
-    """What an op costs however little it computes: everything here is so small that only calls and launches remain."""
+def fixed_costs(device: torch.device, sizes: Sizes, own: bool = False) -> Found:
+    """What an op costs however little it computes: everything here is so small that only calls and launches remain. own: with our own
+    kernel for experts."""
     weight = torch.randn(SMALL, SMALL, device=device, dtype=torch.bfloat16)
     rows = torch.randn(8, SMALL, device=device, dtype=torch.bfloat16)
     small = mean_seconds(lambda: F.linear(rows, weight), device, sizes)
     block = Block(device, SMALL, (4, 2, 32), batch=1, queries=1)
     attention = mean_seconds(block.attention, device, sizes) - mean_seconds(block.projections, device, sizes)
+    fed = Block(device, SMALL, (4, 2, 32), batch=1, queries=1, own=own)
     what = f"transformers' Qwen3-MoE by the runtime's ops, {SMALL} wide, 1 token"
     return {
         "op_us": (rounded(1e6 * small), f"F.linear of 8 rows, {SMALL} x {SMALL}"),
@@ -252,8 +254,8 @@ def fixed_costs(device: torch.device, sizes: Sizes) -> Found:
             f"attention (norms, rotary, mask, cache, SDPA, residual) of {what}, less matmuls",
         ),
         "expert_op_us": (
-            rounded(1e6 * mean_seconds(block.expert, device, sizes) / block.experts),
-            f"expert (gather, three matmuls, activation, weighting, index_add), {block.experts} at once, of {what}",
+            rounded(1e6 * mean_seconds(fed.expert, device, sizes) / fed.experts),
+            f"expert (gather, three matmuls, activation, weighting, index_add), {fed.experts} at once, of {what}",
         ),
     }
 

@@ -6,9 +6,10 @@ import errno
 import fcntl
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from klotski_compiler.errors import ExecError
 from klotski_compiler.ops import PAGE_BYTES
 from klotski_runtime.arena import Arena
-from klotski_runtime.checkpoint import Extent, Segment, layout
+from klotski_runtime.checkpoint import Extent, Segment
 
 READERS = 3
 """Requests in flight: so many keep the disk busy while one of them waits for a processor that computes."""
@@ -41,7 +42,7 @@ class DiskReader:
             raise ValueError(
                 f"threads ({threads}) must be positive, chunk_bytes ({chunk_bytes}) a multiple of {PAGE_BYTES}"
             )
-        self._chunk_bytes = chunk_bytes
+        self.threads, self._chunk_bytes = threads, chunk_bytes
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="disk")
         self._files: dict[Path, _File] = {}
         self._lock = threading.Lock()
@@ -61,16 +62,20 @@ class DiskReader:
 
     def read_all(self, parts: Iterable[tuple[Iterable[Extent], memoryview]]) -> int:
         """The same for several slots at once, so that the disk has the next request while one is handed over."""
-        chunks = [
-            self._pool.submit(self._read_chunk, extent, begin, slot)
+        return self.run(
+            partial(self._read_chunk, extent, begin, slot)
             for extents, slot in parts
             for extent in extents
             for begin in range(0, extent.nbytes, self._chunk_bytes)
-        ]
+        )
+
+    def run(self, tasks: Iterable[Callable[[], int]]) -> int:
+        """Call all of them in the threads; returns the bytes that they say they have read. Raises what the first failure raised."""
+        running = [self._pool.submit(task) for task in tasks]
         total, failure = 0, None
-        for chunk in chunks:  # wait for all, even after a failure: nobody may write into the slot after this returns
+        for task in running:  # wait for all, even after a failure: nobody may write into a slot after this returns
             try:
-                total += chunk.result()
+                total += task.result()
             except ExecError as error:
                 failure = failure or error
         if failure is not None:
@@ -86,6 +91,10 @@ class DiskReader:
             for file in self._files.values():
                 os.close(file.fd)
             self._files.clear()
+
+    def read_extent(self, extent: Extent, slot: memoryview) -> int:
+        """The whole of a small extent in the calling thread; returns how many bytes the file had. Raises ExecError as ``read`` does."""
+        return self._read_chunk(extent, 0, slot)
 
     def _read_chunk(self, extent: Extent, begin: int, slot: memoryview) -> int:
         """Bytes ``begin`` to ``begin + chunk_bytes`` of one extent; returns how many the file had."""
@@ -147,16 +156,27 @@ class RowGather:
 
     def __init__(self, reader: DiskReader, segment: Segment, max_rows: int) -> None:
         self._reader, self._segment, self.max_rows = reader, segment, max_rows
-        width = segment.nbytes // segment.shape[0]
-        self._staging = Arena(max_rows * (width + 2 * PAGE_BYTES))
-        self._rows = torch.empty(max_rows, *segment.shape[1:], dtype=segment.dtype)
+        self._width = segment.nbytes // segment.shape[0]
+        self._span = -(-self._width // PAGE_BYTES) * PAGE_BYTES + PAGE_BYTES  # pages that a row lies in
+        self._staging, self._rows = Arena(reader.threads * self._span), Arena(max_rows * self._width)
 
     def gather(self, ids: Sequence[int]) -> torch.Tensor:
-        """Rows ``ids`` (ascending, distinct) as [len(ids), width] in the file's dtype; valid until the next call."""
-        segments = [self._segment.rows(i, i + 1) for i in ids]
-        plan = layout(segments)
-        self._reader.read(plan.extents, self._staging.view(0, plan.slot_bytes))
-        rows = self._rows[: len(ids)]
-        for row, segment, offset in zip(rows, segments, plan.offsets, strict=True):
-            row.copy_(self._staging.tensor(offset, segment.nbytes, segment.dtype, segment.shape[1:]))
-        return rows
+        """Rows ``ids`` as [len(ids), width] in the file's dtype; valid until the next call. Raises ExecError as the reader does."""
+        share = -(-len(ids) // self._reader.threads) if ids else 1
+        firsts = range(0, len(ids), share)
+        self._reader.run(partial(self._read, ids[first : first + share], first, first // share) for first in firsts)
+        shape = len(ids), *self._segment.shape[1:]
+        return self._rows.tensor(0, len(ids) * self._width, self._segment.dtype, shape)
+
+    def _read(self, ids: Sequence[int], place: int, thread: int) -> int:
+        """Some of them, one by one: from ``place`` on, through the pages of one thread."""
+        own, width, total = self._staging.view(thread * self._span, self._span), self._width, 0
+        to = self._rows.view(place * width, len(ids) * width)
+        for number, row in enumerate(ids):
+            offset = self._segment.offset + row * width
+            skipped = offset % PAGE_BYTES
+            needed = skipped + width
+            pages = Extent(self._segment.file, offset - skipped, -(-needed // PAGE_BYTES) * PAGE_BYTES, 0, needed)
+            total += self._reader.read_extent(pages, own)
+            to[number * width : (number + 1) * width] = own[skipped:needed]
+        return total

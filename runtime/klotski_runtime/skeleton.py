@@ -28,7 +28,7 @@ from klotski_compiler.errors import ConfigError
 from klotski_runtime.attention import GROUPED, SINKS
 from klotski_runtime.checkpoint import EMBEDDING, SHARED, ModuleKey, read_config
 from klotski_runtime.kv import KvShape
-from klotski_runtime.wide import Widener
+from klotski_runtime.multiply import Multiplier
 from klotski_runtime.workers import Workers
 
 HOST = torch.device("cpu")
@@ -201,7 +201,7 @@ class Skeleton:
         self._widest = max(
             self.hidden, *(module.in_features for module in linear), *map(self.inner, range(self.layers))
         )
-        self.widener = self.make_widener()
+        self.multiplier = self.make_multiplier()
         if own_rows[0] and device == HOST:
             for module in linear:
                 module.__dict__["forward"] = partial(self._linear_module, module)
@@ -246,9 +246,9 @@ class Skeleton:
         held[leaf] = tensor
         return old
 
-    def make_widener(self) -> Widener:
+    def make_multiplier(self) -> Multiplier:
         """What multiplies by this model's weights with our own kernel, where it may."""
-        return Widener(self._own_rows[0], self._widest, self.workers, self._own_rows[1])
+        return Multiplier(self._own_rows[0], self._widest, self.workers, self._own_rows[1])
 
     def _linear_module(self, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         return self._linear(x, module.weight, module.bias)
@@ -256,10 +256,10 @@ class Skeleton:
     def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``functional.linear``, by our own kernel where that is faster."""
         rows = x.reshape(-1, x.shape[-1])
-        if not self.widener.takes(rows):
+        if not self.multiplier.takes(rows):
             return functional.linear(x, weight, bias)
         out = x.new_empty(*x.shape[:-1], len(weight))
-        self.widener.mm(rows.contiguous(), (weight, out.view(len(rows), -1)), bias=bias)
+        self.multiplier.mm(rows.contiguous(), (weight, out.view(len(rows), -1)), bias=bias)
         return out
 
     def _wrap_router(self, layer: int) -> None:

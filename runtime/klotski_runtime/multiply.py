@@ -1,0 +1,211 @@
+"""16-bit matmuls on a CPU by the package's own kernel (``matmul.c``), where that is faster than PyTorch's, and feed-forwards of routed
+experts in one call of it.
+
+A product is rounded once, as by a 16-bit kernel that adds in fp32. What a row's product is depends on that row alone, not on how many
+others there are, nor on who computes it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+
+from klotski_compiler.kernel_facts import BLOCK_COLUMNS, BLOCK_ROWS, FIXED_ROWS, inner_bytes, multiplier_bytes
+from klotski_runtime.native import LONG, POINTER, matmul_library
+from klotski_runtime.workers import WORTH_SHARING, Workers
+
+NARROW = (torch.bfloat16, torch.float16)
+
+Products = Sequence[tuple[torch.Tensor, torch.Tensor]]
+"""Pairs of a weight [n, k] and where its product with rows goes [m, n]."""
+
+Fed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""An expert's gate, up [inner, hidden] and down [hidden, inner], numbers of rows, and the weight of each."""
+
+
+class Multiplier:
+    """Multiplies by weights; where that is faster, with our kernel. ``workers`` share a matmul's columns, or multiply each on its own."""
+
+    def __init__(self, least_rows: int, widest: int, workers: Workers | None = None, most_rows: int = 0) -> None:
+        """least_rows, most_rows: from how many rows on it is faster than PyTorch's kernels (0: never), and up to how many (0: any
+        number). widest: most columns of a weight.
+
+        Raises ConfigError where it is to multiply so and the kernel cannot be compiled."""
+        self._least_rows, self._most_rows = least_rows, most_rows or sys.maxsize
+        self._widest, self._workers = widest, workers or Workers(1)
+        if least_rows:
+            self._library = matmul_library()
+            self._teams = [_Team(team, widest) for team in self._workers.teams()]
+
+    @property
+    def known(self) -> bool:
+        """Whether there is our kernel."""
+        return self._least_rows > 0
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether rows ``x`` [m, k] had better be multiplied by our kernel."""
+        return self.takes_rows(len(x)) and x.dtype in NARROW and x.device.type == "cpu"
+
+    def takes_rows(self, count: int) -> bool:
+        """Whether so many of them had, in a type and place that it knows."""
+        return 0 < self._least_rows <= count <= self._most_rows
+
+    def mm(
+        self,
+        x: torch.Tensor,
+        *products: tuple[torch.Tensor, torch.Tensor],
+        bias: torch.Tensor | None = None,
+        worker: int | None = None,
+    ) -> None:
+        """``out`` [m, n] <- ``x`` [m, k] times the transpose of ``weight`` [n, k], plus ``bias`` [n], for every (weight, out). All of one
+        type, with rows of x and out in one piece. worker: whose task this is part of (None: of none)."""
+        if not self.takes(x):
+            for weight, out in products:
+                torch.mm(x, weight.t(), out=out)
+                if bias is not None:
+                    out += bias
+            return
+        self._check(x, products, bias)
+        multiply = self._library.matmul_bf16 if x.dtype == torch.bfloat16 else self._library.matmul_fp16
+        taken = (LONG * len(products))()  # columns, by all threads that share them
+        address = ctypes.addressof(taken)
+
+        def part(scratch: torch.Tensor) -> None:
+            for number, (weight, out) in enumerate(products):
+                multiply(
+                    x.data_ptr(),
+                    x.stride(0),
+                    weight.data_ptr(),
+                    *weight.stride(),
+                    None if bias is None else bias.data_ptr(),
+                    out.data_ptr(),
+                    out.stride(0),
+                    len(x),
+                    *weight.shape,
+                    address + number * ctypes.sizeof(LONG),
+                    scratch.data_ptr(),
+                )
+
+        flops = 2 * (len(x) + FIXED_ROWS) * sum(weight.numel() for weight, _ in products)
+        self._share(part, flops >= WORTH_SHARING, worker)
+
+    def _check(self, x: torch.Tensor, products: Products, bias: torch.Tensor | None) -> None:
+        """Raise ValueError where the kernel, which knows addresses and no tensors, would read or write beside them."""
+        for weight, out in products:
+            (rows, width), columns = x.shape, len(weight)
+            if weight.shape[1] != width or out.shape != (rows, columns) or width > self._widest:
+                raise ValueError(
+                    f"{tuple(weight.shape)} into {tuple(out.shape)}: other shapes than {tuple(x.shape)} takes"
+                )
+            if {weight.dtype, out.dtype} != {x.dtype} or x.stride(1) != 1 or out.stride(1) != 1:
+                raise ValueError(f"rows in one piece and one type, not {x.dtype}, {weight.dtype}, {out.dtype}")
+            if bias is not None and (bias.shape != (columns,) or bias.dtype != x.dtype or bias.stride(0) != 1):
+                raise ValueError(f"a bias of {tuple(bias.shape)}, {bias.dtype} beside {x.dtype}")
+
+    def feed_forward(
+        self, x: torch.Tensor, out: torch.Tensor, experts: Iterable[Fed], inner: torch.Tensor, worker: int | None = None
+    ) -> None:
+        """``out`` [tokens, hidden], fp32 += weight x down(silu(gate(x)) * up(x)), each product rounded, of every expert's rows of ``x``
+        [tokens, hidden]: gathered, computed and added in one call of each thread. inner: memory that it uses, of ``inner_bytes``.
+
+        Raises ValueError where shapes or types are others."""
+        experts = list(experts)
+        self._check_experts(x, out, experts, inner)
+        if not experts:
+            return
+        width, hidden = experts[0][0].shape
+        pieces = list(_pieces(experts))
+        listed = (Piece * len(pieces))(*pieces)
+        locks = ctypes.create_string_buffer(-(-hidden // BLOCK_COLUMNS))
+        job = Job(
+            x.data_ptr(),
+            out.data_ptr(),
+            *(x.stride(0), out.stride(0), hidden, width, len(pieces)),
+            ctypes.addressof(listed),
+            inner.data_ptr(),
+            ctypes.addressof(locks),
+        )
+        feed = self._library.experts_bf16 if x.dtype == torch.bfloat16 else self._library.experts_fp16
+        flops = 6 * hidden * width * sum(FIXED_ROWS + len(rows) for *_, rows, _ in experts)
+        self._share(
+            lambda scratch: feed(ctypes.addressof(job), scratch.data_ptr(), self._widest),
+            flops >= WORTH_SHARING,
+            worker,
+        )
+
+    def _check_experts(self, x: torch.Tensor, out: torch.Tensor, experts: Sequence[Fed], inner: torch.Tensor) -> None:
+        """The same for ``feed_forward``."""
+        hidden = x.shape[1]
+        for gate, up, down, rows, weights in experts:
+            width = len(gate)
+            if gate.shape != (width, hidden) or up.shape != gate.shape or down.shape != (hidden, width):
+                raise ValueError(
+                    f"{tuple(gate.shape)}, {tuple(up.shape)}, {tuple(down.shape)}: other shapes than {hidden}"
+                )
+            if {gate.dtype, up.dtype, down.dtype} != {x.dtype} or x.dtype not in NARROW or out.dtype != torch.float32:
+                raise ValueError(f"one type, added up in fp32, not {x.dtype}, {gate.dtype}, {out.dtype}")
+            if any(part.stride(1) != 1 for part in (gate, up, down, x, out)):
+                raise ValueError("rows in one piece")
+            if rows.dtype != torch.int64 or weights.dtype != torch.float32 or len(rows) != len(weights):
+                raise ValueError(f"as many rows as weights, not {len(rows)}, {len(weights)}")
+            if not rows.is_contiguous() or not weights.is_contiguous():
+                raise ValueError("rows and weights in one piece")
+            if max(hidden, width) > self._widest or inner.nbytes < inner_bytes(width):
+                raise ValueError(f"other sizes than {hidden} and {width} take")
+        if out.shape != x.shape:
+            raise ValueError(f"{tuple(x.shape)} into {tuple(out.shape)}")
+
+    def _share(self, part: Callable[[torch.Tensor], None], large: bool, worker: int | None) -> None:
+        """Call ``part`` with the scratch memory of every thread that takes a share of some work."""
+        if not large:
+            part(self._teams[worker or 0].scratch[0])
+        elif worker is None:
+            self._workers.run([lambda number: self._teams[number].share(part)] * self._workers.count)
+        else:
+            self._teams[worker].share(part)
+
+
+class _Team:
+    """Threads that one worker shares its work among, and what each of them needs."""
+
+    def __init__(self, workers: Workers, widest: int) -> None:
+        self._workers = workers
+        self.scratch = [torch.empty(multiplier_bytes(widest) // 4) for _ in range(workers.count)]
+
+    def share(self, part: Callable[[torch.Tensor], None]) -> None:
+        """Call it in every thread."""
+        self._workers.run([lambda thread: part(self.scratch[thread])] * self._workers.count)
+
+
+class Piece(ctypes.Structure):
+    """``piece`` of matmul.c."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("gate", "up", "down", "rows", "weights")),
+        *((name, LONG) for name in ("count", "gate_row", "up_row", "down_row", "inner_done", "done")),
+    )
+
+
+class Job(ctypes.Structure):
+    """``job`` of matmul.c."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("x", "out")),
+        *((name, LONG) for name in ("x_row", "out_row", "hidden", "width", "count")),
+        *((name, POINTER) for name in ("pieces", "inner", "locks")),
+        ("next", LONG),
+    )
+
+
+def _pieces(experts: Iterable[Fed]) -> Iterator[Piece]:
+    """At most BLOCK_ROWS rows of an expert each."""
+    for gate, up, down, rows, weights in experts:
+        at = gate.data_ptr(), up.data_ptr(), down.data_ptr()
+        strides = gate.stride(0), up.stride(0), down.stride(0)
+        first_row, first_weight, count = rows.data_ptr(), weights.data_ptr(), len(rows)
+        for first in range(0, count, BLOCK_ROWS):
+            named = first_row + 8 * first, first_weight + 4 * first
+            yield Piece(*at, *named, min(BLOCK_ROWS, count - first), *strides)
