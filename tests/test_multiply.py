@@ -1,4 +1,4 @@
-"""16-bit matmuls and feed-forwards by the package's own kernel: what a product is, in whatever blocks it is computed."""
+"""16-bit matmuls, feed-forwards and attention by the package's own kernel: what comes out, in whatever blocks it is computed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_product_is_fp32s_rounded_once(
 ) -> None:
     """With vectors of any processor: compilers make them of what this one has."""
     library = compile_library(SOURCE, f"-DLANES={lanes}", "-DIN_REGISTER(v)=")
-    monkeypatch.setattr(multiply, "matmul_library", lambda: library)
+    monkeypatch.setattr(multiply, "kernel_library", lambda: library)
     x, weight, bias = operands(rows, width, columns, dtype)
     multiplier, exact = Multiplier(1, width), x.double() @ weight.double().t()
     for biased in (None, bias):
@@ -134,7 +134,7 @@ def test_a_feed_forward_is_rounded_as_pytorchs_ops(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     library = compile_library(SOURCE, f"-DLANES={lanes}", "-DIN_REGISTER(v)=")
-    monkeypatch.setattr(multiply, "matmul_library", lambda: library)
+    monkeypatch.setattr(multiply, "kernel_library", lambda: library)
     x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(1)).to(dtype)
     experts = experts_of(hidden, inner, tokens, counts, dtype)
     want = torch.ones(x.shape, dtype=torch.float64)
@@ -190,6 +190,73 @@ def test_a_feed_forward_refuses_what_it_would_read_beside() -> None:
             fed(x, [wrong])
     with pytest.raises(ValueError, match="other sizes"):
         Multiplier(1, 64).feed_forward(x, torch.ones(9, 64), [(gate, up, down, rows, weights)], torch.empty(8))
+
+
+@NARROW
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "context", "width", "value_width"),
+    [(8, 2, 5, 16, 16), (6, 6, 2 * BLOCK_COLUMNS, 64, 48), (40, 1, 3 * BLOCK_COLUMNS + 1, 96, 70), (70, 1, 49, 67, 33)],
+)
+def test_decode_attention_is_softmaxs(
+    heads: int,
+    kv_heads: int,
+    context: int,
+    width: int,
+    value_width: int,
+    lanes: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of sequences in parts of larger blocks, with padding before some of them, which makes whole blocks of positions unseen."""
+    library = compile_library(SOURCE, f"-DLANES={lanes}", "-DIN_REGISTER(v)=")
+    monkeypatch.setattr(multiply, "kernel_library", lambda: library)
+    generator = torch.Generator().manual_seed(4)
+    query, key, value = (
+        (scale * torch.randn(shape, generator=generator)).to(dtype)
+        for scale, shape in (
+            (3, (3, heads, 1, width)),
+            (1, (3, kv_heads, context + 7, width)),
+            (1, (3, context + 2, kv_heads, value_width)),
+        )
+    )
+    key, value = key[:, :, :context], value.transpose(1, 2)[:, :, :context]
+    present = torch.arange(context) >= torch.tensor([0, context - 1, context // 2])[:, None]
+    for mask in (None, present[:, None, None]):
+        scores = query.double().view(3, kv_heads, -1, width) @ key.double().transpose(2, 3) / width**0.5
+        if mask is not None:
+            scores.masked_fill_(~mask, -torch.inf)
+        want = (scores.softmax(-1) @ value.double()).view(3, 1, heads, value_width)
+        workers = Workers(2)
+        for own in (Multiplier(1, 128), Multiplier(1, 128, workers)):
+            assert own.attends(query, key, mask)
+            found = own.attend(query, key, value, mask, width**-0.5)
+            torch.testing.assert_close(found.double(), want, rtol=torch.finfo(dtype).eps, atol=1e-5)
+        workers.close()
+
+
+def test_attention_refuses_what_it_would_read_beside() -> None:
+    query, key, value = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 5, 16), torch.randn(2, 2, 5, 16)
+    q, k, v = query.bfloat16(), key.bfloat16(), value.bfloat16()
+    own, short = Multiplier(1, 16), torch.ones(2, 1, 1, 4, dtype=torch.bool)
+    assert own.attends(q, k, None) and not own.attends(query, key, None)
+    assert not own.attends(q.expand(2, 4, 3, 16), k, None), "it is for one position"
+    assert not own.attends(q, k, torch.zeros(2, 1, 1, 5)), "scores that are added to are not masks"
+    assert not own.attends(q, k, short)
+    assert not Multiplier(0, 16).attends(q, k, None)
+    sideways_v = v.transpose(2, 3).contiguous().transpose(2, 3)
+    wrong: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]] = [
+        (q[:, :3], k, v, None),
+        (q, k[:, :, :4], v, None),
+        (q, key, v, None),
+        (q, k, sideways_v, None),
+        (q, k, v, short),
+    ]
+    for parts in wrong:
+        with pytest.raises(ValueError, match=r"other shapes|one type|in one piece|a mask of"):
+            own.attend(*parts, 0.25)
+    with pytest.raises(ValueError, match="in one piece"):
+        Multiplier(1, 15).attend(q, k, v, None, 0.25)
 
 
 def test_what_is_not_a_number_stays_so() -> None:

@@ -20,7 +20,12 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from klotski_runtime.multiply import Multiplier
+
 GROUPED, SINKS = "klotski_grouped", "klotski_sinks"
+OWN = "_klotski_kernels"
+"""Where an attention module has the kernels that its decode attention is for."""
+
 ALIGNED = 8
 """Kernels that save memory take masks whose rows, and heads whose widths, are multiples of so many values."""
 
@@ -38,6 +43,11 @@ def grouped_attention(
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
     """Mixed values [B, q, heads, width] of query [B, heads, q, width], key and value [B, kv heads, context, width]."""
+    own: Multiplier | None = getattr(module, OWN, None)
+    if own and own.attends(query, key, attention_mask):
+        return own.attend(
+            query, key, value, attention_mask, query.shape[3] ** -0.5 if scaling is None else scaling
+        ), None
     heads, queries = query.shape[1:3]
     one_by_one = heads == key.shape[1] and not _twice(query)
     for_all_heads = attention_mask is None or attention_mask.shape[1] == 1

@@ -1,4 +1,4 @@
-"""16-bit matmuls on a CPU by the package's own kernel (``matmul.c``), where that is faster than PyTorch's, and feed-forwards of routed
+"""16-bit matmuls on a CPU by the package's own kernel (``kernels.c``), where that is faster than PyTorch's, and feed-forwards of routed
 experts in one call of it.
 
 A product is rounded once, as by a 16-bit kernel that adds in fp32. What a row's product is depends on that row alone, not on how many
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 
 from klotski_compiler.kernel_facts import BLOCK_COLUMNS, BLOCK_ROWS, FIXED_ROWS, inner_bytes, multiplier_bytes
-from klotski_runtime.native import LONG, POINTER, matmul_library
+from klotski_runtime.native import LONG, POINTER, kernel_library
 from klotski_runtime.workers import WORTH_SHARING, Workers
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -37,7 +37,7 @@ class Multiplier:
         self._least_rows, self._most_rows = least_rows, most_rows or sys.maxsize
         self._widest, self._workers = widest, workers or Workers(1)
         if least_rows:
-            self._library = matmul_library()
+            self._library = kernel_library()
             self._teams = [_Team(team, widest) for team in self._workers.teams()]
 
     @property
@@ -158,6 +158,55 @@ class Multiplier:
         if out.shape != x.shape:
             raise ValueError(f"{tuple(x.shape)} into {tuple(out.shape)}")
 
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+    ) -> torch.Tensor:
+        """Mixed values [B, 1, heads, width] of query [B, heads, 1, width], key and value [B, kv heads, context, width], groups of heads
+        sharing keys and values. mask: [B, 1, 1, context], True where a position is seen.
+
+        Raises ValueError where shapes or types are others."""
+        self._check_attention(query, key, value, mask)
+        (batch, heads, _, width), (_, kv_heads, context, value_width) = query.shape, value.shape
+        out = query.new_empty(batch, 1, heads, value_width)
+        job = Attention(
+            *(query.data_ptr(), key.data_ptr(), value.data_ptr()),
+            None if mask is None else mask.data_ptr(),
+            out.data_ptr(),
+            *(*query.stride()[:2], *key.stride()[:3], *value.stride()[:3], 0 if mask is None else mask.stride(0)),
+            *(batch, heads, kv_heads, context, width, value_width),
+            scaling,
+        )
+        attend = self._library.attend_bf16 if query.dtype == torch.bfloat16 else self._library.attend_fp16
+        flops = 2 * batch * heads * context * (width + value_width)
+        self._share(
+            lambda scratch: attend(ctypes.addressof(job), scratch.data_ptr(), self._widest),
+            flops >= WORTH_SHARING,
+            None,
+        )
+        return out
+
+    def attends(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> bool:
+        """Whether it attends for such a query, and with such a mask."""
+        known = self.known and query.shape[2] == 1 and query.dtype in NARROW and query.device.type == "cpu"
+        seen = len(query), 1, 1, key.shape[2]
+        return known and (mask is None or (mask.dtype == torch.bool and mask.shape == seen))
+
+    def _check_attention(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> None:
+        """The same for ``attend``."""
+        (batch, heads, queries, width), (_, kv_heads, context, value_width) = query.shape, value.shape
+        if key.shape != (batch, kv_heads, context, width) or len(value) != batch or heads % kv_heads or queries != 1:
+            raise ValueError(f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}: other shapes")
+        if {key.dtype, value.dtype} != {query.dtype} or query.dtype not in NARROW:
+            raise ValueError(f"one type, not {query.dtype}, {key.dtype}, {value.dtype}")
+        if any(part.stride(3) != 1 for part in (query, key, value)) or max(width, value_width) > self._widest:
+            raise ValueError("heads in one piece")
+        if mask is not None and (
+            mask.dtype != torch.bool or mask.shape != (batch, 1, 1, context) or mask.stride(3) != 1
+        ):
+            raise ValueError(f"a mask of {tuple(mask.shape)}, {mask.dtype}")
+
     def _share(self, part: Callable[[torch.Tensor], None], large: bool, worker: int | None) -> None:
         """Call ``part`` with the scratch memory of every thread that takes a share of some work."""
         if not large:
@@ -181,7 +230,7 @@ class _Team:
 
 
 class Piece(ctypes.Structure):
-    """``piece`` of matmul.c."""
+    """``piece`` of kernels.c."""
 
     _fields_ = (
         *((name, POINTER) for name in ("gate", "up", "down", "rows", "weights")),
@@ -190,12 +239,25 @@ class Piece(ctypes.Structure):
 
 
 class Job(ctypes.Structure):
-    """``job`` of matmul.c."""
+    """``job`` of kernels.c."""
 
     _fields_ = (
         *((name, POINTER) for name in ("x", "out")),
         *((name, LONG) for name in ("x_row", "out_row", "hidden", "width", "count")),
         *((name, POINTER) for name in ("pieces", "inner", "locks")),
+        ("next", LONG),
+    )
+
+
+class Attention(ctypes.Structure):
+    """``attention`` of kernels.c."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("query", "key", "value", "mask", "out")),
+        *((f"query_{name}", LONG) for name in ("batch", "head")),
+        *((f"{part}_{name}", LONG) for part in ("key", "value") for name in ("batch", "head", "position")),
+        *((name, LONG) for name in ("mask_batch", "batch", "heads", "kv_heads", "context", "width", "value_width")),
+        ("scaling", ctypes.c_double),
         ("next", LONG),
     )
 

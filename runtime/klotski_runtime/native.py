@@ -14,16 +14,16 @@ from pathlib import Path
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.kernel_facts import BLOCK_COLUMNS, BLOCK_ROWS, INNERS, PANEL_ROWS
 
-SOURCE = Path(__file__).with_name("matmul.c")
+SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 POINTER, LONG = ctypes.c_void_p, ctypes.c_long
 MATMUL = (POINTER, LONG, POINTER, LONG, LONG, POINTER, POINTER, LONG, LONG, LONG, LONG, POINTER, POINTER)
-EXPERTS = (POINTER, POINTER, LONG)
+SHARED = (POINTER, POINTER, LONG)
 
 
 @cache
-def matmul_library() -> ctypes.CDLL:
-    """``matmul.c``, whose functions let go of Python's lock while they run.
+def kernel_library() -> ctypes.CDLL:
+    """``kernels.c``, whose functions let go of Python's lock while they run.
 
     Raises ConfigError where it cannot be compiled.
     """
@@ -33,7 +33,7 @@ def matmul_library() -> ctypes.CDLL:
 def can_compile() -> bool:
     """Whether the package's C code is there for this processor."""
     try:
-        return bool(matmul_library())
+        return bool(kernel_library())
     except ConfigError:
         return False
 
@@ -55,7 +55,7 @@ def compile_library(source: Path, *flags: str) -> ctypes.CDLL:
     if not built.exists():
         _compile([*command, str(source)], built)
     library = ctypes.CDLL(str(built))
-    for name, types in (("matmul", MATMUL), ("experts", EXPERTS)):
+    for name, types in (("matmul", MATMUL), ("experts", SHARED), ("attend", SHARED)):
         for function in (getattr(library, f"{name}_bf16"), getattr(library, f"{name}_fp16")):
             function.argtypes, function.restype = types, None
     return library

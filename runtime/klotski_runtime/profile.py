@@ -293,9 +293,10 @@ def _processor_round(device: torch.device, sizes: Sizes, step: Callable[[str], N
         how = f"experts side by side (each three F.linear, hidden {sizes.hidden}, intermediate {sizes.inter}), weights not in cache"
         found[f"matmul.{dtype}"] = points, how
     found["memory_bytes_per_s"] = rounded(fastest_read), "fastest read of an expert's weights in those matmuls"
+    own = bool(found.get("least_own_rows", (0, ""))[0])
     step(f"{unit}: decode attention")
-    found["kv_bytes_per_s"] = decode_attention(device, sizes)
+    found["kv_bytes_per_s"] = decode_attention(device, sizes, own)
     step(f"{unit}: prefill attention")
     found["prefill_attention_flops_per_s"] = prefill_attention(device, sizes)
     step(f"{unit}: fixed costs")
-    return found | fixed_costs(device, sizes, bool(found.get("least_own_rows", (0, ""))[0]))
+    return found | fixed_costs(device, sizes, own)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from klotski_compiler.kernel_facts import FEW_ROWS, ROW_STEP
 from klotski_compiler.ops import PAGE_BYTES
-from klotski_runtime.attention import grouped_attention
+from klotski_runtime.attention import OWN, grouped_attention
 from klotski_runtime.multiply import Multiplier
 from klotski_runtime.native import can_compile
 from klotski_runtime.profile_block import SMALL, Block
@@ -185,21 +185,21 @@ def _ours(
     return task
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Grouped-query attention as the runtime calls it."""
-    heads = SimpleNamespace(num_key_value_groups=QUERY_HEADS // KV_HEADS, is_causal=True)
+def _attend(query: Tensor, key: Tensor, value: Tensor, own: Multiplier | None = None) -> Tensor:
+    """Grouped-query attention as the runtime calls it. own: with our kernel."""
+    heads = SimpleNamespace(num_key_value_groups=QUERY_HEADS // KV_HEADS, is_causal=True, **{OWN: own})
     output: Tensor
     output, _ = grouped_attention(heads, query, key, value, None, scaling=HEAD_DIM**-0.5)
     return output
 
 
-def decode_attention(device: torch.device, sizes: Sizes) -> tuple[float, str]:
+def decode_attention(device: torch.device, sizes: Sizes, own: bool = False) -> tuple[float, str]:
     """Bytes of keys and values per second: the slope of time over bytes, the intercept being part of attention_op_us.
 
     Least squares in relative error, because times span two orders of magnitude.
     """
     pool = torch.randn(sizes.cold_bytes // 64, device=device, dtype=torch.bfloat16).repeat(32)
-    rows = []
+    rows, kernel = [], Multiplier(1, HEAD_DIM, Workers(torch.get_num_threads())) if own else None
     for batch, context in sizes.decode:
         elements = batch * KV_HEADS * context * HEAD_DIM
         caches = pool[: len(pool) // (2 * elements) * 2 * elements].view(-1, 2, batch, KV_HEADS, context, HEAD_DIM)
@@ -208,7 +208,7 @@ def decode_attention(device: torch.device, sizes: Sizes) -> tuple[float, str]:
 
         def attend(query: Tensor = query, turn: Iterator[Tensor] = turn) -> Tensor:
             key, value = next(turn)
-            return _attend(query, key, value)
+            return _attend(query, key, value, kernel)
 
         rows.append((2 * elements * 2, mean_seconds(attend, device, sizes)))
     design = torch.tensor([[1 / seconds, nbytes / seconds] for nbytes, seconds in rows], dtype=torch.float64)

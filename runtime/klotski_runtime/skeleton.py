@@ -25,7 +25,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from klotski_compiler.errors import ConfigError
-from klotski_runtime.attention import GROUPED, SINKS
+from klotski_runtime.attention import GROUPED, OWN, SINKS
 from klotski_runtime.checkpoint import EMBEDDING, SHARED, ModuleKey, read_config
 from klotski_runtime.kv import KvShape
 from klotski_runtime.multiply import Multiplier
@@ -202,6 +202,9 @@ class Skeleton:
             self.hidden, *(module.in_features for module in linear), *map(self.inner, range(self.layers))
         )
         self.multiplier = self.make_multiplier()
+        if own_rows[0]:
+            for layer in self._layers:
+                layer.self_attn.__dict__[OWN] = self.multiplier
         if own_rows[0] and device == HOST:
             for module in linear:
                 module.__dict__["forward"] = partial(self._linear_module, module)

@@ -1,6 +1,6 @@
-/* Products of 16-bit matrices, and whole feed-forwards of routed experts, for any number of rows without code of its own: sums are kept
- * in fp32, and what comes out is rounded once. Where a processor multiplies pairs of bf16, elements stay as they are; else they are
- * widened to fp32.
+/* Products of 16-bit matrices, whole feed-forwards of routed experts, and decode attention, for any number of rows without code of its
+ * own: sums are kept in fp32, and what comes out is rounded once. Where a processor multiplies pairs of bf16, elements stay as they are;
+ * else they are widened to fp32.
  *
  * out [m, n] = x [m, k] times the transpose of weight [n, k], plus bias [n].
  *     Rows are packed in panels: a lane of a vector for each of them, one term (or pair of terms) of all of them after the other. They stay
@@ -40,7 +40,7 @@
 #define MANY 6
 #endif
 #define FEW 6
-_Static_assert(VECTORS * LANES <= PANEL_ROWS && BLOCK_ROWS % (VECTORS * LANES) == 0, "blocks are of whole panels");
+_Static_assert(VECTORS * LANES <= PANEL_ROWS && BLOCK_ROWS % (VECTORS * LANES) == 0 && BLOCK_ROWS >= 2 * PANEL_ROWS, "blocks are of whole panels");
 _Static_assert(BLOCK_COLUMNS % MANY == 0 && BLOCK_COLUMNS % FEW == 0 && BLOCK_COLUMNS % 8 == 0, "blocks are of whole tiles");
 
 #if defined(__AVX512BF16__) && defined(__AVX512VL__) && LANES == 16 && !defined(NO_PAIRS)
@@ -567,3 +567,160 @@ INLINE void feed_forward(const enum type type, job *of, float *scratch, long wid
 void experts_bf16(job *of, float *scratch, long widest) { feed_forward(BF16, of, scratch, widest); }
 
 void experts_fp16(job *of, float *scratch, long widest) { feed_forward(FP16, of, scratch, widest); }
+
+/* --------------------------------------------------------------------------------------------- attention */
+
+/* The queries of one position, in groups of ``heads / kv_heads`` that share keys and values; strides in elements. mask: for every sequence
+ * which positions it sees, or none. out [batch, heads, value_width]. */
+typedef struct {
+    const uint16_t *query, *key, *value;
+    const uint8_t *mask;
+    uint16_t *out;
+    long query_batch, query_head, key_batch, key_head, key_position, value_batch, value_head, value_position, mask_batch;
+    long batch, heads, kv_heads, context, width, value_width;
+    double scaling;
+    long next;
+} attention;
+
+#define UNSEEN -1e30f /* the score of a position that is not seen: finite, so that differences of two are none */
+
+typedef uint16_t vector_halves __attribute__((vector_size(2 * LANES)));
+
+INLINE vector widen_vector(const enum type type, const uint16_t *from) {
+    vector wide;
+    if (type == BF16) {
+        vector_halves narrow;
+        memcpy(&narrow, from, sizeof narrow);
+        wide = (vector)(__builtin_convertvector(narrow, vector_words) << 16);
+    } else
+        EACH(i, LANES) wide[i] = widened(type, from[i]);
+    return wide;
+}
+
+INLINE half_vector greater(half_vector a, half_vector b) {
+    half_words first = (half_words)(a > b);
+    return (half_vector)(((half_words)a & first) | ((half_words)b & ~first));
+}
+
+/* ``exponential`` of each. */
+INLINE half_vector exponentials(half_vector x) {
+    const half_vector least = -87 - (half_vector){0}, shift = 12582912 - (half_vector){0};
+    x = greater(x, least);
+    half_vector shifted = x * 1.44269504f + shift, n = shifted - shift, r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    half_vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1;
+    return (half_vector)((half_words)p + ((half_words)shifted << 23));
+}
+
+/* Scores [positions, lanes] of half a vector of lanes <- e to them less the greatest so far, times ``scaling``; total of those so far. less:
+ * what to multiply by that was computed with the greatest before. */
+INLINE void share(float *scores, long lanes, long positions, const uint8_t *mask, float scaling, float *greatest, float *total,
+                  float *less) {
+    half_vector most, before, sum, factor;
+    memcpy(&before, greatest, sizeof before);
+    memcpy(&sum, total, sizeof sum);
+    most = before;
+    for (long t = 0; t < positions; t++) {
+        half_vector score = UNSEEN - (half_vector){0};
+        if (!mask || mask[t]) {
+            memcpy(&score, scores + t * lanes, sizeof score);
+            score *= scaling;
+        }
+        memcpy(scores + t * lanes, &score, sizeof score);
+        most = greater(score, most);
+    }
+    factor = exponentials(before - most);
+    sum *= factor;
+    for (long t = 0; t < positions; t++) {
+        half_vector score;
+        memcpy(&score, scores + t * lanes, sizeof score);
+        score = exponentials(score - most);
+        sum += score;
+        memcpy(scores + t * lanes, &score, sizeof score);
+    }
+    memcpy(greatest, &most, sizeof most);
+    memcpy(total, &sum, sizeof sum);
+    memcpy(less, &factor, sizeof factor);
+}
+
+/* mixed [rows, row] += shares [positions, lanes] times values, of some rows and of so many vectors of columns. */
+INLINE void mix_tile(const enum type type, const int rows, const int vectors, const float *shares, long lanes, const uint16_t *value,
+                     long apart, long positions, float *mixed, long row) {
+    vector sum[4][4];
+    EACH(r, rows) EACH(v, vectors) memcpy(&sum[r][v], mixed + r * row + LANES * v, sizeof sum[r][v]);
+    for (long t = 0; t < positions; t++) {
+        vector wide[4];
+        EACH(v, vectors) wide[v] = widen_vector(type, value + t * apart + LANES * v);
+        EACH(r, rows) {
+            vector share = shares[t * lanes + r] - (vector){0};
+            EACH(v, vectors) sum[r][v] += share * wide[v];
+        }
+    }
+    EACH(r, rows) EACH(v, vectors) memcpy(mixed + r * row + LANES * v, &sum[r][v], sizeof sum[r][v]);
+}
+
+INLINE void mix(const enum type type, long rows, const float *shares, long lanes, const uint16_t *value, long apart, long positions,
+                long width, float *mixed) {
+    for (long r = 0; r < rows; r += 4) {
+        long c = 0;
+#define MIX(n, vectors) mix_tile(type, n, vectors, shares + r, lanes, value + c, apart, positions, mixed + r * width + c, width)
+        if (rows - r >= 4)
+            for (; c + 4 * LANES <= width; c += 4 * LANES) MIX(4, 4);
+        for (; c + LANES <= width; c += LANES) switch (least(4, rows - r)) {
+            case 1: MIX(1, 1); break;
+            case 2: MIX(2, 1); break;
+            case 3: MIX(3, 1); break;
+            default: MIX(4, 1);
+            }
+        for (; c < width; c++)
+            for (long i = r; i < least(rows, r + 4); i++)
+                for (long t = 0; t < positions; t++)
+                    mixed[i * width + c] += shares[t * lanes + i] * widened(type, value[t * apart + c]);
+    }
+}
+
+/* Positions are taken BLOCK_COLUMNS at a time: what they add is scaled to the greatest score so far. */
+INLINE void attend(const enum type type, attention *of, float *scratch, long widest) {
+    const room own = rooms(scratch, widest);
+    float *scores = own.sums, *mixed = (float *)(own.rows + PANEL_ROWS * widest), greatest[PANEL_ROWS], total[PANEL_ROWS];
+    const long group = of->heads / of->kv_heads, words = WORDS(type, of->width);
+    long taken;
+    while ((taken = __atomic_fetch_add(&of->next, 1, __ATOMIC_RELAXED)) < of->batch * of->kv_heads) {
+        const long b = taken / of->kv_heads, h = taken % of->kv_heads;
+        const uint16_t *key = of->key + b * of->key_batch + h * of->key_head;
+        const uint16_t *value = of->value + b * of->value_batch + h * of->value_head;
+        const uint8_t *mask = of->mask ? of->mask + b * of->mask_batch : 0;
+        for (long first = 0; first < group; first += VECTORS * LANES) {
+            const long count = least(VECTORS * LANES, group - first), units = (count + HALF - 1) / HALF, lanes = HALF * units;
+            const long head = h * group + first;
+            const selection queries = {of->query + b * of->query_batch + head * of->query_head, of->query_head, 0};
+            pack(type, queries, 0, count, lanes, of->width, own.rows);
+            memset(mixed, 0, sizeof(float) * count * of->value_width);
+            for (long lane = 0; lane < lanes; lane++) greatest[lane] = UNSEEN, total[lane] = 0;
+            for (long t0 = 0; t0 < of->context; t0 += BLOCK_COLUMNS) {
+                const long positions = least(BLOCK_COLUMNS, of->context - t0);
+                columns keys = brought(type, (matrix){key + t0 * of->key_position, of->key_position, 1}, positions, of->width, own);
+                of_panel(type, units, own.rows, keys.at, keys.apart, positions, words, scores);
+                float less[PANEL_ROWS];
+                for (long lane = 0; lane < lanes; lane += HALF)
+                    share(scores + lane, lanes, positions, mask ? mask + t0 : 0, of->scaling, greatest + lane, total + lane, less + lane);
+                if (t0)
+                    for (long i = 0; i < count; i++)
+                        for (long c = 0; c < of->value_width; c++) mixed[i * of->value_width + c] *= less[i];
+                mix(type, count, scores, lanes, value + t0 * of->value_position, of->value_position, positions, of->value_width, mixed);
+            }
+            for (long i = 0; i < count; i++)
+                for (long c = 0; c < of->value_width; c++)
+                    of->out[(b * of->heads + head + i) * of->value_width + c] = narrowed(type, mixed[i * of->value_width + c] / total[i]);
+        }
+    }
+}
+
+/* Shared among the threads that call with the same one. widest: at least of width and value_width. */
+void attend_bf16(attention *of, float *scratch, long widest) { attend(BF16, of, scratch, widest); }
+
+void attend_fp16(attention *of, float *scratch, long widest) { attend(FP16, of, scratch, widest); }
