@@ -45,10 +45,17 @@ class Reading(NamedTuple):
 
 class Limit(NamedTuple):
     """Of a decode pass: read_bytes that every schedule of its sizes reads at least; compute_s of its matmuls by the measured rate(m), and
-    of what attention reads of the cache."""
+    of what attention reads of the cache. head_s: the part of compute_s that begins when all layers are done, while which the disk can
+    fill no more than the room for weights: layer_bytes it reads before or after."""
 
     read_bytes: float
     compute_s: float
+    head_s: float
+    layer_bytes: float
+
+    def one_after_the_other_s(self, bytes_per_s: float) -> float:
+        """What a pass takes at least if the head of all sequences follows the last layer of all, as it does in every plan."""
+        return self.head_s + max(self.layer_bytes / bytes_per_s, self.compute_s - self.head_s)
 
 
 def readings(files: Sequence[Path]) -> Iterator[Reading]:
@@ -108,13 +115,24 @@ def limit(plan: Plan, cost: Cost) -> Limit | None:
         return None
     relaxed = Relaxation(cost, plan.workload, plan.budgets)
     room = relaxed.room(sequences) - sequences * plan.envelope.prompt_len * relaxed.kv_position
+    modules, *experts = [(w.nbytes, w.moved_bytes[DECODE] / passes) for w in relaxed.weights(1, sequences, sequences)]
+    head_bytes = cost.spec.head.nbytes
+    beside_head = modules[0] - head_bytes, modules[1] - head_bytes
+    return Limit(
+        _read_bytes([modules, *experts], room),
+        work_us(cost, sequences, plan.envelope.prompt_len + passes / 2) / 1e6,
+        cost.module_us(cost.spec.head, sequences) / 1e6,
+        _read_bytes([beside_head, *experts], room),
+    )
+
+
+def _read_bytes(weights: Sequence[tuple[float, float]], room: float) -> float:
+    """Of weights (bytes, bytes that a pass reads of them if they are not kept), what is read where those are kept that save most."""
     read = 0.0
-    weights = relaxed.weights(1, sequences, sequences)
-    for weight in sorted(weights, key=lambda w: w.moved_bytes[DECODE] / w.nbytes, reverse=True):
-        kept = min(1.0, max(0.0, room) / weight.nbytes)
-        room -= weight.nbytes
-        read += (1 - kept) * weight.moved_bytes[DECODE] / passes
-    return Limit(read, work_us(cost, sequences, plan.envelope.prompt_len + passes / 2) / 1e6)
+    for nbytes, moved in sorted(weights, key=lambda weight: weight[1] / weight[0], reverse=True):
+        read += (1 - min(1.0, max(0.0, room) / nbytes)) * moved
+        room -= nbytes
+    return read
 
 
 def work_us(cost: Cost, sequences: int, context: float) -> float:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from benchmarks.limit import Limit
+
 OURS = "klotski"
 
 Report = dict[str, Any]
@@ -22,8 +24,9 @@ LEGEND = [
     "Ratios are of neighbours in time: median (least to most). no load: of the time after loading. equal batch: ours held to the",
     "peer's batch, one batch at a time, end to end. Beside the machine: the bytes that no decode pass avoids (limit.py) and what the",
     "best reader of the disk takes for them, what matmuls and cached keys and values take by the profile's rates and nothing beside",
-    "them, the measured pass, and the greater of the first two as its share; +-: how far forecasts of passes are above what was",
-    "measured; the share of all passes in which neither the busiest stream works nor the plan waits (below 0: it waited less).",
+    "them, the greater of which is the limit. In turn: the head after all layers, while which the disk can but fill the memory that is",
+    "there, then the rest, either as before. The measured pass, and its share that each of them is. +-: how far forecasts of passes are",
+    "above what was measured; the share of all passes in which neither the busiest stream works nor the plan waits (below 0: less).",
 ]
 
 
@@ -167,18 +170,17 @@ def tables(found: dict[str, Best], runs: dict[str, list[Report]]) -> Iterator[st
 def at_the_limit(ours: list[Report]) -> Iterator[str]:
     """Of each run: the decode pass beside the least that it can take, forecasts, overhead."""
     yield ""
-    words = ["least GB", "disk s", "computes s", "decode s", "of limit", "prefill +-", "decode +-", "overhead"]
+    words = ["least GB", "disk s", "computes s", "in turn s", "decode s", "of limit", "of in turn"]
+    words += ["prefill +-", "decode +-", "overhead"]
     yield f"{'ours beside the machine':<26}" + "".join(f"{word:>11}" for word in words) + "  disk"
     for number, our in enumerate(ours, 1):
-        cells = ["-"] * 5
-        if least := our["limit"]:
-            read_s, compute_s, pass_s = (
-                least["read_bytes"] / our["disk"]["bytes_per_s"],
-                least["compute_s"],
-                our["decode_pass_s"],
-            )
-            seconds = [f"{value:.2f}" for value in (read_s, compute_s, pass_s)]
-            cells = [f"{least['read_bytes'] / 1e9:.2f}", *seconds, f"{max(read_s, compute_s) / pass_s:.1%}"]
+        cells = ["-"] * 7
+        if our["limit"]:
+            least, bytes_per_s, pass_s = Limit(**our["limit"]), our["disk"]["bytes_per_s"], our["decode_pass_s"]
+            read_s, in_turn_s = least.read_bytes / bytes_per_s, least.one_after_the_other_s(bytes_per_s)
+            seconds = [f"{value:.2f}" for value in (read_s, least.compute_s, in_turn_s, pass_s)]
+            shares = [f"{value / pass_s:.1%}" for value in (max(read_s, least.compute_s), in_turn_s)]
+            cells = [f"{least.read_bytes / 1e9:.2f}", *seconds, *shares]
         for phase in ("prefill", "decode"):
             us = our["pass_us"].get(phase, {"measured": 0})
             cells.append(f"{us['predicted'] / us['measured'] - 1:+.1%}" if us["measured"] else "-")

@@ -57,7 +57,7 @@ class Processor(_Fact):
     hidden_bytes_per_s: rate at which hidden states pass the elementwise work of such a block (norm, residual, copies),
     each element counted once. shared_speed: what is left of the speed while a link into the processor's tier is busy.
     least_own_rows, most_own_rows: from how many rows on, and up to how many (0: any number), a 16-bit matmul is faster by the package's
-    kernel (0: never); ``matmul`` has the faster one's rates.
+    kernel (0: never); ``matmul`` has the faster one's rates, and where they are not 0 experts and decode attention are that kernel's, too.
     threads: of a CPU's kernels. beside_cpu: what is left of the speed of a GPU's ops while the CPU computes, whose threads take cores and
     the interpreter from those that issue them.
     """

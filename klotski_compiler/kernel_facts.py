@@ -14,7 +14,7 @@ FEW_ROWS, ROW_STEP = 16, 32
 GATHERED_ROWS = 256  # embedding rows that are read from disk at a time
 
 
-def multiplier_bytes(widest: int) -> int:
+def own_kernels_bytes(widest: int) -> int:
     """What one thread needs to multiply so by weights of up to ``widest`` columns: packed rows, columns of a weight packed and as they
     are, and two blocks of sums."""
     return 4 * BLOCK_ROWS * widest + 6 * BLOCK_COLUMNS * widest + 8 * BLOCK_COLUMNS * PANEL_ROWS

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from klotski_compiler.cost import Cost
 from klotski_compiler.decision import Decision, Workload
-from klotski_compiler.kernel_facts import FEW_ROWS, GATHERED_ROWS, ROW_STEP, WORKERS, inner_bytes, multiplier_bytes
+from klotski_compiler.kernel_facts import FEW_ROWS, GATHERED_ROWS, ROW_STEP, WORKERS, inner_bytes, own_kernels_bytes
 from klotski_compiler.model import Layer, ModelSpec, Module
 from klotski_compiler.tensors import MODULES, query_bytes
 
@@ -64,7 +64,7 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
     if width == 2 and cost.hardware.compute_tier == "host" and cost.processor.least_own_rows:
         narrow = rows if cost.processor.most_own_rows else min(rows, cost.processor.least_own_rows)
         widest = max(hidden, inner, shared, dense, *(layer.attention_flops // 4 for layer in cost.layers))
-        kept["matmuls"] = max(WORKERS, cost.processor.threads) * multiplier_bytes(widest) + inner_bytes(inner)
+        kept["matmuls"] = max(WORKERS, cost.processor.threads) * own_kernels_bytes(widest) + inner_bytes(inner)
     if converted:
         kept["converted weights"] = width * _bound_params(spec, decision)
     experts = sum(count * layer.num_experts for layer, count in cost.layers.items())

@@ -163,7 +163,7 @@ def made_up(speed: float, **fields: Any) -> Report:
 
 OWN: Report = {  # what reports of ours have more
     "shown": "2 x 2",
-    "limit": {"read_bytes": 1e8, "compute_s": 0.3},
+    "limit": {"read_bytes": 1e8, "compute_s": 0.3, "head_s": 0.1, "layer_bytes": 5e7},
     "pass_us": {"prefill": {"predicted": 90, "measured": 100}, "decode": {"predicted": 110, "measured": 100}},
     "busy_s": {"cpu": 0.9},
     "predicted_bubble_s": {"kv": 0.1},

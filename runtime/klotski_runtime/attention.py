@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from klotski_runtime.multiply import Multiplier
+from klotski_runtime.own_kernels import OwnKernels
 
 GROUPED, SINKS = "klotski_grouped", "klotski_sinks"
 OWN = "_klotski_kernels"
@@ -43,7 +43,7 @@ def grouped_attention(
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
     """Mixed values [B, q, heads, width] of query [B, heads, q, width], key and value [B, kv heads, context, width]."""
-    own: Multiplier | None = getattr(module, OWN, None)
+    own: OwnKernels | None = getattr(module, OWN, None)
     if own and own.attends(query, key, attention_mask):
         return own.attend(
             query, key, value, attention_mask, query.shape[3] ** -0.5 if scaling is None else scaling

@@ -14,7 +14,7 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
 from klotski_compiler.kernel_facts import FEW_ROWS, ROW_STEP, inner_bytes
-from klotski_runtime.multiply import NARROW, Multiplier
+from klotski_runtime.own_kernels import NARROW, OwnKernels
 from klotski_runtime.skeleton import HOST
 
 GROUPED_BYTES = 16
@@ -24,7 +24,7 @@ Parts = Mapping[str, torch.Tensor]
 """One expert's weights: gate, up, down; or gate_up, down and, where the model has them, gate_up_bias and down_bias."""
 
 Multiply = Callable[..., None]
-"""``Multiplier.mm`` for one worker."""
+"""``OwnKernels.mm`` for one worker."""
 
 Runs = tuple[list[tuple[list[int], Parts]], list[int]]
 """Places of experts that are taken together, with their matrices, and places of those that are not."""
@@ -45,10 +45,10 @@ class ExpertKernel:
         compute: torch.dtype,
         wide: torch.dtype,
         device: torch.device = HOST,
-        multiplier: Multiplier | None = None,
+        own: OwnKernels | None = None,
     ) -> None:
         self.rows, self.flops_per_row = rows, 6 * hidden * intermediate
-        self._multiplier = multiplier or Multiplier(0, 0)
+        self._own = own or OwnKernels(0, 0)
         self._x = torch.zeros(rows, hidden, dtype=compute, device=device)
         self._inner = torch.empty(2 * rows * intermediate, dtype=compute, device=device)
         self._out = torch.empty(rows, hidden, dtype=wide, device=device)
@@ -64,7 +64,7 @@ class ExpertKernel:
     ) -> torch.Tensor:
         """``weights`` [r] x expert(``x``[``rows``]) as [r, hidden] in the wide type; valid until the next call. worker: whose task this
         is part of (None: of none)."""
-        mm = partial(self._multiplier.mm, worker=worker)
+        mm = partial(self._own.mm, worker=worker)
         count = rows.shape[0]
         source, out = self._x[: self._computed(count)], self._out[:count]
         torch.index_select(x, 0, rows, out=source[:count])
@@ -101,7 +101,7 @@ class ExpertKernel:
         all of them.
         """
         x = self._x[:count]
-        if count <= FEW_ROWS or x.dtype not in NARROW or self._multiplier.takes(x):
+        if count <= FEW_ROWS or x.dtype not in NARROW or self._own.takes(x):
             return count
         return min(-(-count // ROW_STEP) * ROW_STEP, self.rows)
 
@@ -133,19 +133,19 @@ class ExpertKernel:
         return gated
 
 
-class OwnKernel:
-    """Feed-forwards of routed experts in one call of our own kernel, where ``multiplier`` takes them."""
+class OwnExperts:
+    """Feed-forwards of routed experts in one call of our own kernel, where ``own`` takes them."""
 
-    def __init__(self, intermediate: int, multiplier: Multiplier) -> None:
-        self._multiplier = multiplier
+    def __init__(self, intermediate: int, own: OwnKernels) -> None:
+        self._own = own
         self._inner = torch.empty(inner_bytes(intermediate), dtype=torch.uint8)
 
     def takes(self, experts: Any, parts: Parts, x: torch.Tensor, rows: torch.Tensor) -> bool:
         """Whether it had better compute an expert of such a module, over so many rows of x."""
+        if x.dtype not in NARROW or not self._own.takes_rows(len(rows)):
+            return False
         common = is_common(experts) and isinstance(experts.act_fn, nn.SiLU | SiLUActivation)
-        return (
-            common and self._multiplier.takes_rows(len(rows)) and all(part.dtype == x.dtype for part in parts.values())
-        )
+        return common and all(part.dtype == x.dtype for part in parts.values())
 
     def add(
         self,
@@ -154,7 +154,7 @@ class OwnKernel:
         experts: Sequence[tuple[Parts, torch.Tensor, torch.Tensor]],
     ) -> None:
         """``into`` += weight x expert(x) of some rows of x, for experts that it takes: weights, rows, and the weight of each row."""
-        self._multiplier.feed_forward(
+        self._own.feed_forward(
             x, into, [(*_three(parts), rows, weights) for parts, rows, weights in experts], self._inner
         )
 

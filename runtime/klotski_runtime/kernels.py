@@ -23,10 +23,10 @@ from klotski_compiler.ops import ALL, batches_of
 from klotski_runtime.assignment import Assignment, Routing, rows_worth, shares
 from klotski_runtime.batch import Batch, Frame, abreast
 from klotski_runtime.checkpoint import EMBEDDING
-from klotski_runtime.experts import ExpertKernel, OwnKernel, Parts, Runs, is_common, runs
+from klotski_runtime.experts import ExpertKernel, OwnExperts, Parts, Runs, is_common, runs
 from klotski_runtime.graphs import Graphs, Piece
 from klotski_runtime.kv import KvBlock
-from klotski_runtime.multiply import Multiplier
+from klotski_runtime.own_kernels import OwnKernels
 from klotski_runtime.reader import RowGather
 from klotski_runtime.skeleton import HOST, Skeleton
 from klotski_runtime.split import Call, Ends, NewOnly, Regions, Split, on_host
@@ -52,7 +52,7 @@ class Kernels(NamedTuple):
     """Of experts: one for every worker of the CPU, or one for the GPU, which take them one by one; and, where it is known, our own."""
 
     alone: list[ExpertKernel]
-    own: OwnKernel | None
+    own: OwnExperts | None
 
 
 class Room:
@@ -109,7 +109,7 @@ class Group:
         self._skeleton, self._chunks, self._embedding, self._every_token = skeleton, chunks, embedding, every_token
         self._device = skeleton.device
         self.batches = {number: Batch(sequences, self._device) for number, sequences in enumerate(prompts)}
-        self._kernels = self._make_kernels(self._device, skeleton.multiplier)
+        self._kernels = self._make_kernels(self._device, skeleton.own_kernels)
         self._elsewhere: Kernels | None = None
         self._adding = threading.Lock()
         self._found: dict[tuple[int, ...], tuple[Sequence[Parts], Runs]] = {}
@@ -122,13 +122,13 @@ class Group:
         self._assignments: dict[int, Assignment] = {}  # by the batches that they are for
         self._logits = Room(skeleton.compute_dtype, self._device)
 
-    def _make_kernels(self, device: torch.device, multiplier: Multiplier) -> Kernels:
+    def _make_kernels(self, device: torch.device, own: OwnKernels) -> Kernels:
         skeleton = self._skeleton
         inner = max(map(skeleton.inner, range(skeleton.layers)))
         count = skeleton.workers.count if device == HOST else 1
         rows, dtypes = -(-self._chunks.expert_rows // count), (skeleton.compute_dtype, skeleton.wide_dtype)
-        alone = [ExpertKernel(rows, skeleton.hidden, inner, *dtypes, device, multiplier) for _ in range(count)]
-        return Kernels(alone, OwnKernel(inner, multiplier) if device == HOST and multiplier.known else None)
+        alone = [ExpertKernel(rows, skeleton.hidden, inner, *dtypes, device, own) for _ in range(count)]
+        return Kernels(alone, OwnExperts(inner, own) if device == HOST and own.known else None)
 
     @property
     def tokens(self) -> int:
@@ -423,7 +423,7 @@ class Group:
         """sums <- the sum of weight x expert(rows) in the wide type, for all tokens of the group; both flat."""
         shape = self._wide.shape
         x, out = rows[: self._x.numel()].view(shape), sums[: self._wide.numel()].view(shape)
-        self._elsewhere = self._elsewhere or self._make_kernels(HOST, self._skeleton.make_multiplier())
+        self._elsewhere = self._elsewhere or self._make_kernels(HOST, self._skeleton.make_own_kernels())
         self._add_experts(self._elsewhere, layer, experts, self._sent, x, out.zero_())
 
     @torch.inference_mode()
@@ -470,7 +470,7 @@ class Group:
 
     def _add_by_own(
         self,
-        own: OwnKernel,
+        own: OwnExperts,
         module: Any,
         experts: Sequence[tuple[int, Parts]],
         assignment: Assignment,
@@ -540,7 +540,7 @@ class Group:
         """
         size = len(self._last) * len(weight)
         logits = self._logits.take(size)[:size].view(len(self._last), -1)
-        self._skeleton.multiplier.mm(self._last, (weight.to(self._last.dtype), logits), bias=bias)
+        self._skeleton.own_kernels.mm(self._last, (weight.to(self._last.dtype), logits), bias=bias)
         value, word = logits.max(dim=1)
         word += first
         better = (value > self._best) | ((value == self._best) & (word < self._token))

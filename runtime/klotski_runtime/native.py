@@ -14,7 +14,7 @@ from pathlib import Path
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.kernel_facts import BLOCK_COLUMNS, BLOCK_ROWS, INNERS, PANEL_ROWS
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 POINTER, LONG = ctypes.c_void_p, ctypes.c_long
 MATMUL = (POINTER, LONG, POINTER, LONG, LONG, POINTER, POINTER, LONG, LONG, LONG, LONG, POINTER, POINTER)
@@ -23,7 +23,7 @@ SHARED = (POINTER, POINTER, LONG)
 
 @cache
 def kernel_library() -> ctypes.CDLL:
-    """``kernels.c``, whose functions let go of Python's lock while they run.
+    """``native.c``, whose functions let go of Python's lock while they run.
 
     Raises ConfigError where it cannot be compiled.
     """

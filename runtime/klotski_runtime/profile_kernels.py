@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from klotski_compiler.kernel_facts import FEW_ROWS, ROW_STEP
 from klotski_compiler.ops import PAGE_BYTES
 from klotski_runtime.attention import OWN, grouped_attention
-from klotski_runtime.multiply import Multiplier
 from klotski_runtime.native import can_compile
+from klotski_runtime.own_kernels import OwnKernels
 from klotski_runtime.profile_block import SMALL, Block
 from klotski_runtime.profile_disk import MIB, Found, rounded
 from klotski_runtime.workers import Task, Workers, kernel_threads
@@ -94,7 +94,7 @@ def shared_work(sizes: Sizes) -> Callable[[], object]:
     rows = torch.randn(SHARED_ROWS, sizes.hidden, dtype=torch.bfloat16)
     ways: list[Task] = [lambda worker: _expert(rows, *next(turn))]
     if can_compile():
-        ways.append(_ours(Multiplier(1, max(sizes.hidden, sizes.inter), workers), workers, rows, turn, sizes))
+        ways.append(_ours(OwnKernels(1, max(sizes.hidden, sizes.inter), workers), workers, rows, turn, sizes))
     calls = [partial(workers.run, [way] * workers.count) for way in ways]
     return min(calls, key=lambda call: mean_seconds(call, host, sizes))
 
@@ -138,13 +138,13 @@ def matmul_rates(
 
     fixed = each(lambda worker: _expert(*small)) if on_cpu else 0.0
     may_own = on_cpu and torch_dtype.itemsize == 2 and can_compile()
-    multiplier = Multiplier(int(may_own), max(sizes.hidden, sizes.inter), workers)
+    own = OwnKernels(int(may_own), max(sizes.hidden, sizes.inter), workers)
     plain, ours, fastest = list[float](), list[float](), 0.0
     for tokens in sizes.tokens:
         rows = torch.randn(tokens, sizes.hidden, device=device, dtype=torch_dtype)
         seconds = each(lambda worker, rows=rows: _expert(rows, *next(turn)))  # type: ignore[misc]
         plain.append(seconds)
-        ours.append(each(_ours(multiplier, workers, rows, turn, sizes)) if may_own else inf)
+        ours.append(each(_ours(own, workers, rows, turn, sizes)) if may_own else inf)
     workers.close()
     won = worth(sizes.tokens, plain, ours)
     points = []
@@ -169,9 +169,7 @@ def worth(tokens: Sequence[int], plain: Sequence[float], ours: Sequence[float]) 
     return max(stretches, key=len, default=range(0))
 
 
-def _ours(
-    multiplier: Multiplier, workers: Workers, rows: Tensor, turn: Iterator[tuple[Tensor, ...]], sizes: Sizes
-) -> Task:
+def _ours(own: OwnKernels, workers: Workers, rows: Tensor, turn: Iterator[tuple[Tensor, ...]], sizes: Sizes) -> Task:
     """An expert by our own kernel, the next one in every call."""
     outs = [
         [rows.new_empty(len(rows), n) for n in (sizes.inter, sizes.inter, sizes.hidden)] for _ in range(workers.count)
@@ -179,13 +177,13 @@ def _ours(
 
     def task(worker: int) -> None:
         (gate, up, down), (inner, other, out) = next(turn), outs[worker]
-        multiplier.mm(rows, (gate, inner), (up, other), worker=worker)
-        multiplier.mm(F.silu(inner, inplace=True).mul_(other), (down, out), worker=worker)
+        own.mm(rows, (gate, inner), (up, other), worker=worker)
+        own.mm(F.silu(inner, inplace=True).mul_(other), (down, out), worker=worker)
 
     return task
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, own: Multiplier | None = None) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, own: OwnKernels | None = None) -> Tensor:
     """Grouped-query attention as the runtime calls it. own: with our kernel."""
     heads = SimpleNamespace(num_key_value_groups=QUERY_HEADS // KV_HEADS, is_causal=True, **{OWN: own})
     output: Tensor
@@ -199,7 +197,7 @@ def decode_attention(device: torch.device, sizes: Sizes, own: bool = False) -> t
     Least squares in relative error, because times span two orders of magnitude.
     """
     pool = torch.randn(sizes.cold_bytes // 64, device=device, dtype=torch.bfloat16).repeat(32)
-    rows, kernel = [], Multiplier(1, HEAD_DIM, Workers(torch.get_num_threads())) if own else None
+    rows, kernel = [], OwnKernels(1, HEAD_DIM, Workers(torch.get_num_threads())) if own else None
     for batch, context in sizes.decode:
         elements = batch * KV_HEADS * context * HEAD_DIM
         caches = pool[: len(pool) // (2 * elements) * 2 * elements].view(-1, 2, batch, KV_HEADS, context, HEAD_DIM)

@@ -28,7 +28,7 @@ from klotski_compiler.errors import ConfigError
 from klotski_runtime.attention import GROUPED, OWN, SINKS
 from klotski_runtime.checkpoint import EMBEDDING, SHARED, ModuleKey, read_config
 from klotski_runtime.kv import KvShape
-from klotski_runtime.multiply import Multiplier
+from klotski_runtime.own_kernels import OwnKernels
 from klotski_runtime.workers import Workers
 
 HOST = torch.device("cpu")
@@ -201,10 +201,10 @@ class Skeleton:
         self._widest = max(
             self.hidden, *(module.in_features for module in linear), *map(self.inner, range(self.layers))
         )
-        self.multiplier = self.make_multiplier()
+        self.own_kernels = self.make_own_kernels()
         if own_rows[0]:
             for layer in self._layers:
-                layer.self_attn.__dict__[OWN] = self.multiplier
+                layer.self_attn.__dict__[OWN] = self.own_kernels
         if own_rows[0] and device == HOST:
             for module in linear:
                 module.__dict__["forward"] = partial(self._linear_module, module)
@@ -249,9 +249,9 @@ class Skeleton:
         held[leaf] = tensor
         return old
 
-    def make_multiplier(self) -> Multiplier:
+    def make_own_kernels(self) -> OwnKernels:
         """What multiplies by this model's weights with our own kernel, where it may."""
-        return Multiplier(self._own_rows[0], self._widest, self.workers, self._own_rows[1])
+        return OwnKernels(self._own_rows[0], self._widest, self.workers, self._own_rows[1])
 
     def _linear_module(self, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         return self._linear(x, module.weight, module.bias)
@@ -259,10 +259,10 @@ class Skeleton:
     def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``functional.linear``, by our own kernel where that is faster."""
         rows = x.reshape(-1, x.shape[-1])
-        if not self.multiplier.takes(rows):
+        if not self.own_kernels.takes(rows):
             return functional.linear(x, weight, bias)
         out = x.new_empty(*x.shape[:-1], len(weight))
-        self.multiplier.mm(rows.contiguous(), (weight, out.view(len(rows), -1)), bias=bias)
+        self.own_kernels.mm(rows.contiguous(), (weight, out.view(len(rows), -1)), bias=bias)
         return out
 
     def _wrap_router(self, layer: int) -> None:

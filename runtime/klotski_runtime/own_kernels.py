@@ -1,4 +1,4 @@
-"""16-bit matmuls on a CPU by the package's own kernel (``kernels.c``), where that is faster than PyTorch's, and feed-forwards of routed
+"""16-bit matmuls on a CPU by the package's own kernel (``native.c``), where that is faster than PyTorch's, and feed-forwards of routed
 experts in one call of it.
 
 A product is rounded once, as by a 16-bit kernel that adds in fp32. What a row's product is depends on that row alone, not on how many
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from klotski_compiler.kernel_facts import BLOCK_COLUMNS, BLOCK_ROWS, FIXED_ROWS, inner_bytes, multiplier_bytes
+from klotski_compiler.kernel_facts import BLOCK_COLUMNS, BLOCK_ROWS, FIXED_ROWS, inner_bytes, own_kernels_bytes
 from klotski_runtime.native import LONG, POINTER, kernel_library
 from klotski_runtime.workers import WORTH_SHARING, Workers
 
@@ -26,7 +26,7 @@ Fed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 """An expert's gate, up [inner, hidden] and down [hidden, inner], numbers of rows, and the weight of each."""
 
 
-class Multiplier:
+class OwnKernels:
     """Multiplies by weights; where that is faster, with our kernel. ``workers`` share a matmul's columns, or multiply each on its own."""
 
     def __init__(self, least_rows: int, widest: int, workers: Workers | None = None, most_rows: int = 0) -> None:
@@ -222,7 +222,7 @@ class _Team:
 
     def __init__(self, workers: Workers, widest: int) -> None:
         self._workers = workers
-        self.scratch = [torch.empty(multiplier_bytes(widest) // 4) for _ in range(workers.count)]
+        self.scratch = [torch.empty(own_kernels_bytes(widest) // 4) for _ in range(workers.count)]
 
     def share(self, part: Callable[[torch.Tensor], None]) -> None:
         """Call it in every thread."""
@@ -230,7 +230,7 @@ class _Team:
 
 
 class Piece(ctypes.Structure):
-    """``piece`` of kernels.c."""
+    """``piece`` of native.c."""
 
     _fields_ = (
         *((name, POINTER) for name in ("gate", "up", "down", "rows", "weights")),
@@ -239,7 +239,7 @@ class Piece(ctypes.Structure):
 
 
 class Job(ctypes.Structure):
-    """``job`` of kernels.c."""
+    """``job`` of native.c."""
 
     _fields_ = (
         *((name, POINTER) for name in ("x", "out")),
@@ -250,7 +250,7 @@ class Job(ctypes.Structure):
 
 
 class Attention(ctypes.Structure):
-    """``attention`` of kernels.c."""
+    """``attention`` of native.c."""
 
     _fields_ = (
         *((name, POINTER) for name in ("query", "key", "value", "mask", "out")),

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.kernel_facts import BLOCK_COLUMNS, BLOCK_ROWS, inner_bytes
-from klotski_runtime import multiply
+from klotski_runtime import own_kernels
 from klotski_runtime.checkpoint import ModuleKey
-from klotski_runtime.multiply import Multiplier
+from klotski_runtime.experts import OwnExperts
 from klotski_runtime.native import SOURCE, compile_library
+from klotski_runtime.own_kernels import OwnKernels
 from klotski_runtime.skeleton import Routed, Skeleton, import_model
 from klotski_runtime.workers import WORTH_SHARING, Workers
 from tiny import FAMILIES, make_checkpoint
@@ -30,11 +31,9 @@ def operands(rows: int, width: int, columns: int, dtype: torch.dtype) -> list[to
     return [torch.randn(s, generator=generator).to(dtype) for s in ((rows, width), (columns, width), (columns,))]
 
 
-def product(
-    multiplier: Multiplier, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def product(own: OwnKernels, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     out = torch.full((len(x), len(weight)), torch.nan, dtype=x.dtype)
-    multiplier.mm(x, (weight, out), bias=bias)
+    own.mm(x, (weight, out), bias=bias)
     return out
 
 
@@ -54,14 +53,14 @@ def test_a_product_is_fp32s_rounded_once(
 ) -> None:
     """With vectors of any processor: compilers make them of what this one has."""
     library = compile_library(SOURCE, f"-DLANES={lanes}", "-DIN_REGISTER(v)=")
-    monkeypatch.setattr(multiply, "kernel_library", lambda: library)
+    monkeypatch.setattr(own_kernels, "kernel_library", lambda: library)
     x, weight, bias = operands(rows, width, columns, dtype)
-    multiplier, exact = Multiplier(1, width), x.double() @ weight.double().t()
+    own, exact = OwnKernels(1, width), x.double() @ weight.double().t()
     for biased in (None, bias):
         want = exact if biased is None else exact + bias.double()
-        error = (product(multiplier, x, weight, biased).double() - want).abs() / want.abs().clamp(min=width**0.5 / 8)
+        error = (product(own, x, weight, biased).double() - want).abs() / want.abs().clamp(min=width**0.5 / 8)
         assert error.max() <= torch.finfo(dtype).eps  # half of one by rounding
-        assert torch.equal(product(multiplier, x, sideways(weight), biased), product(multiplier, x, weight, biased))
+        assert torch.equal(product(own, x, sideways(weight), biased), product(own, x, weight, biased))
 
 
 @NARROW
@@ -69,16 +68,16 @@ def test_a_rows_product_depends_on_nothing_else(dtype: torch.dtype) -> None:
     """Not on rows beside it, nor on whose task it is, nor on how many threads share columns: to the bit."""
     x, weight, bias = operands(BLOCK_ROWS + 5, 1024 + 24, 777, dtype)
     assert 2 * x.numel() * len(weight) > WORTH_SHARING
-    want = product(Multiplier(1, x.shape[1]), x, weight, bias)
+    want = product(OwnKernels(1, x.shape[1]), x, weight, bias)
     for threads in (2, 5):
         workers = Workers(threads)
-        multiplier = Multiplier(1, x.shape[1], workers)
-        own = torch.empty_like(want)
-        workers.run([lambda worker: multiplier.mm(x, (weight, own), bias=bias, worker=worker)] * 2)  # noqa: B023
-        assert torch.equal(own, want)
-        assert torch.equal(product(multiplier, x, weight, bias), want)
+        own = OwnKernels(1, x.shape[1], workers)
+        out = torch.empty_like(want)
+        workers.run([lambda worker: own.mm(x, (weight, out), bias=bias, worker=worker)] * 2)  # noqa: B023
+        assert torch.equal(out, want)
+        assert torch.equal(product(own, x, weight, bias), want)
         for rows in (slice(0, 1), slice(3, 7), slice(1, BLOCK_ROWS + 2)):
-            assert torch.equal(product(multiplier, x[rows], weight, bias), want[rows])
+            assert torch.equal(product(own, x[rows], weight, bias), want[rows])
         workers.close()
 
 
@@ -109,8 +108,8 @@ def fed(x: torch.Tensor, experts: Sequence[Chosen], workers: Workers | None = No
     """What a feed-forward adds to ones."""
     hidden, inner = x.shape[1], len(experts[0][0])
     out = torch.ones(x.shape)
-    multiplier = Multiplier(1, max(hidden, inner), workers)
-    multiplier.feed_forward(x, out, experts, torch.empty(inner_bytes(inner), dtype=torch.uint8))
+    own = OwnKernels(1, max(hidden, inner), workers)
+    own.feed_forward(x, out, experts, torch.empty(inner_bytes(inner), dtype=torch.uint8))
     return out
 
 
@@ -134,7 +133,7 @@ def test_a_feed_forward_is_rounded_as_pytorchs_ops(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     library = compile_library(SOURCE, f"-DLANES={lanes}", "-DIN_REGISTER(v)=")
-    monkeypatch.setattr(multiply, "kernel_library", lambda: library)
+    monkeypatch.setattr(own_kernels, "kernel_library", lambda: library)
     x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(1)).to(dtype)
     experts = experts_of(hidden, inner, tokens, counts, dtype)
     want = torch.ones(x.shape, dtype=torch.float64)
@@ -189,7 +188,7 @@ def test_a_feed_forward_refuses_what_it_would_read_beside() -> None:
         with pytest.raises(ValueError, match=r"other shapes|one type|as many rows|in one piece"):
             fed(x, [wrong])
     with pytest.raises(ValueError, match="other sizes"):
-        Multiplier(1, 64).feed_forward(x, torch.ones(9, 64), [(gate, up, down, rows, weights)], torch.empty(8))
+        OwnKernels(1, 64).feed_forward(x, torch.ones(9, 64), [(gate, up, down, rows, weights)], torch.empty(8))
 
 
 @NARROW
@@ -210,7 +209,7 @@ def test_decode_attention_is_softmaxs(
 ) -> None:
     """Of sequences in parts of larger blocks, with padding before some of them, which makes whole blocks of positions unseen."""
     library = compile_library(SOURCE, f"-DLANES={lanes}", "-DIN_REGISTER(v)=")
-    monkeypatch.setattr(multiply, "kernel_library", lambda: library)
+    monkeypatch.setattr(own_kernels, "kernel_library", lambda: library)
     generator = torch.Generator().manual_seed(4)
     query, key, value = (
         (scale * torch.randn(shape, generator=generator)).to(dtype)
@@ -228,7 +227,7 @@ def test_decode_attention_is_softmaxs(
             scores.masked_fill_(~mask, -torch.inf)
         want = (scores.softmax(-1) @ value.double()).view(3, 1, heads, value_width)
         workers = Workers(2)
-        for own in (Multiplier(1, 128), Multiplier(1, 128, workers)):
+        for own in (OwnKernels(1, 128), OwnKernels(1, 128, workers)):
             assert own.attends(query, key, mask)
             found = own.attend(query, key, value, mask, width**-0.5)
             torch.testing.assert_close(found.double(), want, rtol=torch.finfo(dtype).eps, atol=1e-5)
@@ -238,12 +237,12 @@ def test_decode_attention_is_softmaxs(
 def test_attention_refuses_what_it_would_read_beside() -> None:
     query, key, value = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 5, 16), torch.randn(2, 2, 5, 16)
     q, k, v = query.bfloat16(), key.bfloat16(), value.bfloat16()
-    own, short = Multiplier(1, 16), torch.ones(2, 1, 1, 4, dtype=torch.bool)
+    own, short = OwnKernels(1, 16), torch.ones(2, 1, 1, 4, dtype=torch.bool)
     assert own.attends(q, k, None) and not own.attends(query, key, None)
     assert not own.attends(q.expand(2, 4, 3, 16), k, None), "it is for one position"
     assert not own.attends(q, k, torch.zeros(2, 1, 1, 5)), "scores that are added to are not masks"
     assert not own.attends(q, k, short)
-    assert not Multiplier(0, 16).attends(q, k, None)
+    assert not OwnKernels(0, 16).attends(q, k, None)
     sideways_v = v.transpose(2, 3).contiguous().transpose(2, 3)
     wrong: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]] = [
         (q[:, :3], k, v, None),
@@ -256,30 +255,30 @@ def test_attention_refuses_what_it_would_read_beside() -> None:
         with pytest.raises(ValueError, match=r"other shapes|one type|in one piece|a mask of"):
             own.attend(*parts, 0.25)
     with pytest.raises(ValueError, match="in one piece"):
-        Multiplier(1, 15).attend(q, k, v, None, 0.25)
+        OwnKernels(1, 15).attend(q, k, v, None, 0.25)
 
 
 def test_what_is_not_a_number_stays_so() -> None:
     x, weight = torch.eye(4, 8).bfloat16(), torch.zeros(4, 8).bfloat16()
     weight[:, 1], weight[:, 2], weight[:, 3] = torch.nan, torch.inf, 3e38
     x[3, 3] = 4
-    found = product(Multiplier(1, 8), x, torch.where(torch.eye(4, 8).bool(), weight, 0))
+    found = product(OwnKernels(1, 8), x, torch.where(torch.eye(4, 8).bool(), weight, 0))
     assert found[0, 0] == 0 and found[1, 1].isnan() and found[2, 2].isinf() and found[3, 3].isinf()
 
 
 def test_other_shapes_and_types_are_refused() -> None:
     x, weight, _ = operands(4, 8, 4, torch.bfloat16)
-    multiplier = Multiplier(1, 8)
+    own = OwnKernels(1, 8)
     with pytest.raises(ValueError, match="float16"):
-        product(multiplier, x, weight.half())
+        product(own, x, weight.half())
     with pytest.raises(ValueError, match="in one piece"):
-        product(multiplier, sideways(x), weight)
+        product(own, sideways(x), weight)
     with pytest.raises(ValueError, match="other shapes"):
-        product(multiplier, x[:, :7].contiguous(), weight)
+        product(own, x[:, :7].contiguous(), weight)
     with pytest.raises(ValueError, match="other shapes"):
-        product(Multiplier(1, 7), x, weight)
+        product(OwnKernels(1, 7), x, weight)
     with pytest.raises(ValueError, match="a bias of"):
-        product(multiplier, x, weight, torch.zeros(3).bfloat16())
+        product(own, x, weight, torch.zeros(3).bfloat16())
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -298,9 +297,21 @@ def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_it_takes_what_is_worth_it() -> None:
     few, many = torch.zeros(15, 4, dtype=torch.bfloat16), torch.zeros(16, 4, dtype=torch.bfloat16)
-    assert [Multiplier(16, 4).takes(x) for x in (few, many, many.float())] == [False, True, False]
-    assert not Multiplier(0, 4).takes(many)
-    assert [Multiplier(1, 4, most_rows=15).takes(x) for x in (few, many)] == [True, False]
+    assert [OwnKernels(16, 4).takes(x) for x in (few, many, many.float())] == [False, True, False]
+    assert not OwnKernels(0, 4).takes(many)
+    assert [OwnKernels(1, 4, most_rows=15).takes(x) for x in (few, many)] == [True, False]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_go_through_it_in_16_bits(family: str, tmp_path: Path) -> None:
+    """But for those of a family that does something of its own between their matmuls."""
+    skeleton = Skeleton(import_model(make_checkpoint(family, tmp_path)), torch.bfloat16, own_rows=(2, 0))
+    experts = OwnExperts(skeleton.inner(1), skeleton.own_kernels)
+    for dtype in (torch.bfloat16, torch.float32):
+        x, parts = torch.zeros(4, 64, dtype=dtype), {"gate_up": torch.zeros(8, 64, dtype=dtype)}
+        taken = [experts.takes(skeleton.experts(1), parts, x, torch.arange(count)) for count in (1, 2)]
+        assert taken == [False, dtype == torch.bfloat16 and family != "gpt_oss"]
+    assert not experts.takes(skeleton.experts(1), parts, x.bfloat16(), torch.arange(2)), "weights of another type"
 
 
 @NARROW
@@ -327,13 +338,13 @@ def test_a_layer_goes_through_it_as_it_is(family: str, tmp_path: Path, monkeypat
     state = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
     x = torch.randn(40, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
     seen: list[int] = []
-    own = Multiplier.mm
+    own = OwnKernels.mm
 
-    def mm(self: Multiplier, rows: torch.Tensor, *products: tuple[torch.Tensor, torch.Tensor], **how: Any) -> None:
+    def mm(self: OwnKernels, rows: torch.Tensor, *products: tuple[torch.Tensor, torch.Tensor], **how: Any) -> None:
         seen.append(len(rows))
         own(self, rows, *products, **how)
 
-    monkeypatch.setattr(Multiplier, "mm", mm)
+    monkeypatch.setattr(OwnKernels, "mm", mm)
 
     def block(dtype: torch.dtype, least: int) -> Routed:
         skeleton = Skeleton(import_model(folder), dtype, own_rows=(least, 0))
