@@ -64,7 +64,9 @@ def test_progress_runs_from_nothing_to_all(measured: tuple[Hardware, list[float]
         ([1.1, 0.9, 0.9, 1.1], [1, 2]),  # where it is faster
         ([0.9, 1.0, 0.9, 1.1], [0, 1, 2]),  # though not everywhere between
         ([0.9, 1.1, 0.9, 0.9], [2, 3]),
-        ([1.0, 1.0, 1.02, 1.0], [2]),  # where PyTorch's compute 80 rows for 64
+        ([1.1, 1.1, 1.02, 1.1], [2]),  # where PyTorch's compute 80 rows for 64
+        ([1.04, 0.9, 0.9, 1.04], [0, 1, 2, 3]),  # and where it is about as fast
+        ([1.04, 1.04, 1.5, 1.2], []),
     ],
 )
 def test_our_kernel_is_used_where_it_is_worth_it(ours: list[float], places: list[int]) -> None:
