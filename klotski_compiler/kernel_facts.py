@@ -17,7 +17,7 @@ GATHERED_ROWS = 256  # embedding rows that are read from disk at a time
 def own_kernels_bytes(widest: int) -> int:
     """What one thread needs to multiply so by weights of up to ``widest`` columns: packed rows, columns of a weight packed and as they
     are, and two blocks of sums."""
-    return 4 * BLOCK_ROWS * widest + 6 * BLOCK_COLUMNS * widest + 8 * BLOCK_COLUMNS * PANEL_ROWS
+    return 4 * BLOCK_ROWS * widest + 6 * BLOCK_COLUMNS * widest + 8 * BLOCK_COLUMNS * BLOCK_ROWS
 
 
 def inner_bytes(width: int) -> int:

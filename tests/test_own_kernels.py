@@ -25,6 +25,13 @@ from tiny import FAMILIES, make_checkpoint
 NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
+@pytest.fixture(params=["4", "8", "16", "16 -DNO_PAIRS"])
+def vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors of any processor: compilers make them of what this one has."""
+    library = compile_library(SOURCE, *f"-DLANES={request.param}".split(), "-DIN_REGISTER(v)=")
+    monkeypatch.setattr(own_kernels, "kernel_library", lambda: library)
+
+
 def operands(rows: int, width: int, columns: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """Rows, a weight and a bias."""
     generator = torch.Generator().manual_seed(1)
@@ -43,17 +50,12 @@ def sideways(weight: torch.Tensor) -> torch.Tensor:
 
 
 @NARROW
-@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.usefixtures("vectors")
 @pytest.mark.parametrize(
     ("rows", "width", "columns"),
     [(1, 8, 3), (2, 5, 1), (5, 96, BLOCK_COLUMNS + 7), (BLOCK_ROWS + 3, 67, 40), (10, 1024 + 8, 18)],
 )
-def test_a_product_is_fp32s_rounded_once(
-    rows: int, width: int, columns: int, lanes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With vectors of any processor: compilers make them of what this one has."""
-    library = compile_library(SOURCE, f"-DLANES={lanes}", "-DIN_REGISTER(v)=")
-    monkeypatch.setattr(own_kernels, "kernel_library", lambda: library)
+def test_a_product_is_fp32s_rounded_once(rows: int, width: int, columns: int, dtype: torch.dtype) -> None:
     x, weight, bias = operands(rows, width, columns, dtype)
     own, exact = OwnKernels(1, width), x.double() @ weight.double().t()
     for biased in (None, bias):
@@ -114,7 +116,7 @@ def fed(x: torch.Tensor, experts: Sequence[Chosen], workers: Workers | None = No
 
 
 @NARROW
-@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.usefixtures("vectors")
 @pytest.mark.parametrize(
     ("hidden", "inner", "tokens", "counts"),
     [
@@ -124,16 +126,8 @@ def fed(x: torch.Tensor, experts: Sequence[Chosen], workers: Workers | None = No
     ],
 )
 def test_a_feed_forward_is_rounded_as_pytorchs_ops(
-    hidden: int,
-    inner: int,
-    tokens: int,
-    counts: Sequence[int],
-    lanes: int,
-    dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
+    hidden: int, inner: int, tokens: int, counts: Sequence[int], dtype: torch.dtype
 ) -> None:
-    library = compile_library(SOURCE, f"-DLANES={lanes}", "-DIN_REGISTER(v)=")
-    monkeypatch.setattr(own_kernels, "kernel_library", lambda: library)
     x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(1)).to(dtype)
     experts = experts_of(hidden, inner, tokens, counts, dtype)
     want = torch.ones(x.shape, dtype=torch.float64)
@@ -192,24 +186,15 @@ def test_a_feed_forward_refuses_what_it_would_read_beside() -> None:
 
 
 @NARROW
-@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.usefixtures("vectors")
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "context", "width", "value_width"),
     [(8, 2, 5, 16, 16), (6, 6, 2 * BLOCK_COLUMNS, 64, 48), (40, 1, 3 * BLOCK_COLUMNS + 1, 96, 70), (70, 1, 49, 67, 33)],
 )
 def test_decode_attention_is_softmaxs(
-    heads: int,
-    kv_heads: int,
-    context: int,
-    width: int,
-    value_width: int,
-    lanes: int,
-    dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
+    heads: int, kv_heads: int, context: int, width: int, value_width: int, dtype: torch.dtype
 ) -> None:
     """Of sequences in parts of larger blocks, with padding before some of them, which makes whole blocks of positions unseen."""
-    library = compile_library(SOURCE, f"-DLANES={lanes}", "-DIN_REGISTER(v)=")
-    monkeypatch.setattr(own_kernels, "kernel_library", lambda: library)
     generator = torch.Generator().manual_seed(4)
     query, key, value = (
         (scale * torch.randn(shape, generator=generator)).to(dtype)

@@ -40,10 +40,11 @@
 #define MANY 6
 #endif
 #define FEW 6
-_Static_assert(VECTORS * LANES <= PANEL_ROWS && BLOCK_ROWS % (VECTORS * LANES) == 0 && BLOCK_ROWS >= 2 * PANEL_ROWS, "blocks are of whole panels");
+_Static_assert(VECTORS * LANES <= PANEL_ROWS && BLOCK_ROWS % (VECTORS * LANES) == 0, "blocks are of whole panels");
+_Static_assert(BLOCK_ROWS >= 2 * PANEL_ROWS, "there is room for queries and what they mix");
 _Static_assert(BLOCK_COLUMNS % MANY == 0 && BLOCK_COLUMNS % FEW == 0 && BLOCK_COLUMNS % 8 == 0, "blocks are of whole tiles");
 
-#if defined(__AVX512BF16__) && defined(__AVX512VL__) && LANES == 16 && !defined(NO_PAIRS)
+#if defined(__AVX512BF16__) && defined(__AVX512VL__) && LANES == 16 && !defined(NO_PAIRS) /* tests ask for none */
 #define HAS_PAIRS 1
 #else
 #define HAS_PAIRS 0
@@ -99,7 +100,7 @@ typedef struct {
 
 /* What one thread needs for itself. */
 typedef struct {
-    float *sums, *others; /* [BLOCK_COLUMNS, a panel's lanes] */
+    float *sums, *others; /* of every panel of BLOCK_ROWS rows, [BLOCK_COLUMNS, its lanes] */
     word *rows, *columns; /* panels [BLOCK_ROWS, terms], and BLOCK_COLUMNS columns of a weight, in words */
     uint16_t *turned;     /* such columns as they are */
 } room;
@@ -108,8 +109,8 @@ INLINE long least(long a, long b) { return a < b ? a : b; }
 
 INLINE room rooms(float *scratch, long widest) {
     room of = {.sums = scratch};
-    of.others = of.sums + BLOCK_COLUMNS * PANEL_ROWS;
-    of.rows = (word *)(of.others + BLOCK_COLUMNS * PANEL_ROWS);
+    of.others = of.sums + BLOCK_COLUMNS * BLOCK_ROWS;
+    of.rows = (word *)(of.others + BLOCK_COLUMNS * BLOCK_ROWS);
     of.columns = of.rows + BLOCK_ROWS * widest;
     of.turned = (uint16_t *)(of.columns + BLOCK_COLUMNS * widest);
     return of;
@@ -448,23 +449,23 @@ INLINE void wait_for(const long *counter, long value) {
         if (++spins > 1000) sched_yield();
 }
 
+INLINE half_vector greater(half_vector a, half_vector b) {
+    half_words first = (half_words)(a > b);
+    return (half_vector)(((half_words)a & first) | ((half_words)b & ~first));
+}
+
 /* e to the x: 2^n times a polynomial, within two units in the last place; x is at most 88. */
-INLINE float exponential(float x) {
-    x = x < -87 ? -87 : x;
-    const float shift = 12582912; /* rounds to a whole number */
-    float shifted = x * 1.44269504f + shift, n = shifted - shift, r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
+INLINE half_vector exponentials(half_vector x) {
+    const half_vector shift = 12582912 - (half_vector){0}; /* rounds to a whole number */
+    x = greater(x, -87 - (half_vector){0});
+    half_vector shifted = x * 1.44269504f + shift, n = shifted - shift, r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    half_vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1;
-    word bits;
-    memcpy(&bits, &p, sizeof bits);
-    bits += (word)(int32_t)n << 23;
-    memcpy(&p, &bits, sizeof p);
-    return p;
+    return (half_vector)((half_words)p + ((half_words)shifted << 23));
 }
 
 /* What the first two matmuls leave, as the third's rows: silu(gate) * up, each rounded as PyTorch's ops round it. */
@@ -477,10 +478,15 @@ INLINE void activate(const enum type type, const float *gate, const float *up, l
                 break;
             }
             const float *g = gate + (c + t) * lanes, *u = up + (c + t) * lanes;
-            for (long lane = 0; lane < lanes; lane++) {
-                float x = rounded(type, g[lane]), silu = x / (1 + exponential(x > -87 ? -x : 87));
-                each[t][lane] = narrowed(type, rounded(type, silu) * rounded(type, u[lane]));
+            float silu[PANEL_ROWS];
+            for (long lane = 0; lane < lanes; lane++) silu[lane] = rounded(type, g[lane]);
+            for (long lane = 0; lane < lanes; lane += HALF) {
+                half_vector x;
+                memcpy(&x, silu + lane, sizeof x);
+                x /= 1 + exponentials(-greater(x, -87 - (half_vector){0}));
+                memcpy(silu + lane, &x, sizeof x);
             }
+            for (long lane = 0; lane < lanes; lane++) each[t][lane] = narrowed(type, rounded(type, silu[lane]) * rounded(type, u[lane]));
         }
         for (long lane = 0; lane < lanes; lane++) {
             float wide = widened(type, each[0][lane]);
@@ -537,14 +543,18 @@ INLINE void feed_forward(const enum type type, job *of, float *scratch, long wid
             if (number >= INNERS) wait_for(&p[-INNERS].done, seconds);
             if (packed != number) pack_all(type, (selection){of->x, of->x_row, p->rows}, in, of->hidden, own.rows);
             packed = number;
+            const struct { const uint16_t *at; long row; float *sums; } both[2] = {{p->gate, p->gate_row, own.sums}, {p->up, p->up_row, own.others}};
+            for (int i = 0; i < 2; i++) {
+                columns from = brought(type, (matrix){both[i].at + c0 * both[i].row, both[i].row, 1}, width, of->hidden, own);
+                for (long q = 0; q < in.count; q++) {
+                    long first = HALF * unit(in, q), units = unit(in, q + 1) - unit(in, q);
+                    float *sums = both[i].sums + BLOCK_COLUMNS * first;
+                    of_panel(type, units, own.rows + first * words_in, from.at, from.apart, width, words_in, sums);
+                }
+            }
             for (long q = 0; q < in.count; q++) {
-                long first = HALF * unit(in, q), lanes = HALF * unit(in, q + 1) - first;
-                const word *rows = own.rows + first * words_in;
-                columns gate = brought(type, (matrix){p->gate + c0 * p->gate_row, p->gate_row, 1}, width, of->hidden, own);
-                of_panel(type, lanes / HALF, rows, gate.at, gate.apart, width, words_in, own.sums);
-                columns up = brought(type, (matrix){p->up + c0 * p->up_row, p->up_row, 1}, width, of->hidden, own);
-                of_panel(type, lanes / HALF, rows, up.at, up.apart, width, words_in, own.others);
-                activate(type, own.sums, own.others, lanes, width, inner + first * words_inner + c0 / TERMS(type) * lanes);
+                long first = HALF * unit(in, q), lanes = HALF * unit(in, q + 1) - first, at = BLOCK_COLUMNS * first;
+                activate(type, own.sums + at, own.others + at, lanes, width, inner + first * words_inner + c0 / TERMS(type) * lanes);
             }
             __atomic_fetch_add(&p->inner_done, 1, __ATOMIC_RELEASE);
             continue;
@@ -595,25 +605,6 @@ INLINE vector widen_vector(const enum type type, const uint16_t *from) {
     } else
         EACH(i, LANES) wide[i] = widened(type, from[i]);
     return wide;
-}
-
-INLINE half_vector greater(half_vector a, half_vector b) {
-    half_words first = (half_words)(a > b);
-    return (half_vector)(((half_words)a & first) | ((half_words)b & ~first));
-}
-
-/* ``exponential`` of each. */
-INLINE half_vector exponentials(half_vector x) {
-    const half_vector least = -87 - (half_vector){0}, shift = 12582912 - (half_vector){0};
-    x = greater(x, least);
-    half_vector shifted = x * 1.44269504f + shift, n = shifted - shift, r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    half_vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1;
-    return (half_vector)((half_words)p + ((half_words)shifted << 23));
 }
 
 /* Scores [positions, lanes] of half a vector of lanes <- e to them less the greatest so far, times ``scaling``; total of those so far. less:
