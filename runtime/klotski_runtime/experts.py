@@ -14,7 +14,8 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
 from klotski_compiler.kernel_facts import FEW_ROWS, ROW_STEP, inner_bytes
-from klotski_runtime.own_kernels import NARROW, OwnKernels
+from klotski_runtime.assignment import Assignment
+from klotski_runtime.own_kernels import NARROW, Fed, OwnKernels
 from klotski_runtime.skeleton import HOST
 
 GROUPED_BYTES = 16
@@ -149,14 +150,22 @@ class OwnExperts:
 
     def add(
         self,
-        into: torch.Tensor,
+        module: Any,
+        experts: Sequence[tuple[int, Parts]],
+        assignment: Assignment,
         x: torch.Tensor,
-        experts: Sequence[tuple[Parts, torch.Tensor, torch.Tensor]],
-    ) -> None:
-        """``into`` += weight x expert(x) of some rows of x, for experts that it takes: weights, rows, and the weight of each row."""
-        self._own.feed_forward(
-            x, into, [(*_three(parts), rows, weights) for parts, rows, weights in experts], self._inner
-        )
+        into: torch.Tensor,
+    ) -> list[tuple[int, Parts]]:
+        """``into`` += weight x expert(x) for as many of them as it takes; returns the others that have tokens."""
+        taken, others = list[Fed](), list[tuple[int, Parts]]()
+        for expert, parts in experts:
+            rows, weights, _ = assignment.of_each[expert]
+            if self.takes(module, parts, x, rows):
+                taken.append((*_three(parts), rows, weights))
+            elif len(rows):
+                others.append((expert, parts))
+        self._own.feed_forward(x, into, taken, self._inner)
+        return others
 
 
 def _three(parts: Parts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

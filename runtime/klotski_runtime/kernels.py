@@ -444,7 +444,7 @@ class Group:
         if into.is_cuda:
             experts = self._add_together(alone[0], module, experts, assignment, x, into)
         elif kernels.own:
-            experts = self._add_by_own(kernels.own, module, experts, assignment, x, into)
+            experts = kernels.own.add(module, experts, assignment, x, into)
         each = assignment.of_each
 
         def add(expert: int, stored: Parts, piece: slice, worker: int | None) -> None:
@@ -467,27 +467,6 @@ class Group:
             self._skeleton.workers.run([partial(add_share, share) for share in shares(chosen, len(alone))])
         else:
             add_share(list(enumerate(chosen)), None)
-
-    def _add_by_own(
-        self,
-        own: OwnExperts,
-        module: Any,
-        experts: Sequence[tuple[int, Parts]],
-        assignment: Assignment,
-        x: torch.Tensor,
-        into: torch.Tensor,
-    ) -> Sequence[tuple[int, Parts]]:
-        """As many of an op's experts as our own kernel had better compute; returns the others that have tokens."""
-        taken, others = list[tuple[Parts, torch.Tensor, torch.Tensor]](), list[tuple[int, Parts]]()
-        for expert, parts in experts:
-            rows, weights, _ = assignment.of_each[expert]
-            if own.takes(module, parts, x, rows):
-                taken.append((parts, rows, weights))
-            elif len(rows):
-                others.append((expert, parts))
-        if taken:
-            own.add(into, x, taken)
-        return others
 
     def _add_together(
         self,

@@ -1,5 +1,5 @@
-"""16-bit matmuls on a CPU by the package's own kernel (``native.c``), where that is faster than PyTorch's, and feed-forwards of routed
-experts in one call of it.
+"""16-bit matmuls on a CPU by the package's own kernels (``native.c``), where they are faster than PyTorch's; then feed-forwards of routed
+experts and decode attention, too, each in one call.
 
 A product is rounded once, as by a 16-bit kernel that adds in fp32. What a row's product is depends on that row alone, not on how many
 others there are, nor on who computes it.
@@ -27,7 +27,8 @@ Fed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 
 
 class OwnKernels:
-    """Multiplies by weights; where that is faster, with our kernel. ``workers`` share a matmul's columns, or multiply each on its own."""
+    """Multiplies by weights, with our kernel where that is faster; feeds experts and attends. ``workers`` share the work, or have each
+    their own."""
 
     def __init__(self, least_rows: int, widest: int, workers: Workers | None = None, most_rows: int = 0) -> None:
         """least_rows, most_rows: from how many rows on it is faster than PyTorch's kernels (0: never), and up to how many (0: any
@@ -106,13 +107,12 @@ class OwnKernels:
                 raise ValueError(f"a bias of {tuple(bias.shape)}, {bias.dtype} beside {x.dtype}")
 
     def feed_forward(
-        self, x: torch.Tensor, out: torch.Tensor, experts: Iterable[Fed], inner: torch.Tensor, worker: int | None = None
+        self, x: torch.Tensor, out: torch.Tensor, experts: Sequence[Fed], inner: torch.Tensor, worker: int | None = None
     ) -> None:
         """``out`` [tokens, hidden], fp32 += weight x down(silu(gate(x)) * up(x)), each product rounded, of every expert's rows of ``x``
         [tokens, hidden]: gathered, computed and added in one call of each thread. inner: memory that it uses, of ``inner_bytes``.
 
         Raises ValueError where shapes or types are others."""
-        experts = list(experts)
         self._check_experts(x, out, experts, inner)
         if not experts:
             return

@@ -196,7 +196,8 @@ def decode_attention(device: torch.device, sizes: Sizes, own: bool = False) -> t
     Least squares in relative error, because times span two orders of magnitude.
     """
     pool = torch.randn(sizes.cold_bytes // 64, device=device, dtype=torch.bfloat16).repeat(32)
-    rows, kernel = [], OwnKernels(1, HEAD_DIM, Workers(torch.get_num_threads())) if own else None
+    workers = Workers(torch.get_num_threads())
+    rows, kernel = [], OwnKernels(1, HEAD_DIM, workers) if own else None
     for batch, context in sizes.decode:
         elements = batch * KV_HEADS * context * HEAD_DIM
         caches = pool[: len(pool) // (2 * elements) * 2 * elements].view(-1, 2, batch, KV_HEADS, context, HEAD_DIM)
@@ -208,6 +209,7 @@ def decode_attention(device: torch.device, sizes: Sizes, own: bool = False) -> t
             return _attend(query, key, value, kernel)
 
         rows.append((2 * elements * 2, mean_seconds(attend, device, sizes)))
+    workers.close()
     design = torch.tensor([[1 / seconds, nbytes / seconds] for nbytes, seconds in rows], dtype=torch.float64)
     ones = torch.ones(len(rows), 1, dtype=torch.float64)
     fixed, per_byte = torch.linalg.lstsq(design, ones).solution.flatten().tolist()
@@ -215,6 +217,7 @@ def decode_attention(device: torch.device, sizes: Sizes, own: bool = False) -> t
         nbytes, seconds = max(rows)
         fixed, per_byte = 0.0, seconds / nbytes
     how = f"slope over {len(rows)} sizes of grouped attention, {QUERY_HEADS} query and {KV_HEADS} KV heads, bf16"
+    how += ", by the package's own kernel" if own else ""
     return rounded(1 / per_byte), f"{how}; fixed part {1e6 * fixed:.0f} us"
 
 
