@@ -422,11 +422,12 @@ class Cost:
         return self.processor.op_us + self.elementwise_us(tokens * self.spec.hidden_size) + matmuls
 
     def embed_us(self, tokens: int, resident: bool) -> float:
-        """Rows of the embedding: from the compute tier, from host memory before a GPU, or row by row from disk."""
+        """Rows of the embedding: from the compute tier, from host memory before a GPU, or from disk: one by one while they are few, so
+        many that all of it passes by at most."""
         row_bytes = self.spec.hidden_size * self.compute_bytes
         if self.hardware.compute_tier == "gpu" and not resident:
             return self.transfer_us("host>gpu", tokens * row_bytes)
         if resident or "disk>host" not in self.hardware.links:
             return 1e6 * tokens * row_bytes / self.processor.memory_bytes_per_s
         each = self.transfer_us("disk>host", row_bytes) / ROW_READERS + ROW_OPS * self.processor.op_us
-        return min(tokens, self.spec.vocab_size) * each
+        return min(tokens * each, self.transfer_us("disk>host", self.spec.vocab_size * row_bytes))

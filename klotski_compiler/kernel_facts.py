@@ -11,7 +11,8 @@ WORKERS = 2  # threads of a CPU, with kernels of their own, that experts and lar
 FIXED_ROWS = 10  # rows that take as long to multiply by an expert's weights as these take to read
 # With 16-bit kernels of a CPU an expert computes more rows than the first number in multiples of the second.
 FEW_ROWS, ROW_STEP = 16, 32
-GATHERED_ROWS = 256  # embedding rows that are read from disk at a time
+# Embedding rows that are read from disk at a time; of which those that are so near are one request, up to so many bytes of the matrix.
+GATHERED_ROWS, ROW_GAP_BYTES, ROW_SPAN_BYTES = 512, 128 << 10, 256 << 10
 
 
 def own_kernels_bytes(widest: int) -> int:

@@ -111,7 +111,7 @@ def decision_rows(plan: Plan) -> list[Row]:
         passes = "of those who join, in a pass in which the others decode"
     rows.append(("prefill", f"{passes}; attention over {count(d.attention_batch, 'prompt')} at a time"))
     head = "resident" if d.head_pages == 0 else f"streamed in {count(d.head_pages, 'page')}"
-    gathered = "gathered row by row" if plan.compute_tier == "host" else "in host memory"
+    gathered = "gathered from disk by rows" if plan.compute_tier == "host" else "in host memory"
     rows.append(("vocabulary", f"head {head}, embedding {'resident' if d.embedding else gathered}"))
     return rows
 

@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from klotski_compiler.cost import Cost
 from klotski_compiler.decision import Decision, Workload
-from klotski_compiler.kernel_facts import FEW_ROWS, GATHERED_ROWS, ROW_STEP, WORKERS, inner_bytes, own_kernels_bytes
+from klotski_compiler.kernel_facts import (
+    FEW_ROWS,
+    GATHERED_ROWS,
+    ROW_READERS,
+    ROW_SPAN_BYTES,
+    ROW_STEP,
+    WORKERS,
+    inner_bytes,
+    own_kernels_bytes,
+)
 from klotski_compiler.model import Layer, ModelSpec, Module
 from klotski_compiler.tensors import MODULES, query_bytes
 
@@ -51,7 +60,7 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
         "experts": rows * width * (3 * hidden + 2 * inner),
         "logits": decision.sequences * (2 * hidden + -(-spec.vocab_size // decision.head_parts)) * width,
         "routing": tokens * top_k * (44 + 2 * width),
-        "embedding rows": gathered * GATHERED_ROWS * (2 * hidden * width + 8192),
+        "embedding rows": gathered * (2 * GATHERED_ROWS * hidden * width + ROW_READERS * (ROW_SPAN_BYTES + 8192)),
     }
     if cost.hardware.compute_tier == "gpu":  # what decode ops take in graphs, no other op can have
         few = min(rows, decision.sequences)

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from klotski_compiler.errors import ConfigError, ExecError
+from klotski_compiler.kernel_facts import ROW_SPAN_BYTES
 from klotski_compiler.ops import PAGE_BYTES
 from klotski_runtime.arena import Arena
 from klotski_runtime.checkpoint import EMBEDDING, HEAD, NORM, Checkpoint, ModuleKey, Segment, layout, read_header
@@ -336,11 +337,30 @@ def test_a_file_cut_after_it_was_opened(tmp_path: Path) -> None:
         DiskReader().read(plan.extents, arena.view(0, plan.slot_bytes))
 
 
-def test_gathers_rows(tmp_path: Path) -> None:
-    values = numbered(tmp_path / "f", 100_000).view(-1, 25)
-    gather = RowGather(DiskReader(), read_header(tmp_path / "f")["a"], max_rows=5)
-    for ids in ([0, 1, 2, 1700, 3999], [17]):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_gathers_rows(tmp_path: Path, threads: int) -> None:
+    values = numbered(tmp_path / "f", 1_000_000).view(-1, 25)
+    gather = RowGather(DiskReader(threads), read_header(tmp_path / "f")["a"], max_rows=2000)
+    rng = random.Random(0)
+    for count in (0, 1, 2, 10, 100, 2000):
+        ids = sorted(rng.sample(range(len(values)), count))
         assert torch.equal(gather.gather(ids), values[ids])
+    ends = [0, 1, len(values) - 1]
+    assert torch.equal(gather.gather(ends), values[ends])
+
+
+def test_gathers_near_rows_together(tmp_path: Path) -> None:
+    values = numbered(tmp_path / "f", 1_000_000).view(-1, 25)
+    row_bytes = values[0].nbytes
+    reader = DiskReader(1)
+    gather = RowGather(reader, read_header(tmp_path / "f")["a"], max_rows=2000)
+    gather.gather([0, len(values) // 2, len(values) - 1])
+    assert reader.bytes_read <= 3 * 2 * PAGE_BYTES  # not what lies between
+    before = reader.bytes_read
+    every = range(0, len(values), 20)
+    gather.gather(every)
+    requests = -(-values.nbytes // (ROW_SPAN_BYTES - 20 * row_bytes))
+    assert values.nbytes - 20 * row_bytes <= reader.bytes_read - before <= values.nbytes + 2 * PAGE_BYTES * requests
 
 
 # ---------------------------------------------------------------------------------------------- arena

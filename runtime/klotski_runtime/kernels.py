@@ -157,18 +157,18 @@ class Group:
     @torch.inference_mode()
     def embed(self) -> None:
         """wide <- the embeddings of all batches' tokens, gathered from disk where the embedding is not bound."""
-        ids, resident = (
-            torch.cat([batch.ids.flatten().to(self._device) for batch in self.batches.values()]),
-            self._skeleton.is_bound(EMBEDDING),
-        )
-        limit = self._chunks.token_rows if resident else min(self._chunks.token_rows, self._gather.max_rows)
-        for rows in _split(slice(0, len(ids)), limit):
-            if resident:
-                embedded = self._skeleton.embed(ids[rows])
-            else:
-                distinct, inverse = torch.unique(ids[rows], return_inverse=True)
-                embedded = self._skeleton.embed(inverse, self._gather.gather(distinct.tolist()))
-            self._wide[rows] = embedded
+        ids = torch.cat([batch.ids.flatten().to(self._device) for batch in self.batches.values()])
+        every, limit = slice(0, len(ids)), self._chunks.token_rows
+        if self._skeleton.is_bound(EMBEDDING):
+            for part in _split(every, limit):
+                self._wide[part] = self._skeleton.embed(ids[part])
+            return
+        order = ids.argsort()  # rows that are near in the file are then read together
+        for part in _split(every, min(limit, self._gather.max_rows)):
+            rows = order[part]
+            distinct, inverse = torch.unique_consecutive(ids[rows], return_inverse=True)
+            embedded = self._skeleton.embed(inverse, self._gather.gather(distinct.tolist()))
+            self._wide[rows] = embedded.to(self._wide.dtype)
 
     @torch.inference_mode()
     def attention(self, layer: int, batch: int, kv: KvBlock) -> None:

@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from klotski_compiler.errors import ExecError
+from klotski_compiler.kernel_facts import ROW_GAP_BYTES, ROW_SPAN_BYTES
 from klotski_compiler.ops import PAGE_BYTES
 from klotski_runtime.arena import Arena
 from klotski_runtime.checkpoint import Extent, Segment
@@ -149,7 +150,7 @@ class DiskReader:
 
 
 class RowGather:
-    """Reads scattered rows of a matrix on disk, such as the embeddings of a pass's tokens, ``max_rows`` at a time.
+    """Reads rows of a matrix on disk, such as the embeddings of a pass's tokens, ``max_rows`` at a time: near ones in one request.
 
     One call at a time; a reader of its own keeps it from waiting behind the loads of another thread.
     """
@@ -157,11 +158,13 @@ class RowGather:
     def __init__(self, reader: DiskReader, segment: Segment, max_rows: int) -> None:
         self._reader, self._segment, self.max_rows = reader, segment, max_rows
         self._width = segment.nbytes // segment.shape[0]
-        self._span = -(-self._width // PAGE_BYTES) * PAGE_BYTES + PAGE_BYTES  # pages that a row lies in
-        self._staging, self._rows = Arena(reader.threads * self._span), Arena(max_rows * self._width)
+        # What rows of a request lie between, and the pages at both ends of it.
+        self._staged = -(-max(ROW_SPAN_BYTES, self._width) // PAGE_BYTES) * PAGE_BYTES + PAGE_BYTES
+        self._staging, self._rows = Arena(reader.threads * self._staged), Arena(max_rows * self._width)
 
     def gather(self, ids: Sequence[int]) -> torch.Tensor:
-        """Rows ``ids`` as [len(ids), width] in the file's dtype; valid until the next call. Raises ExecError as the reader does."""
+        """Rows ``ids``, in ascending order, as [len(ids), width] in the file's dtype; valid until the next call. Raises ExecError as the
+        reader does."""
         share = -(-len(ids) // self._reader.threads) if ids else 1
         firsts = range(0, len(ids), share)
         self._reader.run(partial(self._read, ids[first : first + share], first, first // share) for first in firsts)
@@ -169,14 +172,26 @@ class RowGather:
         return self._rows.tensor(0, len(ids) * self._width, self._segment.dtype, shape)
 
     def _read(self, ids: Sequence[int], place: int, thread: int) -> int:
-        """Some of them, one by one: from ``place`` on, through the pages of one thread."""
-        own, width, total = self._staging.view(thread * self._span, self._span), self._width, 0
+        """Some of them: from ``place`` on, through the pages of one thread."""
+        own, width, total = self._staging.view(thread * self._staged, self._staged), self._width, 0
         to = self._rows.view(place * width, len(ids) * width)
-        for number, row in enumerate(ids):
-            offset = self._segment.offset + row * width
+        for first, end in self._requests(ids):
+            offset = self._segment.offset + ids[first] * width
             skipped = offset % PAGE_BYTES
-            needed = skipped + width
+            needed = skipped + (ids[end - 1] + 1 - ids[first]) * width
             pages = Extent(self._segment.file, offset - skipped, -(-needed // PAGE_BYTES) * PAGE_BYTES, 0, needed)
             total += self._reader.read_extent(pages, own)
-            to[number * width : (number + 1) * width] = own[skipped:needed]
+            for number in range(first, end):
+                at = skipped + (ids[number] - ids[first]) * width
+                to[number * width : (number + 1) * width] = own[at : at + width]
         return total
+
+    def _requests(self, ids: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Which of ``ids`` are read together, from where to before where: what lies between two of them costs less than a request."""
+        first, most, near = 0, ROW_SPAN_BYTES // self._width, ROW_GAP_BYTES // self._width
+        for number in range(1, len(ids)):
+            if ids[number] - ids[number - 1] > near or ids[number] - ids[first] >= most:
+                yield first, number
+                first = number
+        if ids:
+            yield first, len(ids)
