@@ -50,7 +50,7 @@ def demo(folder: Path) -> None:
     weights = weight_bytes(model)
     budget = weights // BUDGET_SHARE
     say("The machine: what its processor, memory and disk really do.")
-    run(*command("klotski_runtime.cli.profile"), "-o", machine, "--scratch", folder)
+    run(*command("klotski_runtime.cli.profile"), "-o", machine, "--scratch", folder, "--model", model)
 
     say("The prompts: which experts they ask for.")
     prompts, routing = folder / "prompts.jsonl", folder / "routing.json"

@@ -422,7 +422,9 @@ class Bench:
             for old in self.work.glob("hw-*.json"):
                 old.unlink()
             say("profiling the machine")
-            self._do([*command("klotski_runtime.cli.profile"), "-o", path, "--scratch", self.work])
+            self._do(
+                [*command("klotski_runtime.cli.profile"), "-o", path, "--scratch", self.work, "--model", self.model]
+            )
         return path
 
     def _prompts(self, name: str, count: int, seed: int) -> Path:

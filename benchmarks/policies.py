@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [Row(DISK, PROMPTS, PROMPT_LEN), Row(BALANCED, 2 * PROMPTS, SHORT_PROMPT_LEN)]
     rows = [row for row in rows if arguments.row in (None, row.name)]
     for _ in range(arguments.repeats):
-        run(*command("klotski_runtime.cli.profile"), "-o", machine, "--scratch", folder, quiet=True)
+        run(*command("klotski_runtime.cli.profile"), "-o", machine, "--scratch", folder, "--model", model, quiet=True)
         with tempfile.TemporaryDirectory(dir=folder) as plans:
             rows = [balanced(setting, row, Path(plans)) if row.name == BALANCED else row for row in rows]
             for row in rows:

@@ -12,7 +12,9 @@ pytest.importorskip("torch")
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.hardware import Hardware, numbers, read_hardware, to_json
 from klotski_runtime import profile, profile_kernels
+from klotski_runtime.checkpoint import Extent
 from klotski_runtime.cli.profile import main
+from klotski_runtime.reader import DiskReader
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,29 @@ def test_small_ops_are_no_faster_beside_a_busy_cpu() -> None:
 def test_a_device_that_cannot_be_measured_is_refused(device: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--device"):
         profile.measure(device, tmp_path, quick=True)
+
+
+def test_reading_is_measured_on_a_models_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = tmp_path / "some-model"
+    weights.mkdir()
+    (weights / "a.safetensors").write_bytes(bytes(20 << 20))
+    with pytest.raises(ConfigError, match="--model"):
+        profile.measure("cpu", tmp_path, weights, quick=True)
+    (weights / "b.safetensors").write_bytes(bytes(15 << 20))
+    read: set[tuple[Path, int]] = set()
+    own = DiskReader.read_all
+
+    def noted(reader: DiskReader, parts: list[tuple[list[Extent], memoryview]]) -> int:
+        read.update((extent.file, extent.offset) for extents, _ in parts for extent in extents)
+        return own(reader, parts)
+
+    monkeypatch.setattr(DiskReader, "read_all", noted)
+    hardware = profile.measure("cpu", tmp_path, weights, quick=True)
+    assert "some-model" in hardware.sources["links.disk>host.bandwidth_bytes_per_s"]
+    pieces = {"a": 5, "b": 3}
+    assert read == {
+        (weights / f"{name}.safetensors", 4 * n << 20) for name, most in pieces.items() for n in range(most)
+    }
 
 
 def test_a_scratch_folder_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from klotski_compiler.hardware import Hardware, Link, Processor, Tier
 from klotski_runtime.device import context_bytes, cpu_threads, gpu_of, use
 from klotski_runtime.native import can_compile
 from klotski_runtime.profile_block import SMALL
-from klotski_runtime.profile_disk import MIB, Found, Turns, fill, rounded, scratch_file
+from klotski_runtime.profile_disk import MIB, Found, Turns, fill, rounded, scratch_file, weight_pieces
 from klotski_runtime.profile_kernels import (
     DTYPES,
     Sizes,
@@ -93,6 +93,7 @@ QUICK = Sizes(
 def measure(
     device: str = "cpu",
     scratch: Path = Path("."),
+    weights: Path | None = None,
     *,
     name: str = "this-machine",
     quick: bool = False,
@@ -101,13 +102,14 @@ def measure(
     """Measures memories, links and processors of this machine.
 
     device: ``cpu`` or ``cuda:N``; with a GPU, the host's processor is measured too. scratch: a folder on the disk that
-    weights and spilled KV would live on; it needs 1 GiB for a moment. quick: sizes for a test, not for planning.
-    Raises ConfigError if the device or the folder cannot be used.
+    weights and spilled KV would live on; it needs 1 GiB for a moment. weights: a checkpoint's folder, whose files are then what is read.
+    quick: sizes for a test, not for planning. Raises ConfigError if the device or a folder cannot be used.
     """
     chosen = torch.device("cpu") if device == "cpu" else gpu_of(device)
     with_gpu = chosen.type == "cuda"
     sizes = QUICK if quick else FULL_BESIDE_GPU if with_gpu else FULL
     _check_scratch(scratch, sizes)
+    cold = weight_pieces(weights) if weights else []
     units = {"cpu": (torch.device("cpu"), sizes)}
     if with_gpu:
         use(chosen)
@@ -127,7 +129,8 @@ def measure(
     with scratch_file(scratch, sizes.scratch_bytes) as file, torch.inference_mode():
         step("disk: writing")
         links = fill(file)
-        turns = Turns(file, shared_work(sizes), sizes.turn_s)
+        read = (cold, f"the files of {weights.name}") if weights else (file.pieces, file.how)
+        turns = Turns(*read, shared_work(sizes), sizes.turn_s)
         for _ in range(sizes.rounds):
             step("disk: reading, with and without the processor at work")
             turns.take(sizes.turns)

@@ -10,7 +10,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,6 +51,27 @@ class ScratchFile:
     def how(self) -> str:
         """How bytes move."""
         return "O_DIRECT" if self.direct else "buffered, page cache dropped"
+
+    @property
+    def pieces(self) -> list[tuple[Path, int]]:
+        """What ``Turns`` reads of it, by the only name that it has."""
+        return _pieces(Path(f"/proc/self/fd/{self.descriptor}"), self.nbytes)
+
+
+def weight_pieces(folder: Path) -> list[tuple[Path, int]]:
+    """What ``Turns`` reads of a checkpoint: a disk may give files that are old, or many, at another rate than one just written. Raises
+    ConfigError where that is too little to tell."""
+    found = [piece for path in sorted(folder.glob("*.safetensors")) for piece in _pieces(path, path.stat().st_size)]
+    if len(found) < PIECES:
+        why = (
+            f"{folder} has no weights in safetensors of {PIECES * PIECE_BYTES >> 20} MiB or more; leave the option out"
+        )
+        raise ConfigError("--model", "", why)
+    return found
+
+
+def _pieces(path: Path, nbytes: int) -> list[tuple[Path, int]]:
+    return [(path, offset) for offset in range(0, nbytes - PIECE_BYTES + 1, PIECE_BYTES)]
 
 
 @contextmanager
@@ -118,9 +139,11 @@ class Tally:
 
 @dataclass
 class Turns:
-    """The disk and the processor in turns: each alone, then both together. compute: one call of work for the processor."""
+    """The disk and the processor in turns: each alone, then both together. pieces: (file, offset) that are read in turn, and of what they
+    are in words. compute: one call of work for the processor."""
 
-    file: ScratchFile
+    pieces: Sequence[tuple[Path, int]]
+    of: str
     compute: Callable[[], object]
     turn_s: float
     read_alone: Tally = field(default_factory=Tally)
@@ -130,7 +153,7 @@ class Turns:
 
     def __post_init__(self) -> None:
         self._slots = Arena(SLOTS * PIECE_BYTES)
-        self._at = 0
+        self._read_pieces = 0
 
     def take(self, turns: int) -> None:
         """So many turns more."""
@@ -149,7 +172,7 @@ class Turns:
 
     def found(self) -> Found:
         """What the turns so far say."""
-        how = f"{self.file.how}, loads of {PIECES} x {PIECE_BYTES // MIB} MiB by the runtime's readers"
+        how = f"{self.of}, loads of {PIECES} x {PIECE_BYTES // MIB} MiB by the runtime's readers"
         amount = f"{self.read_alone.done / 1e9:.1f} GB in turns of {self.turn_s:g} s"
         left = min(1.0, self.read_shared.rate / self.read_alone.rate)
         return {
@@ -170,14 +193,14 @@ class Turns:
         tally.add(calls, time.perf_counter() - begin)
 
     def _read(self, tally: Tally, reader: DiskReader, end: float) -> None:
-        source = Path(f"/proc/self/fd/{self.file.descriptor}")  # it has no other name
         begin, nbytes = time.perf_counter(), 0
         while nbytes == 0 or time.perf_counter() < end:
             parts = []
-            for _ in range(PIECES):
-                slot = self._slots.view(self._at % self._slots.nbytes, PIECE_BYTES)
-                parts.append(([Extent(source, self._at, PIECE_BYTES, 0, PIECE_BYTES)], slot))
-                self._at = (self._at + PIECE_BYTES) % self.file.nbytes
+            for number in range(self._read_pieces, self._read_pieces + PIECES):
+                source, offset = self.pieces[number % len(self.pieces)]
+                slot = self._slots.view(number % SLOTS * PIECE_BYTES, PIECE_BYTES)
+                parts.append(([Extent(source, offset, PIECE_BYTES, 0, PIECE_BYTES)], slot))
+            self._read_pieces += PIECES
             nbytes += reader.read_all(parts)
         tally.add(nbytes, time.perf_counter() - begin)
 

@@ -13,6 +13,7 @@ from klotski_compiler.actual import read
 from klotski_compiler.calibrate import calibrated
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.hardware import Hardware, numbers, read_hardware, to_json
+from klotski_compiler.model import located
 from klotski_compiler.outcome import outcome
 from klotski_compiler.output import check_file, write_whole
 from klotski_compiler.plan import load
@@ -23,6 +24,7 @@ EPILOG = """\
 examples:
   klotski-profile -o hw.json                          this machine's processor, memory and disk
   klotski-profile -o hw.json --device cuda:0          also GPU 0 and the link to it
+  klotski-profile -o hw.json --model MODEL            reading measured on the files that will be read
   klotski-profile -o hw.json --scratch /mnt/nvme      the disk that will hold the weights
   klotski-profile routing MODEL --input prompts.jsonl -o routing.json
   klotski-profile --from-trace trace.json plan.json hw.json -o hw2.json     corrected by what a run measured
@@ -68,6 +70,13 @@ def _parser() -> argparse.ArgumentParser:
         "--scratch", type=Path, default=Path(), metavar="DIR", help="folder on the disk to measure; 1 GiB for a moment"
     )
     parser.add_argument(
+        "--model",
+        dest="weights",
+        metavar="MODEL",
+        help="a checkpoint folder or a Hugging Face id (local cache first): measure reading on its own files, which a disk may "
+        "give more slowly than new ones",
+    )
+    parser.add_argument(
         "--from-trace",
         nargs=3,
         type=Path,
@@ -106,10 +115,11 @@ def _hardware(arguments: argparse.Namespace) -> str:
     # torch takes seconds to import, and --help and usage errors need none of it
     from klotski_runtime.profile import measure, processor_seconds
 
+    weights = located(arguments.weights).parent if arguments.weights else None
     others, available = processor_seconds()
     name = output.stem if output is not None else "this-machine"
     with _progress() as report:
-        hardware = measure(arguments.device, arguments.scratch, name=name, report=report)
+        hardware = measure(arguments.device, arguments.scratch, weights, name=name, report=report)
     others_after, available_after = processor_seconds()
     share = (others_after - others) / (available_after - available or 1)
     if share > DISTURBED:
