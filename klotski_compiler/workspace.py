@@ -18,6 +18,7 @@ from klotski_compiler.kernel_facts import (
     own_kernels_bytes,
 )
 from klotski_compiler.model import Layer, ModelSpec, Module
+from klotski_compiler.ops import PAGE_BYTES
 from klotski_compiler.tensors import MODULES, query_bytes
 
 RUNTIME_BYTES = 24 << 20  # what the first ops bring in of torch's own code, threads, allocator slack
@@ -60,7 +61,7 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
         "experts": rows * width * (3 * hidden + 2 * inner),
         "logits": decision.sequences * (2 * hidden + -(-spec.vocab_size // decision.head_parts)) * width,
         "routing": tokens * top_k * (44 + 2 * width),
-        "embedding rows": gathered * (2 * GATHERED_ROWS * hidden * width + ROW_READERS * (ROW_SPAN_BYTES + 8192)),
+        "embedding rows": gathered * gather_bytes(spec, width),
     }
     if cost.hardware.compute_tier == "gpu":  # what decode ops take in graphs, no other op can have
         few = min(rows, decision.sequences)
@@ -122,6 +123,12 @@ def _shapes(rows: int) -> int:
 
 def _reserved(nbytes: int) -> int:
     return int(MARGIN * nbytes) + (2 << 20)
+
+
+def gather_bytes(spec: ModelSpec, width: int) -> int:
+    """What rows of the embedding pass through on their way from disk, and two copies of those that are read at a time."""
+    rows, span = min(GATHERED_ROWS, spec.vocab_size), min(ROW_SPAN_BYTES, spec.embedding.nbytes)
+    return 2 * rows * spec.hidden_size * width + ROW_READERS * (span + 2 * PAGE_BYTES)
 
 
 def router_bytes(cost: Cost, rows: int) -> int:
