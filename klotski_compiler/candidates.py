@@ -255,10 +255,9 @@ class Candidates:
     def bare(self, name: str, d: Decision, num_batches: int) -> Decision:
         """The sizes of a decision, in so many batches, with nothing resident."""
         base = self.base(policy(name).experts, num_batches, d.batch_size, d.lead, d.unit, d.prefill_groups)
-        kept = {
-            size: getattr(d, size)
-            for size in ("attention_batch", "decode_batch", "expert_rows", "rolling", "pages", "kv_ahead", "together")
-        } | ({"last_batch": d.last_batch} if num_batches == d.num_batches else {})
+        kept = {size: getattr(d, size) for size in KEPT} | (
+            {"last_batch": d.last_batch} if num_batches == d.num_batches else {}
+        )
         shared = 0 if policy(name).solved else min(d.cpu_batches, num_batches)
         return base.model_copy(update={**kept, "cpu_batches": shared})
 
@@ -293,18 +292,21 @@ class Candidates:
         return min(most_pages(layer.expert.nbytes) for layer in spec.layers if layer.expert)
 
 
-FITTED = ("expert_rows", "lead", "attention_batch", "decode_batch", "prefill_groups", "pages")
+KEPT = ("attention_batch", "decode_batch", "expert_rows", "prefill_lead", "rolling", "pages", "kv_ahead", "together")
+"""Sizes that a decision keeps when others are changed."""
+FITTED = ("expert_rows", "lead", "prefill_lead", "attention_batch", "decode_batch", "prefill_groups", "pages")
 """What is fitted to memory, in the order in which it is tried."""
 
 
 def resized(d: Decision, size: str, least_rows: int = LEAST_ROWS, most_pages: int = 1) -> Iterator[Decision]:
     """A decision with one of its micro-batches, the number of prefill's parts, or of an expert's pages, half or twice as large; or with
     one transfer unit in flight in place of two, and back."""
-    now: int = getattr(d, size)
+    now: int = getattr(d, size) or d.lead
     most_pages = most_pages if d.unit == 1 else 1
     least, most = {
         "expert_rows": (min(least_rows, now), now),
         "lead": (d.unit, 2 * d.unit) if d.lead <= 2 * d.unit else (now, now),
+        "prefill_lead": (min(2 * d.unit, d.lead), d.lead),
         "attention_batch": (1, d.batch_size),
         "decode_batch": (1, d.batch_size),
         # in rolling order its sub-groups are a matter of order, not of memory

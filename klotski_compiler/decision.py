@@ -50,7 +50,8 @@ class Decision(Record):
     """The numbers that a policy needs.
 
     batch_size: sequences of a batch; last_batch: of the last one of each of prefill's sub-groups, where it is the CPU's own and of
-    another size. lead: experts that may be in flight or waiting (slots) at once. unit: experts per load. pages: that an expert is cut
+    another size. lead: experts that may be in flight or waiting (slots) at once; prefill_lead: the same in a pass with prompts, whose
+    hidden states take the memory (0: as many). unit: experts per load. pages: that an expert is cut
     into; if there are several, of an expert on disk only the last one lives there, the others in host memory. head_pages: loads of the
     head (0: resident). prefill_groups: sub-groups that prefill runs in, each re-reading the weights. rolling: whether they join one
     after another, at equal distances over the life of a sequence, each in a pass in which the others decode, rather than all before the
@@ -68,6 +69,7 @@ class Decision(Record):
     batch_size: int
     last_batch: int = 0
     lead: int
+    prefill_lead: int = 0
     unit: int
     head_pages: int
     prefill_groups: int
@@ -83,6 +85,10 @@ class Decision(Record):
     rolling: bool = False
     pages: int = 1
     layers: tuple[LayerDecision, ...]
+
+    def lead_of(self, decoding: bool) -> int:
+        """Expert slots in a pass."""
+        return self.lead if decoding else min(self.lead, self.prefill_lead or self.lead)
 
     @property
     def head_parts(self) -> int:

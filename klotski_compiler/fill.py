@@ -130,17 +130,18 @@ class Fills(Candidates):
             fixed += self.least_kv_bytes(base)
         free, working = dict[str, int](), workspace(self.cost, base, workload)
         for tier, budget in self.request.budgets.items():
-            slots = self.streaming(name, base.lead, base.unit, base.head_pages).get(tier, 0)
-            if self.tier == "gpu" and tier == "host" and policy(name).solved:
-                slots = max(slots, self._staging_bytes(base))
-            states = 0
+            taken = 0
+            for shape in shapes(base, workload):
+                lead = base.lead_of(shape.decoding)
+                slots = self.streaming(name, lead, base.unit, base.head_pages)[shape.decoding].get(tier, 0)
+                if self.tier == "gpu" and tier == "host" and policy(name).solved:
+                    slots = max(slots, self._staging_bytes(base))
+                if tier == self.tier:
+                    slots += align_up(state_bytes(spec, shape.scope_tokens(ALL), self.request.dtype))
+                taken = max(taken, slots)
             if base.cpu_batches:
-                states += base.cpu_batches * align_up(query_bytes(spec, base.batch_size, self.request.dtype))
-            if tier == self.tier:
-                states += max(
-                    align_up(state_bytes(spec, s.scope_tokens(ALL), self.request.dtype)) for s in shapes(base, workload)
-                )
-            free[tier] = budget - reserve.get(tier, 0) - slots - states - sum(working.get(tier, {}).values())
+                taken += base.cpu_batches * align_up(query_bytes(spec, base.batch_size, self.request.dtype))
+            free[tier] = budget - reserve.get(tier, 0) - taken - sum(working.get(tier, {}).values())
         free[self.tier] -= fixed
         if self.tier == "gpu" and not policy(name).solved:
             free["host"] -= spec.embedding.slot_bytes
@@ -176,14 +177,15 @@ class Fills(Candidates):
         return [kv_bytes(spec, n, base.sequences, positions, dtype) for n in range(len(spec.layers))]
 
     @lru_cache  # noqa: B019 - a Search lives as long as its compilation
-    def streaming(self, name: str, lead: int, unit: int, head_pages: int) -> dict[str, int]:
-        """Bytes of every tier's slots when nothing is resident, found by lowering a short model: independent of the group's size. Of a
-        policy whose residency is solved, without those of modules and head, which the problem counts where it streams them."""
+    def streaming(self, name: str, lead: int, unit: int, head_pages: int) -> tuple[dict[str, int], dict[str, int]]:
+        """Bytes of every tier's slots when nothing is resident, in prefill and in decode, found by lowering a short model: independent of
+        the group's size. Of a policy whose residency is solved, without those of modules and head, which the problem counts where it
+        streams them."""
         base = self.base(policy(name).experts, 1 if policy(name).one_batch else 2, 1, lead, unit, 1)
         cut, cost = self.short(base.model_copy(update={"head_pages": head_pages, "embedding": False}), SAMPLED)
         trial = lower(cost, name, cut, Workload(prompt_len=2, gen_len=4, num_sequences=2), timed=False)
         apart = (*MODULES, "head") if policy(name).solved else ()
-        most = dict[str, int]()
+        most = Counter[str](), Counter[str]()
         for phase in trial.phases.values():
             placed = {slot for _, slot in (*trial.placed, *phase.placed)}
             used = {
@@ -197,7 +199,9 @@ class Fills(Candidates):
             for slot, kind in used.items():
                 tier = trial.slots[slot].tier
                 taken[tier] += 0 if kind in apart and tier == self.tier else trial.slots[slot].nbytes
-            most = {tier: max(most.get(tier, 0), taken[tier]) for tier in (*most, *taken)}
+            for decoding in (False, True):
+                if phase.shape.decoding == decoding or phase.shape.name == "load":
+                    most[decoding].update(taken - most[decoding])
         return most
 
     def short(self, decision: Decision, count: int) -> tuple[Decision, Cost]:

@@ -22,7 +22,7 @@ from klotski_compiler.output import write_whole
 if TYPE_CHECKING:
     import networkx
 
-SCHEMA_VERSION = 12
+SCHEMA_VERSION = 13
 APART, MIXED = "phases apart", "mixed passes"  # classes of schedules
 
 

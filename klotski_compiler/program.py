@@ -72,6 +72,11 @@ class Program:
         return range(len(self.spec.layers))
 
     @property
+    def lead(self) -> int:
+        """Expert slots."""
+        return self.decision.lead_of(self.shape.decoding)
+
+    @property
     def batches(self) -> range:
         """Batches of one pass."""
         return range(self.shape.batches)
@@ -366,7 +371,7 @@ class Program:
     ) -> None:
         """Experts through ``lead`` slots, each computed once and evicted, those that are ``ready`` first. ``then`` is called as
         soon as no further load of these has to be written."""
-        ahead, size = max(self.decision.lead, self.decision.unit), self.decision.unit
+        ahead, size = max(self.lead, self.decision.unit), self.decision.unit
         self.load(*tensors[:ahead])
         if len(tensors) <= ahead:
             then()

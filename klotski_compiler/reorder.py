@@ -160,7 +160,7 @@ def seen(cost: Cost, phase: LoweredPhase, tensors: Sequence[Tensor], decision: D
         front, after, least = _without_experts(phase.steps, numbers, processor)
         window = Window(
             jobs=tuple(jobs),
-            slots=decision.lead,
+            slots=decision.lead_of(phase.shape.decoding),
             front_us=front,
             least_us=least,
             after_us=after,

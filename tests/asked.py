@@ -146,6 +146,7 @@ def drawn(spec: ModelSpec, policy_name: str, rng: random.Random) -> tuple[Decisi
         hot=rng.randint(0, top_k) if own.experts == "picks" else 0,
         embedding=rng.random() < 0.5,
         layers=tuple(layers),
+        prefill_lead=unit * rng.randint(2, 5) if own.solved else 0,
     )
     prompts = PROMPTS[: decision.sequences + rng.randint(0, decision.sequences)]
     return decision, workload(prompts, rng.choice([2, 3, 9] if decision.rolling else [1, 2, 3, 9]))

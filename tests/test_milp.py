@@ -148,22 +148,22 @@ def least_period(
     plain = [attention + router + all_experts, loads + spilled * w.row.kv_load_us, spilled * w.row.kv_store_us]
     plain.append(sum(x[3] for x, _, _ in work) / n * far_us(problem, g))
     plain.append(spilled * w.row.kv_load_us * (1 - w.kv_ahead) + router + all_experts)
-    plain.append(unit / problem.lead * sum(a + b for a, b, _ in chain + late))
+    plain.append(unit / problem.leads[phase] * sum(a + b for a, b, _ in chain + late))
     plain += [attention + router - w.shared_us + path for path in paths(late)]
     eager = [moved.get("attention", 0.0) + attention + router + all_experts, sum(moved.values()) + router + all_experts]
     eager += [sum(moved.values()) + path for path in paths(chain + late)]
     held = [-1e18]
     for i in range(len(chain + late)):
         path = sum(s[1] for s in (chain + late)[:i]) + sum(s[0] for s in (chain + late)[i:])
-        held.append(attention + router + residents + path - problem.lead * load - sum(moved.values()))
-    most = sum(moved.values()) + min(problem.lead * load, sum(step[0] for step in chain))
+        held.append(attention + router + residents + path - problem.leads[phase] * load - sum(moved.values()))
+    most = sum(moved.values()) + min(problem.leads[phase] * load, sum(step[0] for step in chain))
     credit = min(max(0.0, (max(eager) - max(held)) / 2), most)
     return max(*plain, max(eager) - credit, max(held) + credit)
 
 
 def far_us(problem: Problem, g: Group) -> float:
     """What an expert on disk takes the disk; with one staging slot, which the link behind has to empty first, that too."""
-    return g.expert.disk_us + (g.expert.load_us if problem.lead < 2 * problem.unit else 0.0)
+    return g.expert.disk_us + (g.expert.load_us if max(problem.leads.values()) < 2 * problem.unit else 0.0)
 
 
 def paths(steps: list[tuple[float, float, float]]) -> list[float]:
@@ -368,7 +368,7 @@ def by_cbc(problem: Problem) -> float | None:
             ]
             streamed = pulp.lpSum(a for a, _, _ in chain + late_chain)
             model += ahead <= modules + pulp.lpSum(a for a, _, _ in chain)
-            model += ahead <= modules + n * problem.lead * load
+            model += ahead <= modules + n * problem.leads[phase] * load
             model += t >= before + experts
             model += t >= modules + streamed + (blocks - kv) * work.row.kv_load_us
             model += t >= (blocks - kv) * work.row.kv_store_us
@@ -376,11 +376,13 @@ def by_cbc(problem: Problem) -> float | None:
             model += t >= pulp.lpSum(d) * far_us(problem, g)
             model += t >= moved.get("attention", 0) - ahead + before + experts
             model += t >= modules - ahead + router + experts
-            model += problem.lead * t >= problem.unit * (streamed + pulp.lpSum(b for _, b, _ in chain + late_chain))
+            model += problem.leads[phase] * t >= problem.unit * (
+                streamed + pulp.lpSum(b for _, b, _ in chain + late_chain)
+            )
             clock(model, f"{g.name}_{phase}_all", chain + late_chain, modules - ahead, t)
             clock(model, f"{g.name}_{phase}_late", late_chain, before - n * work.shared_us, t)
             done = before + pulp.lpSum(v * c.compute_us for v, (_, c) in zip(r, classes, strict=True))
-            left = streamed + ahead - modules - n * problem.lead * load
+            left = streamed + ahead - modules - n * problem.leads[phase] * load
             for link_us, compute_us, _ in chain + late_chain:
                 model += t >= done + left
                 done, left = done + compute_us, left - link_us

@@ -198,6 +198,14 @@ def test_pages_are_fitted_like_other_buffers() -> None:
     assert lean(base, 1, 18).pages == 18 and lean(base.model_copy(update={"unit": 2}), 1, 18).pages == 1
 
 
+def test_sizes_to_be_fitted_of_slots_in_prefill() -> None:
+    """Between two units, one that computes and one that arrives, and as many as in decode."""
+    base = tiny_decision("joint", tiny_spec(), "host", lead=12, unit=2)
+    assert [d.prefill_lead for d in resized(base, "prefill_lead")] == [6]
+    assert [d.prefill_lead for d in resized(base.model_copy(update={"prefill_lead": 6}), "prefill_lead")] == [4, 12]
+    assert not list(resized(base.model_copy(update={"lead": 4}), "prefill_lead"))
+
+
 def test_what_host_memory_cannot_hold_passes_in_pages() -> None:
     """Mixtral-8x22B behind 137 GB: the plan keeps within memory with two pages where a whole expert passed, also while it is loaded."""
     spec, hardware = read_model("mixtral-8x22b"), read_hardware("h200")

@@ -349,7 +349,7 @@ class Formulation:
         credit = times(-1.0, self._prefetched(g, phase))
         statics = {name: g.expert.load_us for c in range(len(g.sizes)) for name in self.named(g, c, phase)}
         self._row(f"prefetch_named[{g.name}.{phase}]", plus(self.modules_us(g), statics, credit), 0.0)
-        slots = {"": g.count * self.problem.lead * g.expert.load_us}
+        slots = {"": g.count * self.problem.leads[phase] * g.expert.load_us}
         self._row(f"prefetch_slots[{g.name}.{phase}]", plus(self.modules_us(g), slots, credit), 0.0)
 
     def processor(self, g: Group, phase: str, work: LayerWork) -> None:
@@ -439,7 +439,7 @@ class Formulation:
         comes after. With A + R, and where the CPU attends with H + Z in their place.
         """
         steps = self.steps(g, phase, work)
-        held = {"": -g.count * self.problem.lead * g.expert.load_us}
+        held = {"": -g.count * self.problem.leads[phase] * g.expert.load_us}
         found = plus(held, self.residents_us(g, work), self._prefetched(g, phase), times(-1.0, self.modules_us(g)))
         for part, attention in self.attentions(g, phase, work):
             for i in range(len(steps)):
@@ -453,7 +453,7 @@ class Formulation:
         computes."""
         if steps := self.steps(g, phase, work):
             held = plus(*(s.load for s in steps), *(s.compute for s in steps))
-            self._period("slot_time", g, phase, times(self.problem.unit / self.problem.lead, held))
+            self._period("slot_time", g, phase, times(self.problem.unit / self.problem.leads[phase], held))
 
     def end_of_pass(self, phase: str) -> None:
         """T[end] >= embedding + norm + head;  T[end] >= head's loads;  T[end] >= its loads but 2 pages + its last

@@ -6,6 +6,7 @@ a class. What is interchangeable is counted, not named: symmetry would keep any 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
@@ -15,7 +16,7 @@ from klotski_compiler.model import Layer, Module
 from klotski_compiler.ops import ALL, CPU, align_up, onward, slot_bytes, span
 from klotski_compiler.program import HEAD_SLOTS, staging_slots
 from klotski_compiler.shape import Shape, shapes
-from klotski_compiler.tensors import MODULES, kv_bytes, query_bytes, rows_bytes, sums_bytes
+from klotski_compiler.tensors import MODULES, kv_bytes, query_bytes, rows_bytes, state_bytes, sums_bytes
 from klotski_compiler.workspace import workspace
 
 WORTH_WAITING = 0.995  # an expert that is touched with a higher probability is never bound late
@@ -147,7 +148,7 @@ class Problem:
     compute_tier: str
     home_tier: str
     capacity: dict[str, int]
-    lead: int
+    leads: dict[str, int]
     unit: int
     staging: int = 2
     cpu: bool = False
@@ -247,13 +248,13 @@ def build(
         head_slots=_head_slots(cost, decision, workload, pages),
         embedding=item(cost.spec.embedding),
         norm_bytes=item(cost.spec.norm).slot_bytes,
-        spill_bytes=_spill_slots(decision) * max(kv),
+        spill_bytes=_spill_bytes(cost, decision, whole, max(kv)),
         last_spill_bytes=LAST_SLOTS * max(last_kv),
         may_spill=may_spill and back in cost.hardware.links,
         compute_tier=cost.hardware.compute_tier,
         home_tier="host" if on_gpu else "",
         capacity=capacity,
-        lead=decision.lead,
+        leads={shape.name: decision.lead_of(shape.decoding) for shape in phases},
         unit=decision.unit,
         staging=staging_slots(decision),
         cpu=cost.cpu_helps,
@@ -394,6 +395,19 @@ def _work(
 def _spill_slots(decision: Decision) -> int:
     """KV blocks in flight once any layer spills: read ahead, and in use or written back."""
     return decision.kv_ahead + 1
+
+
+def _spill_bytes(cost: Cost, decision: Decision, phases: Sequence[Shape], kv_bytes: int) -> int:
+    """What these blocks add to what the phase that takes most has without them: hidden states, and slots of experts."""
+    expert = max(layer.expert.slot_bytes for layer in cost.layers if layer.expert)
+    without, spilling = list[int](), list[int]()
+    for shape in phases:
+        decodes = shape.decodes(shape.batches - 1)
+        blocks = _spill_slots(decision) if decodes else min(_spill_slots(decision), shape.batches)
+        states = align_up(state_bytes(cost.spec, shape.scope_tokens(ALL), cost.dtype))
+        without.append(states + decision.lead_of(shape.decoding) * expert)
+        spilling.append(without[-1] + blocks * kv_bytes)
+    return max(spilling) - max(without)
 
 
 def _row(cost: Cost, layer: Layer, shape: Shape, decision: Decision, size: int, links: tuple[str, str]) -> RowWork:

@@ -170,7 +170,7 @@ class Queue:
 
     def __init__(self, p: Program) -> None:
         self.p, self.clock, self.bound, self.layer, self.todo = p, Clock(p), -1, 0, len(p.batches)
-        self.free, self.free_kv, self.free_pages = p.decision.lead, p.decision.kv_ahead, HEAD_SLOTS
+        self.free, self.free_kv, self.free_pages = p.lead, p.decision.kv_ahead, HEAD_SLOTS
         self.opening: deque[Unit] = deque()  # of the next pass: what fits before its first release
         self.queues: dict[str, deque[Unit]] = {kind: deque() for kind in ("module", "kv", "named", "far", "late")}
         self.fetched: deque[Unit] = deque()
@@ -194,7 +194,7 @@ class Queue:
         free: else units would need one slot more."""
         opening = deque(unit for unit in self.opening if unit.slots)
         streamed = len(opening) + sum(unit.slots > 0 for queue in self.queues.values() for unit in queue)
-        if len(opening) * self.p.decision.unit == self.p.decision.lead:
+        if len(opening) * self.p.decision.unit == self.p.lead:
             opening.rotate(-(streamed % len(opening)))
             self.opening = deque([unit for unit in self.opening if not unit.slots]) + opening
 
@@ -280,7 +280,7 @@ class Queue:
         waiting = [queue[0] for queue in (*self.queues.values(), self.fetched) if queue]
         kept = max((unit.slots for unit in waiting if unit.layer < layer), default=0)
         sent = len(self.p.sent_batches(layer))
-        return kept + (round(self.p.decision.lead * self.unsent[layer] / sent) if sent else 0)
+        return kept + (round(self.p.lead * self.unsent[layer] / sent) if sent else 0)
 
     def _write(self, unit: Unit, next_pass: bool = False) -> None:
         if unit.kind == "kv":

@@ -47,7 +47,7 @@ def build(p: Program) -> None:
 
 def on_demand(p: Program, layer: int, cold: list[int]) -> list[int]:
     """The router batch by batch; sends what has been asked for as far as slots allow and returns what must still wait."""
-    room, sent, bound = max(0, p.decision.lead - p.decision.hot), 0, 0
+    room, sent, bound = max(0, p.lead - p.decision.hot), 0, 0
     for batch in p.batches:
         p.route(layer, batch)
         last = batch == p.batches[-1]
