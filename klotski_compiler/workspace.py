@@ -57,9 +57,10 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
         expert = max(layer.expert.params for layer in cost.layers if layer.expert)
         transient["conversion"] = 2 * width * max(expert, -(-spec.head.params // pages))
     gathered = cost.hardware.compute_tier == "host" and not decision.embedding
+    words = 0 if _own(cost, decision.sequences) else -(-spec.vocab_size // decision.head_parts)
     kept = {
         "experts": rows * width * (3 * hidden + 2 * inner),
-        "logits": decision.sequences * (2 * hidden + -(-spec.vocab_size // decision.head_parts)) * width,
+        "logits": decision.sequences * (2 * hidden + words) * width,
         "routing": tokens * top_k * (44 + 2 * width),
         "embedding rows": gathered * gather_bytes(spec, width),
     }
@@ -71,7 +72,7 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
             graphs += (decision.sequences - few) * (hidden * width + query_bytes(spec, 1, cost.dtype))
         kept["CUDA graphs"] = graphs + (GRAPHS_BYTES if graphs > FINE_BYTES else 0)
     narrow = rows  # of 16-bit matmuls
-    if width == 2 and cost.hardware.compute_tier == "host" and cost.processor.least_own_rows:
+    if _own(cost, cost.processor.least_own_rows):
         narrow = rows if cost.processor.most_own_rows else min(rows, cost.processor.least_own_rows)
         widest = max(hidden, inner, shared, dense, *(layer.attention_flops // 4 for layer in cost.layers))
         kept["matmuls"] = max(WORKERS, cost.processor.threads) * own_kernels_bytes(widest) + inner_bytes(inner)
@@ -91,6 +92,13 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
 def _converts(cost: Cost) -> bool:
     """Whether weights are computed with in another type than they are stored in, so that what is in use exists twice."""
     return cost.hardware.compute_tier == "host" and cost.spec.store_dtype != cost.dtype
+
+
+def _own(cost: Cost, rows: int) -> bool:
+    """Whether so many rows are multiplied by the package's own kernel, which keeps only the greatest logits."""
+    least, most = cost.processor.least_own_rows, cost.processor.most_own_rows
+    narrow = cost.compute_bytes == 2 and cost.hardware.compute_tier == "host"
+    return narrow and 0 < least <= rows and (not most or rows <= most)
 
 
 def _bound_params(spec: ModelSpec, decision: Decision) -> int:

@@ -66,6 +66,27 @@ def test_a_product_is_fp32s_rounded_once(rows: int, width: int, columns: int, dt
 
 
 @NARROW
+@pytest.mark.usefixtures("vectors")
+@pytest.mark.parametrize(
+    ("rows", "width", "columns", "threads"),
+    [(1, 8, 3, 1), (5, 96, BLOCK_COLUMNS + 7, 2), (BLOCK_ROWS + 3, 67, 2000, 3)],
+)
+def test_the_greatest_product_of_a_row(rows: int, width: int, columns: int, threads: int, dtype: torch.dtype) -> None:
+    """As it is among all of them; in a tie the first; not a number where any of them is none."""
+    x, weight, bias = operands(rows, width, columns, dtype)
+    own = OwnKernels(1, width, Workers(threads))
+    for biased in (None, bias):
+        value, column = own.greatest(x, weight, biased)
+        every = product(own, x, weight, biased)
+        assert torch.equal(value, every.amax(dim=1))
+        assert torch.equal(column, (every == value[:, None]).int().argmax(dim=1))
+    alike = weight[:1].expand(columns, width).contiguous()
+    assert not own.greatest(x, alike)[1].any()
+    weight[columns // 2, 0] = torch.nan
+    assert own.greatest(x, weight)[0].isnan().all()
+
+
+@NARROW
 def test_a_rows_product_depends_on_nothing_else(dtype: torch.dtype) -> None:
     """Not on rows beside it, nor on whose task it is, nor on how many threads share columns: to the bit."""
     x, weight, bias = operands(BLOCK_ROWS + 5, 1024 + 24, 777, dtype)

@@ -390,8 +390,37 @@ INLINE void put(const enum type type, const float *sums, long lanes, long rows, 
         for (long c = 0; c < columns; c++) out[r * out_row + c] = each[c * lanes + r];
 }
 
-INLINE void multiply(const enum type type, matrix x, matrix weight, const uint16_t *bias, uint16_t *out, long out_row, long m, long n,
-                     long k, long *next, float *scratch) {
+/* Where products go: to ``at``; or, of every row, the greatest to ``greatest`` and its column to ``where``, if it is greater than what
+ * stands there or no number. */
+typedef struct {
+    uint16_t *at;
+    long row;
+    float *greatest;
+    int64_t *where;
+} result;
+
+INLINE void put_greatest(const enum type type, const float *sums, long lanes, long rows, long columns, const uint16_t *bias, long first,
+                         float *greatest, int64_t *where) {
+    float best[PANEL_ROWS];
+    int32_t column[PANEL_ROWS];
+    for (long lane = 0; lane < lanes; lane++) best[lane] = lane < rows ? greatest[lane] : 0, column[lane] = -1;
+    for (long c = 0; c < columns; c++) {
+        float added = bias ? widened(type, bias[c]) : 0;
+        for (long lane = 0; lane < lanes; lane++) {
+            float value = rounded(type, sums[c * lanes + lane] + added);
+            int32_t better = value > best[lane] || value != value;
+            best[lane] = better ? value : best[lane];
+            column[lane] = better ? (int32_t)c : column[lane];
+        }
+    }
+    for (long lane = 0; lane < rows; lane++) {
+        greatest[lane] = best[lane];
+        if (column[lane] >= 0) where[lane] = first + column[lane];
+    }
+}
+
+INLINE void multiply(const enum type type, matrix x, matrix weight, const uint16_t *bias, result out, long m, long n, long k, long *next,
+                     float *scratch) {
     const room of = rooms(scratch, k);
     const long parts = (n + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS, blocks = (m + BLOCK_ROWS - 1) / BLOCK_ROWS;
     long taken, packed = -1;
@@ -402,24 +431,30 @@ INLINE void multiply(const enum type type, matrix x, matrix weight, const uint16
         packed = block;
         columns from = brought(type, (matrix){weight.at + n0 * weight.row, weight.row, weight.column}, width, k, of);
         for (long q = 0; q < in.count; q++) {
-            long units = unit(in, q + 1) - unit(in, q), first = HALF * unit(in, q);
+            long units = unit(in, q + 1) - unit(in, q), first = HALF * unit(in, q), row = m0 + first;
+            long rows = least(HALF * units, in.rows - first);
+            const uint16_t *adds = bias ? bias + n0 : 0;
             of_panel(type, units, of.rows + first * WORDS(type, k), from.at, from.apart, width, WORDS(type, k), of.sums);
-            put(type, of.sums, HALF * units, least(HALF * units, in.rows - first), width, bias ? bias + n0 : 0,
-                out + (m0 + first) * out_row + n0, out_row);
+            if (out.at) put(type, of.sums, HALF * units, rows, width, adds, out.at + row * out.row + n0, out.row);
+            else put_greatest(type, of.sums, HALF * units, rows, width, adds, n0, out.greatest + row, out.where + row);
         }
     }
 }
 
 /* next: zero, where threads that call with the same one share the work. scratch: room for ``rooms``. */
-void matmul_bf16(const uint16_t *x, long x_row, const uint16_t *weight, long weight_row, long weight_column, const uint16_t *bias,
-                 uint16_t *out, long out_row, long m, long n, long k, long *next, float *scratch) {
-    multiply(BF16, (matrix){x, x_row, 1}, (matrix){weight, weight_row, weight_column}, bias, out, out_row, m, n, k, next, scratch);
-}
-
-void matmul_fp16(const uint16_t *x, long x_row, const uint16_t *weight, long weight_row, long weight_column, const uint16_t *bias,
-                 uint16_t *out, long out_row, long m, long n, long k, long *next, float *scratch) {
-    multiply(FP16, (matrix){x, x_row, 1}, (matrix){weight, weight_row, weight_column}, bias, out, out_row, m, n, k, next, scratch);
-}
+#define MATMULS(name, type)                                                                                                           \
+    void matmul_##name(const uint16_t *x, long x_row, const uint16_t *weight, long weight_row, long weight_column,                    \
+                       const uint16_t *bias, uint16_t *out, long out_row, long m, long n, long k, long *next, float *scratch) {       \
+        multiply(type, (matrix){x, x_row, 1}, (matrix){weight, weight_row, weight_column}, bias, (result){.at = out, .row = out_row}, \
+                 m, n, k, next, scratch);                                                                                             \
+    }                                                                                                                                 \
+    void greatest_##name(const uint16_t *x, long x_row, const uint16_t *weight, long weight_row, long weight_column,                  \
+                         const uint16_t *bias, float *greatest, int64_t *where, long m, long n, long k, long *next, float *scratch) { \
+        multiply(type, (matrix){x, x_row, 1}, (matrix){weight, weight_row, weight_column}, bias,                                      \
+                 (result){.greatest = greatest, .where = where}, m, n, k, next, scratch);                                             \
+    }
+MATMULS(bf16, BF16)
+MATMULS(fp16, FP16)
 
 /* ------------------------------------------------------------------------------------------------- experts */
 

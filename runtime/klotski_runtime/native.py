@@ -18,6 +18,7 @@ SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 POINTER, LONG = ctypes.c_void_p, ctypes.c_long
 MATMUL = (POINTER, LONG, POINTER, LONG, LONG, POINTER, POINTER, LONG, LONG, LONG, LONG, POINTER, POINTER)
+GREATEST = tuple(POINTER if number == 7 else kind for number, kind in enumerate(MATMUL))
 SHARED = (POINTER, POINTER, LONG)
 
 
@@ -55,7 +56,7 @@ def compile_library(source: Path, *flags: str) -> ctypes.CDLL:
     if not built.exists():
         _compile([*command, str(source)], built)
     library = ctypes.CDLL(str(built))
-    for name, types in (("matmul", MATMUL), ("experts", SHARED), ("attend", SHARED)):
+    for name, types in (("matmul", MATMUL), ("greatest", GREATEST), ("experts", SHARED), ("attend", SHARED)):
         for function in (getattr(library, f"{name}_bf16"), getattr(library, f"{name}_fp16")):
             function.argtypes, function.restype = types, None
     return library

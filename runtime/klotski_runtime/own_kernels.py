@@ -19,9 +19,6 @@ from klotski_runtime.workers import WORTH_SHARING, Workers
 
 NARROW = (torch.bfloat16, torch.float16)
 
-Products = Sequence[tuple[torch.Tensor, torch.Tensor]]
-"""Pairs of a weight [n, k] and where its product with rows goes [m, n]."""
-
 Fed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """An expert's gate, up [inner, hidden] and down [hidden, inner], numbers of rows, and the weight of each."""
 
@@ -69,7 +66,10 @@ class OwnKernels:
                 if bias is not None:
                     out += bias
             return
-        self._check(x, products, bias)
+        for weight, out in products:
+            self._check(x, weight, bias)
+            if out.shape != (len(x), len(weight)) or out.dtype != x.dtype or out.stride(1) != 1:
+                raise ValueError(f"{tuple(x.shape)} by {tuple(weight.shape)} into {tuple(out.shape)}, {out.dtype}")
         multiply = self._library.matmul_bf16 if x.dtype == torch.bfloat16 else self._library.matmul_fp16
         taken = (LONG * len(products))()  # columns, by all threads that share them
         address = ctypes.addressof(taken)
@@ -93,18 +93,39 @@ class OwnKernels:
         flops = 2 * (len(x) + FIXED_ROWS) * sum(weight.numel() for weight, _ in products)
         self._share(part, flops >= WORTH_SHARING, worker)
 
-    def _check(self, x: torch.Tensor, products: Products, bias: torch.Tensor | None) -> None:
+    def greatest(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of what ``mm`` would make, each row's greatest product [m] and the first column that has it [m], without the others ever being in
+        memory; not a number where one of them is none. Only of rows that it takes."""
+        self._check(x, weight, bias)
+        multiply = self._library.greatest_bf16 if x.dtype == torch.bfloat16 else self._library.greatest_fp16
+        threads = sum(len(team.scratch) for team in self._teams)
+        values, columns = torch.full((threads, len(x)), -torch.inf), torch.zeros(threads, len(x), dtype=torch.long)
+        own, taken = iter(range(threads)), LONG()
+
+        def part(scratch: torch.Tensor) -> None:
+            number = next(own)
+            multiply(
+                *(x.data_ptr(), x.stride(0), weight.data_ptr(), *weight.stride()),
+                None if bias is None else bias.data_ptr(),
+                *(values[number].data_ptr(), columns[number].data_ptr(), len(x), *weight.shape),
+                *(ctypes.addressof(taken), scratch.data_ptr()),
+            )
+
+        self._share(part, 2 * (len(x) + FIXED_ROWS) * weight.numel() >= WORTH_SHARING, None)
+        best = values.amax(dim=0)
+        first = torch.where(values == best, columns, len(weight)).amin(dim=0)
+        return best.to(x.dtype), first
+
+    def _check(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Raise ValueError where the kernel, which knows addresses and no tensors, would read or write beside them."""
-        for weight, out in products:
-            (rows, width), columns = x.shape, len(weight)
-            if weight.shape[1] != width or out.shape != (rows, columns) or width > self._widest:
-                raise ValueError(
-                    f"{tuple(weight.shape)} into {tuple(out.shape)}: other shapes than {tuple(x.shape)} takes"
-                )
-            if {weight.dtype, out.dtype} != {x.dtype} or x.stride(1) != 1 or out.stride(1) != 1:
-                raise ValueError(f"rows in one piece and one type, not {x.dtype}, {weight.dtype}, {out.dtype}")
-            if bias is not None and (bias.shape != (columns,) or bias.dtype != x.dtype or bias.stride(0) != 1):
-                raise ValueError(f"a bias of {tuple(bias.shape)}, {bias.dtype} beside {x.dtype}")
+        if weight.shape[1] != x.shape[1] or x.shape[1] > self._widest:
+            raise ValueError(f"{tuple(weight.shape)}: other shapes than {tuple(x.shape)} takes")
+        if weight.dtype != x.dtype or x.dtype not in NARROW or x.stride(1) != 1:
+            raise ValueError(f"rows in one piece and one type, not {x.dtype}, {weight.dtype}")
+        if bias is not None and (bias.shape != (len(weight),) or bias.dtype != x.dtype or bias.stride(0) != 1):
+            raise ValueError(f"a bias of {tuple(bias.shape)}, {bias.dtype} beside {x.dtype}")
 
     def feed_forward(
         self, x: torch.Tensor, out: torch.Tensor, experts: Sequence[Fed], inner: torch.Tensor, worker: int | None = None
