@@ -210,8 +210,9 @@ class Bench:
             if not killed or factor * self.cap > CAP_SHARE * self.weights or peer == FREE:
                 return Best({}, factor, list(tried.values()), next(iter(tried.values())).report["failed"])
             factor *= 2
-        if factor > 1:  # what it does in the cap itself
-            any(speed(base | {"batch": batch}, 1) for batch in halvings(base["batch"]))
+        for batch in halvings(base["batch"]) if factor > 1 else ():  # what it does in the cap itself
+            if speed(base | {"batch": batch}, 1):
+                break
         while better := next(
             (s for s in moves(peer, best, self.asked.prompts) if speed(s, factor) > BETTER * speed(best, factor)), None
         ):

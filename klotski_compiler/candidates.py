@@ -299,9 +299,9 @@ FITTED = ("expert_rows", "lead", "prefill_lead", "attention_batch", "decode_batc
 
 
 def resized(d: Decision, size: str, least_rows: int = LEAST_ROWS, most_pages: int = 1) -> Iterator[Decision]:
-    """A decision with one of its micro-batches, the number of prefill's parts, or of an expert's pages, half or twice as large; or with
-    one transfer unit in flight in place of two, and back."""
-    now: int = getattr(d, size) or d.lead
+    """A decision with one of its micro-batches, its slots in prefill, the number of prefill's parts, or of an expert's pages, half or
+    twice as large; or with one transfer unit in flight in place of two, and back."""
+    now: int = getattr(d, size) or d.lead  # 0 slots in prefill: as many
     most_pages = most_pages if d.unit == 1 else 1
     least, most = {
         "expert_rows": (min(least_rows, now), now),

@@ -20,7 +20,7 @@ from klotski_compiler.ops import ALL, NOWHERE, Bind, align_up
 from klotski_compiler.pipeline import lower
 from klotski_compiler.policies import OURS, policy
 from klotski_compiler.program import staging_slots
-from klotski_compiler.shape import shapes
+from klotski_compiler.shape import Shape, shapes
 from klotski_compiler.tensors import BEHIND, MODULES, kv_bytes, query_bytes, state_bytes
 from klotski_compiler.workspace import workspace
 
@@ -130,15 +130,7 @@ class Fills(Candidates):
             fixed += self.least_kv_bytes(base)
         free, working = dict[str, int](), workspace(self.cost, base, workload)
         for tier, budget in self.request.budgets.items():
-            taken = 0
-            for shape in shapes(base, workload):
-                lead = base.lead_of(shape.decoding)
-                slots = self.streaming(name, lead, base.unit, base.head_pages)[shape.decoding].get(tier, 0)
-                if self.tier == "gpu" and tier == "host" and policy(name).solved:
-                    slots = max(slots, self._staging_bytes(base))
-                if tier == self.tier:
-                    slots += align_up(state_bytes(spec, shape.scope_tokens(ALL), self.request.dtype))
-                taken = max(taken, slots)
+            taken = max(self._phase_bytes(name, base, tier, shape) for shape in shapes(base, workload))
             if base.cpu_batches:
                 taken += base.cpu_batches * align_up(query_bytes(spec, base.batch_size, self.request.dtype))
             free[tier] = budget - reserve.get(tier, 0) - taken - sum(working.get(tier, {}).values())
@@ -150,6 +142,16 @@ class Fills(Candidates):
         if not policy(name).solved:
             free[self.tier] += self.least_kv_bytes(base)
         return free
+
+    def _phase_bytes(self, name: str, base: Decision, tier: str, shape: Shape) -> int:
+        """What a phase takes of a tier whatever is resident: slots of what streams, and hidden states."""
+        lead = base.lead_of(shape.decoding)
+        taken = self.streaming(name, lead, base.unit, base.head_pages)[shape.decoding].get(tier, 0)
+        if self.tier == "gpu" and tier == "host" and policy(name).solved:
+            taken = max(taken, self._staging_bytes(base))
+        if tier == self.tier:
+            taken += align_up(state_bytes(self.request.spec, shape.scope_tokens(ALL), self.request.dtype))
+        return taken
 
     def least_kv_bytes(self, base: Decision) -> int:
         """KV of one layer's batches in flight, or all of it where that is less."""

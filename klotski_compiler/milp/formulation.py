@@ -7,7 +7,7 @@ Parameters   of one layer and pass: A attention, R router or dense MLP, Z of tha
              the router, M_k a module's link time, V and W link time of one batch's KV in and out; in decode beside a
              GPU also P_c one expert's compute on the CPU and, of one batch that the CPU attends to, H its time there
              (with what the GPU does around it) and K the time it spares the GPU (W', H', K': of a last batch that is
-             the CPU's in all layers); n = batches of the group without that one, b = lead (expert slots), u = unit
+             the CPU's in all layers); n = batches of the group without that one, b = expert slots of the phase, u = unit
              (experts per load), s slot bytes.
 Variables    resident[g.c], static[g.c], late[g.c]: experts that never move, are streamed by name, are bound after the
              router; cpu[g.c]: experts that the CPU computes in decode (in prefill they are streamed by name);
