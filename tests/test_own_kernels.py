@@ -240,18 +240,58 @@ def test_decode_attention_is_softmaxs(
         workers.close()
 
 
+@NARROW
+@pytest.mark.usefixtures("vectors")
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "queries", "context", "width", "value_width"),
+    [(4, 2, 5, 5, 16, 16), (2, 1, 70, 70, 67, 33), (3, 3, 2 * BLOCK_COLUMNS + 40, 3 * BLOCK_COLUMNS, 96, 64)],
+)
+def test_prefill_attention_is_softmaxs(
+    heads: int, kv_heads: int, queries: int, context: int, width: int, value_width: int, dtype: torch.dtype
+) -> None:
+    """Without a mask positions up to a query's own; with one, of prompts with padding before them, and in a window."""
+    generator = torch.Generator().manual_seed(5)
+    query, key, value = (
+        (scale * torch.randn(shape, generator=generator)).to(dtype)
+        for scale, shape in (
+            (3, (3, queries, heads, width)),
+            (1, (3, kv_heads, context, width)),
+            (1, (3, kv_heads, context, value_width)),
+        )
+    )
+    query = query.transpose(1, 2)
+    positions = torch.arange(context)
+    own_position = positions[-queries:, None]
+    causal = (positions <= own_position).expand(3, 1, -1, -1)
+    padded = causal & (positions >= torch.tensor([0, context - 1, context // 2])[:, None, None, None])
+    scores = query.double().reshape(3, kv_heads, -1, width) @ key.double().transpose(2, 3) / width**0.5
+    scores = scores.view(3, heads, queries, context)
+    values = value.double().repeat_interleave(heads // kv_heads, 1)
+    for mask in (None, padded, causal & (positions > own_position - 7)):
+        sees = causal if mask is None else mask
+        want = scores.masked_fill(~sees, -torch.inf).softmax(-1) @ values
+        there = sees.any(-1).expand(3, heads, -1)
+        workers = Workers(2)
+        for own in (OwnKernels(1, 128), OwnKernels(1, 128, workers)):
+            assert own.attends(query, key, mask)
+            found = own.attend(query, key, value, mask, width**-0.5).transpose(1, 2).double()
+            torch.testing.assert_close(found[there], want[there], rtol=torch.finfo(dtype).eps, atol=1e-5)
+            assert found.isfinite().all(), "also of padding, which later layers have to do with"
+        workers.close()
+
+
 def test_attention_refuses_what_it_would_read_beside() -> None:
     query, key, value = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 5, 16), torch.randn(2, 2, 5, 16)
     q, k, v = query.bfloat16(), key.bfloat16(), value.bfloat16()
     own, short = OwnKernels(1, 16), torch.ones(2, 1, 1, 4, dtype=torch.bool)
     assert own.attends(q, k, None) and not own.attends(query, key, None)
-    assert not own.attends(q.expand(2, 4, 3, 16), k, None), "it is for one position"
     assert not own.attends(q, k, torch.zeros(2, 1, 1, 5)), "scores that are added to are not masks"
     assert not own.attends(q, k, short)
     assert not OwnKernels(0, 16).attends(q, k, None)
     sideways_v = v.transpose(2, 3).contiguous().transpose(2, 3)
     wrong: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]] = [
         (q[:, :3], k, v, None),
+        (q.expand(2, 4, 6, 16), k, v, None),
         (q, k[:, :, :4], v, None),
         (q, key, v, None),
         (q, k, sideways_v, None),

@@ -1,5 +1,7 @@
 """Attention functions that do what transformers' own do, without their copies and, on a CPU, without their slow paths.
 
+*On a CPU* the package's own kernel attends in 16 bits where it is known (``own_kernels``). What follows is for all else.
+
 *Decode.* transformers copies keys and values once for each query head that shares them, wherever torch's kernels do not take groups, as
 with any mask. The queries of one group are rows to the same keys and values, so a kernel takes them as such, and nothing is copied.
 
@@ -24,7 +26,7 @@ from klotski_runtime.own_kernels import OwnKernels
 
 GROUPED, SINKS = "klotski_grouped", "klotski_sinks"
 OWN = "_klotski_kernels"
-"""Where an attention module has the kernels that its decode attention is for."""
+"""Where an attention module has the package's own kernels."""
 
 ALIGNED = 8
 """Kernels that save memory take masks whose rows, and heads whose widths, are multiples of so many values."""

@@ -1,5 +1,5 @@
 """16-bit matmuls on a CPU by the package's own kernels (``native.c``), where they are faster than PyTorch's; then feed-forwards of routed
-experts and decode attention, too, each in one call.
+experts and attention, too, each in one call.
 
 A product is rounded once, as by a 16-bit kernel that adds in fp32. What a row's product is depends on that row alone, not on how many
 others there are, nor on who computes it.
@@ -182,23 +182,25 @@ class OwnKernels:
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
     ) -> torch.Tensor:
-        """Mixed values [B, 1, heads, width] of query [B, heads, 1, width], key and value [B, kv heads, context, width], groups of heads
-        sharing keys and values. mask: [B, 1, 1, context], True where a position is seen.
+        """Mixed values [B, q, heads, width] of query [B, heads, q, width], key and value [B, kv heads, context, width], groups of heads
+        sharing keys and values. mask: [B, 1, q, context], True where a position is seen; without it, a query sees those up to its own,
+        the last one all.
 
         Raises ValueError where shapes or types are others."""
         self._check_attention(query, key, value, mask)
-        (batch, heads, _, width), (_, kv_heads, context, value_width) = query.shape, value.shape
-        out = query.new_empty(batch, 1, heads, value_width)
+        (batch, heads, queries, width), (_, kv_heads, context, value_width) = query.shape, value.shape
+        out = query.new_empty(batch, queries, heads, value_width)
         job = Attention(
             *(query.data_ptr(), key.data_ptr(), value.data_ptr()),
             None if mask is None else mask.data_ptr(),
             out.data_ptr(),
-            *(*query.stride()[:2], *key.stride()[:3], *value.stride()[:3], 0 if mask is None else mask.stride(0)),
-            *(batch, heads, kv_heads, context, width, value_width),
+            *(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]),
+            *((0, 0) if mask is None else (mask.stride(0), mask.stride(2))),
+            *(batch, heads, queries, kv_heads, context, width, value_width, mask is None),
             scaling,
         )
         attend = self._library.attend_bf16 if query.dtype == torch.bfloat16 else self._library.attend_fp16
-        flops = 2 * batch * heads * context * (width + value_width)
+        flops = 2 * batch * heads * queries * context * (width + value_width)
         self._share(
             lambda scratch: attend(ctypes.addressof(job), scratch.data_ptr(), self._widest),
             flops >= WORTH_SHARING,
@@ -207,9 +209,9 @@ class OwnKernels:
         return out
 
     def attends(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> bool:
-        """Whether it attends for such a query, and with such a mask."""
-        known = self.known and query.shape[2] == 1 and query.dtype in NARROW and query.device.type == "cpu"
-        seen = len(query), 1, 1, key.shape[2]
+        """Whether it attends for such queries, and with such a mask."""
+        known = self.known and query.dtype in NARROW and query.device.type == "cpu"
+        seen = len(query), 1, query.shape[2], key.shape[2]
         return known and (mask is None or (mask.dtype == torch.bool and mask.shape == seen))
 
     def _check_attention(
@@ -217,14 +219,19 @@ class OwnKernels:
     ) -> None:
         """The same for ``attend``."""
         (batch, heads, queries, width), (_, kv_heads, context, value_width) = query.shape, value.shape
-        if key.shape != (batch, kv_heads, context, width) or len(value) != batch or heads % kv_heads or queries != 1:
+        if (
+            key.shape != (batch, kv_heads, context, width)
+            or len(value) != batch
+            or heads % kv_heads
+            or queries > context
+        ):
             raise ValueError(f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}: other shapes")
         if {key.dtype, value.dtype} != {query.dtype} or query.dtype not in NARROW:
             raise ValueError(f"one type, not {query.dtype}, {key.dtype}, {value.dtype}")
         if any(part.stride(3) != 1 for part in (query, key, value)) or max(width, value_width) > self._widest:
             raise ValueError("heads in one piece")
         if mask is not None and (
-            mask.dtype != torch.bool or mask.shape != (batch, 1, 1, context) or mask.stride(3) != 1
+            mask.dtype != torch.bool or mask.shape != (batch, 1, queries, context) or mask.stride(3) != 1
         ):
             raise ValueError(f"a mask of {tuple(mask.shape)}, {mask.dtype}")
 
@@ -275,9 +282,12 @@ class Attention(ctypes.Structure):
 
     _fields_ = (
         *((name, POINTER) for name in ("query", "key", "value", "mask", "out")),
-        *((f"query_{name}", LONG) for name in ("batch", "head")),
-        *((f"{part}_{name}", LONG) for part in ("key", "value") for name in ("batch", "head", "position")),
-        *((name, LONG) for name in ("mask_batch", "batch", "heads", "kv_heads", "context", "width", "value_width")),
+        *((f"{part}_{name}", LONG) for part in ("query", "key", "value") for name in ("batch", "head", "position")),
+        *((f"mask_{name}", LONG) for name in ("batch", "query")),
+        *(
+            (name, LONG)
+            for name in ("batch", "heads", "queries", "kv_heads", "context", "width", "value_width", "causal")
+        ),
         ("scaling", ctypes.c_double),
         ("next", LONG),
     )

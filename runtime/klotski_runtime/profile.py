@@ -300,6 +300,6 @@ def _processor_round(device: torch.device, sizes: Sizes, step: Callable[[str], N
     step(f"{unit}: decode attention")
     found["kv_bytes_per_s"] = decode_attention(device, sizes, own)
     step(f"{unit}: prefill attention")
-    found["prefill_attention_flops_per_s"] = prefill_attention(device, sizes)
+    found["prefill_attention_flops_per_s"] = prefill_attention(device, sizes, own)
     step(f"{unit}: fixed costs")
     return found | fixed_costs(device, sizes, own)

@@ -221,14 +221,18 @@ def decode_attention(device: torch.device, sizes: Sizes, own: bool = False) -> t
     return rounded(1 / per_byte), f"{how}; fixed part {1e6 * fixed:.0f} us"
 
 
-def prefill_attention(device: torch.device, sizes: Sizes) -> tuple[float, str]:
+def prefill_attention(device: torch.device, sizes: Sizes, own: bool = False) -> tuple[float, str]:
     """Flops per second of attention over whole prompts: 4 x heads x head_dim for every pair of positions."""
+    workers = Workers(torch.get_num_threads())
+    kernel = OwnKernels(1, HEAD_DIM, workers) if own else None
     batch, prompt = 2, sizes.prompt
     query = torch.randn(batch, QUERY_HEADS, prompt, HEAD_DIM, device=device, dtype=torch.bfloat16)
     key, value = torch.randn(2, batch, KV_HEADS, prompt, HEAD_DIM, device=device, dtype=torch.bfloat16)
-    seconds = mean_seconds(lambda: _attend(query, key, value), device, sizes)
+    seconds = mean_seconds(lambda: _attend(query, key, value, kernel), device, sizes)
+    workers.close()
     flops = 4 * QUERY_HEADS * HEAD_DIM * batch * prompt**2
-    how = f"transformers' SDPA, {batch} whole prompts of {prompt} tokens, bf16, all pairs of positions counted"
+    what = "the package's own kernel" if own else "transformers' SDPA"
+    how = f"{what}, {batch} whole prompts of {prompt} tokens, bf16, all pairs of positions counted"
     return rounded(flops / seconds), how
 
 
