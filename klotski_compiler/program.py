@@ -237,7 +237,7 @@ class Program:
         self._fetched.add(tensors)
 
     def embed(self) -> None:
-        """Hidden states of all batches from their token ids; rows of an embedding that is not resident come one by one."""
+        """Hidden states of all batches from their token ids; rows of an embedding that is not resident come from disk."""
         found = self._present(("embedding", -1, 0))
         self.compute("embed", -1, ALL, *(number for number in found if number in self.table.resident))
 

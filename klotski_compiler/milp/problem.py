@@ -123,10 +123,10 @@ class Problem:
     them there may be a last row, of another size, to which the CPU attends in every layer: last, 0 or 1.
     attends: whether the CPU may compute attention; query_bytes: what that takes in either tier, per row, and for the last one;
     together: what all rows take in the compute tier, whoever attends.
-    spill_bytes: what KV that is not kept takes in the compute tier; last_spill_bytes: what that of the last row takes.
+    spill_bytes: what KV that is not kept adds to what a phase takes of the compute tier at most; last_spill_bytes: what that of the last row takes.
     head: all its pages, head_pages of them (0: it must be resident). head_slots: bytes beside it, of its pages' slots if it streams,
     of the logits of all words at once if it does not. may_spill: the machine can write KV back.
-    staging: see ``program.staging_slots``.
+    leads: expert slots in a pass of each phase. staging: see ``program.staging_slots``.
     home_tier: where the rest of the weights lives, if that is a memory with a capacity (host, on a machine with a GPU).
     cpu: whether a CPU may compute beside a GPU. uniform: whether KV and the CPU's shares are the same in all
     layers. drag: of (stream, other), see ``Cost.drag``: the processor that reads host memory

@@ -97,7 +97,7 @@ class OwnKernels:
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Of what ``mm`` would make, each row's greatest product [m] and the first column that has it [m], without the others ever being in
-        memory; not a number where one of them is none. Only of rows that it takes."""
+        memory; not a number where one of them is none. Only of rows that it takes. Raises ValueError where shapes or types are others."""
         self._check(x, weight, bias)
         multiply = self._library.greatest_bf16 if x.dtype == torch.bfloat16 else self._library.greatest_fp16
         threads = sum(len(team.scratch) for team in self._teams)
