@@ -131,18 +131,7 @@ def tables(found: dict[str, Best], runs: dict[str, list[Report]]) -> Iterator[st
             cells = [*numbers(good), cell(same_first(beside, reports), 2) if name != OURS else cell(None)]
             yield f"{name:<26}{len(good):>6}" + "".join(cells) + f"  {shown}"
     yield ""
-    yield f"{'ours over theirs':<16}" + "".join(
-        f"{word:>24}" for word in ("end to end", "no load", "prefill", "decode", "equal batch")
-    )
-    for name, reports in runs.items():
-        if name in found:
-            beside = [report["beside"] for report in reports]
-            all_pairs = [ratios(beside, reports, rate) for rate in (end_to_end, after_loading, prefill, decode)]
-            held = runs[held_to(name)]
-            yield f"{name:<16}" + "".join(
-                f"{spread(pairs):>24}" for pairs in [*all_pairs, ratios(held, reports, end_to_end)]
-            )
-    yield ""
+    yield from over_theirs(found, runs)
     factors = {name: best.factor for name, best in found.items() if not best.why_not}
     factors |= {
         name: max(report.get("factor", 1) for report in reports) for name, reports in runs.items() if name not in found
@@ -165,6 +154,24 @@ def tables(found: dict[str, Best], runs: dict[str, list[Report]]) -> Iterator[st
             if name in found and report.get("shown") not in (None, described(found[name].setting)):
                 yield f"{name}: was killed at its best setting whenever it was tried; ran with {report['shown']}"
     yield from at_the_limit([report for report in ours if "failed" not in report])
+
+
+def over_theirs(found: dict[str, Best], runs: dict[str, list[Report]]) -> Iterator[str]:
+    """Ratios, pair by pair."""
+    if not found:
+        return
+    yield f"{'ours over theirs':<16}" + "".join(
+        f"{word:>24}" for word in ("end to end", "no load", "prefill", "decode", "equal batch")
+    )
+    for name, reports in runs.items():
+        if name in found:
+            beside = [report["beside"] for report in reports]
+            all_pairs = [ratios(beside, reports, rate) for rate in (end_to_end, after_loading, prefill, decode)]
+            held = runs[held_to(name)]
+            yield f"{name:<16}" + "".join(
+                f"{spread(pairs):>24}" for pairs in [*all_pairs, ratios(held, reports, end_to_end)]
+            )
+    yield ""
 
 
 def at_the_limit(ours: list[Report]) -> Iterator[str]:
@@ -208,6 +215,8 @@ def numbers(reports: list[Report]) -> Iterator[str]:
 def sweeps(found: dict[str, Best]) -> Iterator[str]:
     """Every setting that was tried."""
     yield ""
+    if not found:
+        return
     tried = [one.report for best in found.values() for one in best.tried]
     yield f"sweep, {when(tried)}: generated tokens/s after loading (one batch, or as many as hold --sweep-prompts; with"
     yield "--sweep-gen-len, as it follows from so many passes)"

@@ -98,7 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt-len", type=int, default=32)
     parser.add_argument("--gen-len", type=int, default=8)
     parser.add_argument("--cap", type=parse_size, metavar="SIZE", help="of memory (default: a quarter of the weights)")
-    parser.add_argument("--peers", default=",".join(PEERS), metavar="LIST", help="some of %(default)s")
+    parser.add_argument(
+        "--peers", default=",".join(PEERS), metavar="LIST", help="some of %(default)s, or '': ours alone"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--sweep-prompts",

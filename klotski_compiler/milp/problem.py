@@ -123,7 +123,8 @@ class Problem:
     them there may be a last row, of another size, to which the CPU attends in every layer: last, 0 or 1.
     attends: whether the CPU may compute attention; query_bytes: what that takes in either tier, per row, and for the last one;
     together: what all rows take in the compute tier, whoever attends.
-    spill_bytes: what KV that is not kept adds to what a phase takes of the compute tier at most; last_spill_bytes: what that of the last row takes.
+    spill_bytes: what KV that is not kept adds to what a phase takes of the compute tier at most; last_spill_bytes: what that of the
+    last row takes.
     head: all its pages, head_pages of them (0: it must be resident). head_slots: bytes beside it, of its pages' slots if it streams,
     of the logits of all words at once if it does not. may_spill: the machine can write KV back.
     leads: expert slots in a pass of each phase. staging: see ``program.staging_slots``.
