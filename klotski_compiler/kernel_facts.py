@@ -15,6 +15,12 @@ FEW_ROWS, ROW_STEP = 16, 32
 GATHERED_ROWS, ROW_GAP_BYTES, ROW_SPAN_BYTES = 512, 128 << 10, 256 << 10
 
 
+def own_takes(rows: int, least_own_rows: int, most_own_rows: int) -> bool:
+    """Whether the package's own kernel multiplies so many rows, which it does from the least of them on (0: never) up to the most (0: any
+    number)."""
+    return 0 < least_own_rows <= rows and (not most_own_rows or rows <= most_own_rows)
+
+
 def own_kernels_bytes(widest: int) -> int:
     """What one thread needs to multiply so by weights of up to ``widest`` columns: packed rows, columns of a weight packed and as they
     are, and two blocks of sums."""

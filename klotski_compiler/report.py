@@ -94,9 +94,8 @@ def decision_rows(plan: Plan) -> list[Row]:
     ]
     experts = next((t.nbytes for t in plan.tensors if t.kind == "expert"), 0)
     if any(layer.static or layer.late for layer in d.layers):
-        slots = count(d.lead, "expert slot") + (
-            f" ({d.lead_of(False)} in prefill)" if d.lead_of(False) < d.lead else ""
-        )
+        fewer = d.lead_of(decoding=False)
+        slots = count(d.lead, "expert slot") + (f" ({fewer} in prefill)" if fewer < d.lead else "")
         unit = f"{count(d.unit, 'expert')} per load ({size(d.unit * experts)}), {slots} for those in flight or waiting"
         rows.append(("transfer", unit))
     if d.pages > 1 and (away := sum(len(layer.on_disk) for layer in d.layers)):

@@ -16,6 +16,7 @@ from klotski_compiler.kernel_facts import (
     WORKERS,
     inner_bytes,
     own_kernels_bytes,
+    own_takes,
 )
 from klotski_compiler.model import Layer, ModelSpec, Module
 from klotski_compiler.ops import PAGE_BYTES
@@ -57,7 +58,9 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
         expert = max(layer.expert.params for layer in cost.layers if layer.expert)
         transient["conversion"] = 2 * width * max(expert, -(-spec.head.params // pages))
     gathered = cost.hardware.compute_tier == "host" and not decision.embedding
-    words = 0 if _own(cost, decision.sequences) else -(-spec.vocab_size // decision.head_parts)
+    halves, own = width == 2 and cost.hardware.compute_tier == "host", cost.processor
+    greatest = halves and own_takes(decision.sequences, own.least_own_rows, own.most_own_rows)
+    words = 0 if greatest else -(-spec.vocab_size // decision.head_parts)  # that kernel keeps only the greatest logits
     kept = {
         "experts": rows * width * (3 * hidden + 2 * inner),
         "logits": decision.sequences * (2 * hidden + words) * width,
@@ -72,8 +75,8 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
             graphs += (decision.sequences - few) * (hidden * width + query_bytes(spec, 1, cost.dtype))
         kept["CUDA graphs"] = graphs + (GRAPHS_BYTES if graphs > FINE_BYTES else 0)
     narrow = rows  # of 16-bit matmuls
-    if _own(cost, cost.processor.least_own_rows):
-        narrow = rows if cost.processor.most_own_rows else min(rows, cost.processor.least_own_rows)
+    if halves and own.least_own_rows:
+        narrow = rows if own.most_own_rows else min(rows, own.least_own_rows)
         widest = max(hidden, inner, shared, dense, *(layer.attention_flops // 4 for layer in cost.layers))
         kept["matmuls"] = max(WORKERS, cost.processor.threads) * own_kernels_bytes(widest) + inner_bytes(inner)
     if converted:
@@ -92,13 +95,6 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
 def _converts(cost: Cost) -> bool:
     """Whether weights are computed with in another type than they are stored in, so that what is in use exists twice."""
     return cost.hardware.compute_tier == "host" and cost.spec.store_dtype != cost.dtype
-
-
-def _own(cost: Cost, rows: int) -> bool:
-    """Whether so many rows are multiplied by the package's own kernel, which keeps only the greatest logits."""
-    least, most = cost.processor.least_own_rows, cost.processor.most_own_rows
-    narrow = cost.compute_bytes == 2 and cost.hardware.compute_tier == "host"
-    return narrow and 0 < least <= rows and (not most or rows <= most)
 
 
 def _bound_params(spec: ModelSpec, decision: Decision) -> int:

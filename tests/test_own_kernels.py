@@ -74,7 +74,8 @@ def test_a_product_is_fp32s_rounded_once(rows: int, width: int, columns: int, dt
 def test_the_greatest_product_of_a_row(rows: int, width: int, columns: int, threads: int, dtype: torch.dtype) -> None:
     """As it is among all of them; in a tie the first; not a number where any of them is none."""
     x, weight, bias = operands(rows, width, columns, dtype)
-    own = OwnKernels(1, width, Workers(threads))
+    workers = Workers(threads)
+    own = OwnKernels(1, width, workers)
     for biased in (None, bias):
         value, column = own.greatest(x, weight, biased)
         every = product(own, x, weight, biased)
@@ -84,6 +85,7 @@ def test_the_greatest_product_of_a_row(rows: int, width: int, columns: int, thre
     assert not own.greatest(x, alike)[1].any()
     weight[columns // 2, 0] = torch.nan
     assert own.greatest(x, weight)[0].isnan().all()
+    workers.close()
 
 
 @NARROW

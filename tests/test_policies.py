@@ -325,7 +325,7 @@ def test_the_plan_does_not_depend_on_the_hash_seed() -> None:
 
 @pytest.mark.parametrize(("lead", "prefill_lead", "prefill"), [(6, 0, 6), (6, 2, 2), (6, 8, 6)])
 def test_prompts_may_leave_less_room_for_experts(lead: int, prefill_lead: int, prefill: int) -> None:
-    """Expert slots, which then lie where hidden states of the other phase do."""
+    """Expert slots of a pass with prompts: as many as the decision says, but no more than decode has."""
     spec = replace(tiny_spec(), layers=(replace(BARE, num_experts=12),) * 2)
     layers = (LayerDecision(static=tuple(range(8)), late=tuple(range(8, 12)), kv="disk"),) * 2
     decision = tiny_decision(OURS, spec, "disk", layers=layers, lead=lead, prefill_lead=prefill_lead)

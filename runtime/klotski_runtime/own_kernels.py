@@ -8,12 +8,18 @@ others there are, nor on who computes it.
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from klotski_compiler.kernel_facts import BLOCK_COLUMNS, BLOCK_ROWS, FIXED_ROWS, inner_bytes, own_kernels_bytes
+from klotski_compiler.kernel_facts import (
+    BLOCK_COLUMNS,
+    BLOCK_ROWS,
+    FIXED_ROWS,
+    inner_bytes,
+    own_kernels_bytes,
+    own_takes,
+)
 from klotski_runtime.native import LONG, POINTER, kernel_library
 from klotski_runtime.workers import WORTH_SHARING, Workers
 
@@ -32,7 +38,7 @@ class OwnKernels:
         number). widest: most columns of a weight.
 
         Raises ConfigError where it is to multiply so and the kernel cannot be compiled."""
-        self._least_rows, self._most_rows = least_rows, most_rows or sys.maxsize
+        self._least_rows, self._most_rows = least_rows, most_rows
         self._widest, self._workers = widest, workers or Workers(1)
         if least_rows:
             self._library = kernel_library()
@@ -49,7 +55,7 @@ class OwnKernels:
 
     def takes_rows(self, count: int) -> bool:
         """Whether so many of them had, in a type and place that it knows."""
-        return 0 < self._least_rows <= count <= self._most_rows
+        return own_takes(count, self._least_rows, self._most_rows)
 
     def mm(
         self,
