@@ -121,7 +121,7 @@ def limit(plan: Plan, cost: Cost) -> Limit | None:
     return Limit(
         _read_bytes([modules, *experts], room),
         work_us(cost, sequences, plan.envelope.prompt_len + passes / 2) / 1e6,
-        cost.module_us(cost.spec.head, sequences) / 1e6,
+        cost.head_us(sequences) / 1e6,
         _read_bytes([beside_head, *experts], room),
     )
 
@@ -137,7 +137,7 @@ def _read_bytes(weights: Sequence[tuple[float, float]], room: float) -> float:
 
 def work_us(cost: Cost, sequences: int, context: float) -> float:
     """What the compute tier's processor takes for one token of each sequence by its measured rates alone."""
-    total = cost.module_us(cost.spec.head, sequences)
+    total = cost.head_us(sequences)
     for number, layer in enumerate(cost.spec.layers):
         total += cost.attend_us(layer, sequences, context, cost.processor)
         modules = (layer.attention, layer.router, layer.shared, layer.dense)

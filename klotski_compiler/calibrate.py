@@ -102,6 +102,8 @@ def _resource(hardware: Hardware, plan: Plan, phase: str, op: Op) -> Resource | 
     if op.fn == "attend" and hardware.processors[op.stream].tier != "host":
         return None  # few calls, that are no fixed cost of their own, and keys and values
     match op.fn:
+        case "head" if hardware.processors[op.stream].head:
+            what = "head"
         case "experts" | "shared" | "dense" | "head":
             what = "matmul"
         case "router":
@@ -142,6 +144,8 @@ def _factors(hardware: Hardware, found: dict[Resource, _Found]) -> Iterator[tupl
                     yield f"{here}matmul.{dtype}", 1 / each.slower
                 if hardware.processors[name].tier == "host":
                     yield f"{here}expert_op_us", each.slower
+            case "head":
+                yield f"{here}head", 1 / each.slower
             case "prefill":
                 yield f"{here}prefill_attention_flops_per_s", 1 / each.slower
             case "attention":

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from klotski_compiler.hardware import Hardware, Processor, matmul_us
+from klotski_compiler.hardware import Hardware, Processor, head_us, matmul_us
 from klotski_compiler.kernel_facts import DTYPE_BYTES, FEW_ROWS, FIXED_ROWS, OWN_STEP, ROW_READERS, ROW_STEP
 from klotski_compiler.model import Layer, ModelSpec, Module
 from klotski_compiler.ops import ALL, CPU, Bind, Compute, Load, Op, Store, Tensor, batches_of, onward, span
@@ -163,6 +163,11 @@ class Cost:
             return 0.0
         params = module.flops_per_token // 2
         return matmul_us(processor or self.processor, self.dtype, tokens, params, params * self.compute_bytes)
+
+    def head_us(self, sequences: float) -> float:
+        """The head over one position of each sequence."""
+        params = self.spec.head.flops_per_token // 2
+        return head_us(self.processor, self.dtype, sequences, params, params * self.compute_bytes)
 
     def elementwise_us(self, elements: float) -> float:
         """Norm, residual and copies of one block over its input's ``elements``."""
@@ -390,7 +395,7 @@ class Cost:
                 end = page.id + 1  # its pages follow one another, and something follows them
                 while tensors[end].kind == "head":
                     end += 1
-                return fixed + self.module_us(self.spec.head, shape.sequences) / (end - page.id + page.index)
+                return fixed + self.head_us(shape.sequences) / (end - page.id + page.index)
             case "embed":
                 return fixed + self.embed_us(tokens, bool(op.tensors))
         return fixed

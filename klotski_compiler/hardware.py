@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from klotski_compiler.errors import ConfigError
+from klotski_compiler.kernel_facts import DTYPE_BYTES
 from klotski_compiler.shipped import shipped, shipped_names
 
 # Strict, so that "12" and true are not silently numbers; a JSON integer is still a valid Rate.
@@ -23,6 +24,7 @@ Rate = Annotated[float, Field(strict=True, gt=0)]
 Share = Annotated[float, Field(strict=True, gt=0, le=1)]
 Microseconds = Annotated[float, Field(strict=True, ge=0)]
 Points = tuple[tuple[int, float], ...]
+Table = tuple[tuple[Size, Rate], ...]
 
 
 class _Fact(BaseModel):
@@ -58,16 +60,14 @@ class Processor(_Fact):
     each element counted once. shared_speed: what is left of the speed while a link into the processor's tier is busy.
     least_own_rows, most_own_rows: from how many rows on, and up to how many (0: any number), a 16-bit matmul is faster by the package's
     kernel (0: never); ``matmul`` has the faster one's rates, and where they are not 0 experts and decode attention are that kernel's, too.
+    head: points, as of a matmul, of a 16-bit head of whose products only the greatest are kept (none: ``matmul`` has them).
     threads: of a CPU's kernels. beside_cpu: what is left of the speed of a GPU's ops while the CPU computes, whose threads take cores and
     the interpreter from those that issue them.
     """
 
     tier: str
     memory_bytes_per_s: Rate
-    matmul: Annotated[
-        dict[str, Annotated[tuple[tuple[Size, Rate], ...], Field(min_length=1)]],
-        Field(min_length=1),
-    ]
+    matmul: Annotated[dict[str, Annotated[Table, Field(min_length=1)]], Field(min_length=1)]
     kv_bytes_per_s: Rate
     prefill_attention_flops_per_s: Rate
     op_us: Microseconds
@@ -78,6 +78,7 @@ class Processor(_Fact):
     shared_speed: Share = 1.0
     least_own_rows: Annotated[int, Field(strict=True, ge=0)] = 0
     most_own_rows: Annotated[int, Field(strict=True, ge=0)] = 0
+    head: Table = ()
     threads: Annotated[int, Field(strict=True, ge=1)] = 1
     beside_cpu: Share = 1.0
 
@@ -122,10 +123,13 @@ def _reference_faults(hardware: Hardware) -> Iterator[tuple[tuple[str, ...], obj
     for name, processor in hardware.processors.items():
         if processor.tier not in hardware.tiers:
             yield ("processors", name, "tier"), processor.tier, f"not a tier; choose one of {tiers}"
-        for dtype, points in processor.matmul.items():
+        for field, points in [
+            *((("matmul", dtype), table) for dtype, table in processor.matmul.items()),
+            (("head",), processor.head),
+        ]:
             tokens = [m for m, _ in points]
             if any(later <= earlier for earlier, later in pairwise(tokens)):
-                yield ("processors", name, "matmul", dtype), tokens, "token counts must increase; sort the points by m"
+                yield ("processors", name, *field), tokens, "token counts must increase; sort the points by m"
 
 
 def read_hardware(source: str | Path) -> Hardware:
@@ -214,11 +218,22 @@ def matmul_us(processor: Processor, dtype: str, tokens: float, params: int, weig
     if tokens <= 0:
         return 0.0
     try:
-        points = monotone(processor.matmul[dtype])
+        points = processor.matmul[dtype]
     except KeyError:
         why = f"no matmul rates for this dtype; the profile has {', '.join(processor.matmul)}; add it or use --dtype"
         raise ConfigError("hardware profile", f"matmul.{dtype}", why) from None
-    work_s = 2 * params * tokens / _rate(points, tokens)
+    return _roofline_us(processor, points, tokens, params, weight_bytes)
+
+
+def head_us(processor: Processor, dtype: str, tokens: float, params: int, weight_bytes: int) -> float:
+    """The same of a head of whose products only the greatest of every row is kept, with the same guarantee."""
+    if not processor.head or DTYPE_BYTES[dtype] != 2 or tokens <= 0:
+        return matmul_us(processor, dtype, tokens, params, weight_bytes)
+    return _roofline_us(processor, processor.head, tokens, params, weight_bytes)
+
+
+def _roofline_us(processor: Processor, points: Points, tokens: float, params: int, weight_bytes: int) -> float:
+    work_s = 2 * params * tokens / _rate(monotone(points), tokens)
     return 1e6 * max(work_s, weight_bytes / processor.memory_bytes_per_s)
 
 

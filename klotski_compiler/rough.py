@@ -64,7 +64,7 @@ def _pass_us(cost: Cost, policy: Policy, decision: Decision, shape: Shape, kinds
     known = {first: busy(work.values()) for first, work in works.items()}
     total = sum(known[first] for first in kinds)
     link, _ = cost.links
-    head = cost.module_us(cost.spec.head, shape.sequences)
+    head = cost.head_us(shape.sequences)
     streamed = cost.transfer_us(link, cost.spec.head.nbytes) if decision.head_pages else 0.0
     return total + max(head, streamed)
 

@@ -59,7 +59,7 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
         transient["conversion"] = 2 * width * max(expert, -(-spec.head.params // pages))
     gathered = cost.hardware.compute_tier == "host" and not decision.embedding
     halves, own = width == 2 and cost.hardware.compute_tier == "host", cost.processor
-    greatest = halves and own_takes(decision.sequences, own.least_own_rows, own.most_own_rows)
+    greatest = halves and own_takes(decision.sequences, own.least_own_rows, 0)
     words = 0 if greatest else -(-spec.vocab_size // decision.head_parts)  # that kernel keeps only the greatest logits
     kept = {
         "experts": rows * width * (3 * hidden + 2 * inner),

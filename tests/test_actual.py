@@ -153,6 +153,25 @@ def test_a_plan_with_corrected_costs_takes_as_long_as_the_run(tmp_path: Path) ->
         assert after[fn] == pytest.approx(3 * before[fn], rel=0.06), fn
 
 
+def test_a_heads_own_rates_are_corrected_by_heads(tmp_path: Path) -> None:
+    hardware, made = tiny_hardware(), tiny_plan()
+    heads = ((1, 3e9), (64, 2e10))
+    cpu = hardware.processors["cpu"].model_copy(update={"head": heads})
+    hardware = hardware.model_copy(update={"processors": {"cpu": cpu}})
+    plan = make_plan(tiny_spec(), hardware, made.policy, made.decision, WORKLOAD)
+    assert _planned_us(plan)["head"] < _planned_us(made)["head"]
+    logs = actual.read(plan, write_trace(plan, tmp_path / "trace.json", {}))
+    for phase, runs in logs.items():
+        heads_of = {
+            n for n, step in enumerate(plan.steps[phase]) if isinstance(step.op, Compute) and step.op.fn == "head"
+        }
+        for log in runs:
+            log |= {(at, n): (start, 2 * end - start) for (at, n), (start, end) in log.items() if n in heads_of}
+    found = calibrated(hardware, plan, logs, tmp_path / "trace.json").processors["cpu"]
+    assert [rate for _, rate in found.head] == pytest.approx([rate / 2 for _, rate in heads], rel=0.01)
+    assert dict(found.matmul["bf16"])[64] == pytest.approx(dict(cpu.matmul["bf16"])[64], rel=1e-3)
+
+
 def test_a_profile_of_another_machine_is_refused(tmp_path: Path) -> None:
     plan, trace = tiny_plan(gpu=True), tmp_path / "trace.json"
     logs = actual.read(plan, write_trace(plan, trace, {}))

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klotski_compiler.errors import ConfigError
-from klotski_compiler.hardware import Hardware, Processor, matmul_us, monotone, numbers, read_hardware, to_json
+from klotski_compiler.hardware import Hardware, Processor, head_us, matmul_us, monotone, numbers, read_hardware, to_json
 from klotski_compiler.shipped import shipped_names
 
 SHIPPED = shipped_names("hardware")
@@ -146,6 +146,10 @@ def repeat_a_point(broken: dict[str, Any]) -> None:
     broken["processors"]["cpu"]["matmul"]["bf16"].append([64, 3e11])
 
 
+def shuffle_points_of_the_head(broken: dict[str, Any]) -> None:
+    broken["processors"]["cpu"]["head"] = [[64, 1e10], [1, 1e10]]
+
+
 def empty_a_table(broken: dict[str, Any]) -> None:
     broken["processors"]["cpu"]["matmul"]["bf16"] = []
 
@@ -166,6 +170,7 @@ def break_a_point(broken: dict[str, Any]) -> None:
         (compute_without_a_processor, "compute_tier", "no processor"),
         (misplace_a_processor, "processors.npu.tier", '"sram"'),
         (shuffle_points, "processors.cpu.matmul.bf16", "[64, 8, 1]: token counts must increase"),
+        (shuffle_points_of_the_head, "processors.cpu.head", "[64, 1]: token counts must increase"),
         (repeat_a_point, "processors.cpu.matmul.bf16", "must increase"),
         (empty_a_table, "processors.cpu.matmul.bf16", "at least 1"),
         (break_a_point, "processors.cpu.matmul.bf16.1.1", "NaN"),
@@ -231,6 +236,16 @@ def test_matmul_time_at_measured_points_and_between() -> None:
     assert matmul_us(processor, "bf16", 0, params, 10**9) == 0.0
     # Reading the weights is the floor.
     assert matmul_us(processor, "bf16", 8, params, 2 * 10**9) == pytest.approx(1e5)
+
+
+def test_a_head_has_its_own_rates_where_they_are_known() -> None:
+    processor = Hardware.model_validate(contents()).processors["cpu"]
+    finding = processor.model_copy(update={"head": ((1, 1e10), (64, 4e11))})
+    for dtype, rate in (("bf16", 4e11), ("fp16", 4e11)):
+        assert head_us(finding, dtype, 128, 10**6, 0) == pytest.approx(2e12 * 128 / rate)
+    assert head_us(finding, "bf16", 1, 10**6, 2 * 10**9) == pytest.approx(1e5)  # reading the weights
+    for unknown, dtype in ((processor, "bf16"), (finding, "fp32")):
+        assert head_us(unknown, dtype, 8, 10**6, 0) == matmul_us(unknown, dtype, 8, 10**6, 0)
 
 
 points_of_a_table = st.dictionaries(st.integers(1, 10**5), st.floats(1e6, 1e16), min_size=1, max_size=12).map(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from tiny import FAMILIES, make_checkpoint
 NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
-@pytest.fixture(params=["4", "8", "16", "16 -DNO_PAIRS"])
+@pytest.fixture(params=["4", "8", "16", "16 -DNO_PAIRS", "16 -DNO_BYTES"])
 def vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Vectors of any processor: compilers make them of what this one has."""
     library = compile_library(SOURCE, *f"-DLANES={request.param}".split(), "-DIN_REGISTER(v)=")
@@ -42,6 +42,14 @@ def product(own: OwnKernels, x: torch.Tensor, weight: torch.Tensor, bias: torch.
     out = torch.full((len(x), len(weight)), torch.nan, dtype=x.dtype)
     own.mm(x, (weight, out), bias=bias)
     return out
+
+
+def greatest(
+    own: OwnKernels, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of all columns of a weight."""
+    worst, nowhere = torch.full((len(x),), -torch.inf, dtype=x.dtype), torch.zeros(len(x), dtype=torch.long)
+    return own.greatest(x, weight, bias, worst, nowhere)
 
 
 def sideways(weight: torch.Tensor) -> torch.Tensor:
@@ -69,23 +77,64 @@ def test_a_product_is_fp32s_rounded_once(rows: int, width: int, columns: int, dt
 @pytest.mark.usefixtures("vectors")
 @pytest.mark.parametrize(
     ("rows", "width", "columns", "threads"),
-    [(1, 8, 3, 1), (5, 96, BLOCK_COLUMNS + 7, 2), (BLOCK_ROWS + 3, 67, 2000, 3)],
+    [(1, 8, 3, 1), (5, 96, BLOCK_COLUMNS + 7, 2), (BLOCK_ROWS + 3, 67, 2000, 3), (4 * BLOCK_ROWS + 70, 144, 3000, 2)],
 )
 def test_the_greatest_product_of_a_row(rows: int, width: int, columns: int, threads: int, dtype: torch.dtype) -> None:
-    """As it is among all of them; in a tie the first; not a number where any of them is none."""
+    """As it is among all of them, in whatever parts they come; in a tie the first; not a number where any of them is none."""
     x, weight, bias = operands(rows, width, columns, dtype)
     workers = Workers(threads)
     own = OwnKernels(1, width, workers)
     for biased in (None, bias):
-        value, column = own.greatest(x, weight, biased)
         every = product(own, x, weight, biased)
+        value, column = greatest(own, x, weight, biased)
         assert torch.equal(value, every.amax(dim=1))
         assert torch.equal(column, (every == value[:, None]).int().argmax(dim=1))
+        half = columns // 2
+        value, later = greatest(own, x, weight[half:], biased if biased is None else biased[half:])
+        value, later = own.greatest(x, weight[:half], biased if biased is None else biased[:half], value, later + half)
+        assert torch.equal(later, column)
+        assert torch.equal(value, every.amax(dim=1))
     alike = weight[:1].expand(columns, width).contiguous()
-    assert not own.greatest(x, alike)[1].any()
+    assert not greatest(own, x, alike)[1].any()
     weight[columns // 2, 0] = torch.nan
-    assert own.greatest(x, weight)[0].isnan().all()
+    assert greatest(own, x, weight)[0].isnan().all()
     workers.close()
+
+
+def lose(lost: torch.Tensor, held: torch.Tensor) -> None:
+    """Bytes hold one operand as it is, and of the other only a term that is nothing in their products."""
+    held.mul_(40).round_().clamp_(-126, 126)
+    held[:, 3], held[:, 5] = 0, 127
+    lost[:, 3], lost[:, 5] = 1000, 0
+
+
+UNEVEN: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
+    "one large term": lambda x, weight: x[:, 3].mul_(1000),
+    "all that bytes of rows lose": lambda x, weight: lose(x, weight),
+    "all that bytes of columns lose": lambda x, weight: lose(weight, x),
+    "large terms in rows and columns": lambda x, weight: (x[:, ::7].mul_(300), weight[:, 3].mul_(300)),
+    "all but zero": lambda x, weight: (x.mul_(1e-20), weight.mul_(1e-20)),
+    "zeros": lambda x, weight: (x[::2].zero_(), weight[1::2].zero_()),
+    "one value": lambda x, weight: weight.fill_(0.5),
+    "no finite product": lambda x, weight: x[1].fill_(torch.inf),
+    "less than nothing": lambda x, weight: (x.abs_(), weight.abs_().neg_()),
+    "an answer that stands out": lambda x, weight: weight[-1].mul_(30),
+}
+
+
+@NARROW
+@pytest.mark.parametrize("case", UNEVEN)
+def test_the_greatest_product_of_terms_that_bytes_do_not_hold(case: str, dtype: torch.dtype) -> None:
+    """Rounding rows and columns to bytes decides only what need not be computed."""
+    x, weight, _ = operands(2 * BLOCK_ROWS + 9, 96, 40 * BLOCK_COLUMNS + 5, dtype)
+    UNEVEN[case](x, weight)
+    own = OwnKernels(1, x.shape[1])
+    every, (value, column) = product(own, x, weight), greatest(own, x, weight)
+    most = every.amax(dim=1)
+    assert torch.equal(value.nan_to_num(), most.nan_to_num())
+    assert torch.equal(value.isnan(), most.isnan())
+    there = ~most.isnan()
+    assert torch.equal(column[there], (every == most[:, None]).int().argmax(dim=1)[there])
 
 
 @NARROW

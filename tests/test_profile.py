@@ -44,7 +44,9 @@ def test_a_machine_without_a_gpu_computes_in_host_memory(measured: tuple[Hardwar
     assert hardware.compute_tier == "host"
     assert set(hardware.tiers) == {"host", "disk"}
     assert set(hardware.links) == {"disk>host", "host>disk"}
-    assert set(hardware.processors["cpu"].matmul) == {"bf16", "fp32"}
+    cpu = hardware.processors["cpu"]
+    assert set(cpu.matmul) == {"bf16", "fp32"}
+    assert bool(cpu.head) == (cpu.least_own_rows > 0)
 
 
 def test_nothing_is_left_in_the_scratch_folder(measured: tuple[Hardware, list[float], Path]) -> None:

@@ -136,7 +136,7 @@ class Least:
 
     def compute_us(self, first: int, low: int, high: int) -> tuple[float, float]:
         """Least work of the processor beside experts and cached keys and values, in all prefills and in all decodes."""
-        head = self._least(partial(self.cost.module_us, self.cost.spec.head), 1, first, low, high)
+        head = self._least(self.cost.head_us, 1, first, low, high)
         prefill = self._least(self._whole_us, self.workload.prompt_len, first, low, high) + head + self.pairs_us()
         prefill += sum(
             count * self._least(partial(self.cost.mlp_us, layer), self._fed(layer), first, low, high)

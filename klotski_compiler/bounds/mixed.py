@@ -298,7 +298,7 @@ class Mixed(Relaxation):
 
     def _passes_us(self, high: int) -> tuple[float, float, float]:
         """Least work of the processor beside experts and cached keys and values."""
-        head = self.workload.num_sequences * self.cost.module_us(self.cost.spec.head, high) / high
+        head = self.workload.num_sequences * self.cost.head_us(high) / high
         ends = self._each_us(self._once_us, high, self.workload.prompt_len)
         layers = self._layered_us(high, self.cost.mlp_us)
         times = head + self.pairs_us(), self.between * head, (self.passes - self.between) * head

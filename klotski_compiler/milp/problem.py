@@ -429,7 +429,7 @@ def _row(cost: Cost, layer: Layer, shape: Shape, decision: Decision, size: int, 
 
 def _end(cost: Cost, shape: Shape, pages: int) -> EndWork:
     op_us, tokens = cost.processor.op_us, shape.scope_tokens(ALL)
-    head = cost.module_us(cost.spec.head, shape.sequences)
+    head = cost.head_us(shape.sequences)
     embed = cost.embed_us(tokens, True)
     gather = cost.embed_us(tokens, False) - embed
     return EndWork((3 + pages) * op_us + embed + head, gather, op_us + head / pages)

@@ -518,13 +518,14 @@ class Group:
         Pages come in any order; a tie goes to the lowest id.
         """
         own, weight = self._skeleton.own_kernels, weight.to(self._last.dtype)
-        if own.takes(self._last):
-            value, word = own.greatest(self._last, weight, bias)
-        else:
-            size = len(self._last) * len(weight)
-            logits = self._logits.take(size)[:size].view(len(self._last), -1)
-            own.mm(self._last, (weight, logits), bias=bias)
-            value, word = logits.max(dim=1)
+        if own.finds(self._last):
+            self._best, word = own.greatest(self._last, weight, bias, self._best, self._token - first)
+            self._token = word + first
+            return
+        size = len(self._last) * len(weight)
+        logits = self._logits.take(size)[:size].view(len(self._last), -1)
+        own.mm(self._last, (weight, logits), bias=bias)
+        value, word = logits.max(dim=1)
         word += first
         better = (value > self._best) | ((value == self._best) & (word < self._token))
         self._best = torch.where(better, value, self._best)

@@ -99,20 +99,30 @@ class OwnKernels:
         flops = 2 * (len(x) + FIXED_ROWS) * sum(weight.numel() for weight, _ in products)
         self._share(part, flops >= WORTH_SHARING, worker)
 
+    def finds(self, x: torch.Tensor) -> bool:
+        """Whether the greatest of their products had better be found by our kernel, which does not compute most of the others."""
+        return own_takes(len(x), self._least_rows, 0) and x.dtype in NARROW and x.device.type == "cpu"
+
     def greatest(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        best: torch.Tensor,
+        where: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of what ``mm`` would make, each row's greatest product [m] and the first column that has it [m], without the others ever being in
-        memory; not a number where one of them is none. Only of rows that it takes. Raises ValueError where shapes or types are others."""
+        """The better of ``best`` [m] and, of what ``mm`` would make, each row's greatest product; its column, or ``where`` [m]: the lowest
+        that has it. Not a number where one of them is none. The others are never in memory, and most of them never computed: the better
+        ``best`` is already, the sooner it is done. Raises ValueError where shapes or types are others."""
         self._check(x, weight, bias)
-        multiply = self._library.greatest_bf16 if x.dtype == torch.bfloat16 else self._library.greatest_fp16
+        find = self._library.greatest_bf16 if x.dtype == torch.bfloat16 else self._library.greatest_fp16
         threads = sum(len(team.scratch) for team in self._teams)
-        values, columns = torch.full((threads, len(x)), -torch.inf), torch.zeros(threads, len(x), dtype=torch.long)
+        values, columns = best.float().repeat(threads, 1), where.repeat(threads, 1)
         own, taken = iter(range(threads)), LONG()
 
         def part(scratch: torch.Tensor) -> None:
             number = next(own)
-            multiply(
+            find(
                 *(x.data_ptr(), x.stride(0), weight.data_ptr(), *weight.stride()),
                 None if bias is None else bias.data_ptr(),
                 *(values[number].data_ptr(), columns[number].data_ptr(), len(x), *weight.shape),
@@ -120,9 +130,9 @@ class OwnKernels:
             )
 
         self._share(part, 2 * (len(x) + FIXED_ROWS) * weight.numel() >= WORTH_SHARING, None)
-        best = values.amax(dim=0)
-        first = torch.where(values == best, columns, len(weight)).amin(dim=0)
-        return best.to(x.dtype), first
+        most = values.amax(dim=0)
+        first = torch.where(values == most, columns, len(weight)).amin(dim=0)
+        return most.to(x.dtype), first
 
     def _check(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Raise ValueError where the kernel, which knows addresses and no tensors, would read or write beside them."""

@@ -36,6 +36,7 @@ from klotski_runtime.profile_kernels import (
     copies,
     decode_attention,
     fixed_costs,
+    head_rates,
     matmul_rates,
     prefill_attention,
     shared_work,
@@ -115,7 +116,7 @@ def measure(
         use(chosen)
         torch.set_num_threads(cpu_threads(chosen))
         units["gpu"] = chosen, QUICK if quick else FULL_GPU
-    steps = 1 + sizes.rounds * (1 + 5 * len(units)) + with_gpu
+    steps = 1 + sizes.rounds * (2 + 5 * len(units)) + with_gpu
     taken = count()
 
     def step(what: str) -> None:
@@ -270,7 +271,7 @@ def _typical(rounds: list[Found]) -> Found:
 
     def median(field: str) -> tuple[Any, str]:
         found = [of[field] for of in rounds]
-        if not field.startswith("matmul."):
+        if not isinstance(found[0][0], tuple):
             return statistics.median_low(found)
         return tuple(statistics.median_low(points) for points in zip(*(t for t, _ in found), strict=True)), found[0][1]
 
@@ -296,7 +297,12 @@ def _processor_round(device: torch.device, sizes: Sizes, step: Callable[[str], N
         how = f"experts side by side (each three F.linear, hidden {sizes.hidden}, intermediate {sizes.inter}), weights not in cache"
         found[f"matmul.{dtype}"] = points, how
     found["memory_bytes_per_s"] = rounded(fastest_read), "fastest read of an expert's weights in those matmuls"
-    own = bool(found.get("least_own_rows", (0, ""))[0])
+    least_own_rows, _ = found.get("least_own_rows", (0, ""))
+    own = least_own_rows > 0
+    if device.type == "cpu":
+        step(f"{unit}: the head")
+    if own:
+        found["head"] = head_rates(sizes, least_own_rows)
     step(f"{unit}: decode attention")
     found["kv_bytes_per_s"] = decode_attention(device, sizes, own)
     step(f"{unit}: prefill attention")

@@ -35,6 +35,7 @@ QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 4, 128
 FASTER, CLOSE = 0.97, 1.05
 CACHE_BYTES = 64 * MIB  # more than caches hold
 SHORT_PROMPT = 32  # tokens: of prompts whose attention is mostly elementwise work
+HEAD_WORDS = 8192  # of a page of a head
 SHARED_ROWS = 32  # tokens of the expert that computes while the disk is read
 
 
@@ -154,6 +155,32 @@ def matmul_rates(
         fastest = max(fastest, nbytes / alone)
     least, most = (sizes.tokens[won[0]], sizes.tokens[won[-1]]) if won else (0, 0)
     return tuple(points), fastest, (least, 0 if most == sizes.tokens[-1] else most)
+
+
+def head_rates(sizes: Sizes, least_rows: int) -> tuple[tuple[tuple[int, float], ...], str]:
+    """Points (rows, flops per second) of a bf16 head on the CPU of whose products each row's greatest is kept, by our kernel from
+    ``least_rows`` on: one page after the other of a head that no cache holds."""
+    workers = Workers(torch.get_num_threads())
+    own = OwnKernels(least_rows, sizes.hidden, workers)
+    drawn = torch.randn(min(HEAD_WORDS, sizes.cold_bytes // (4 * sizes.hidden)), sizes.hidden, dtype=torch.bfloat16)
+    pages = [drawn.roll(number, 1) for number in range(max(2, sizes.cold_bytes // drawn.nbytes))]  # of other products
+    points = []
+    for count in sizes.tokens[::2]:
+        rows = torch.randn(count, sizes.hidden, dtype=torch.bfloat16)
+
+        def head(rows: Tensor = rows) -> None:
+            best, where = torch.full((len(rows),), -inf), torch.zeros(len(rows), dtype=torch.long)
+            for page in pages:
+                if own.finds(rows):
+                    best, where = own.greatest(rows, page, None, best, where)
+                else:
+                    F.linear(rows, page).max(dim=1)
+
+        seconds = mean_seconds(head, torch.device("cpu"), sizes)
+        points.append((count, rounded(2 * count * sum(page.numel() for page in pages) / seconds)))
+    workers.close()
+    how = f"the greatest of each row's products, {len(pages)} pages of {len(drawn)} words, hidden {sizes.hidden}"
+    return tuple(points), how
 
 
 def worth(tokens: Sequence[int], plain: Sequence[float], ours: Sequence[float]) -> range:
