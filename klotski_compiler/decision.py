@@ -49,20 +49,22 @@ class LayerDecision(Record):
 class Decision(Record):
     """The numbers that a policy needs.
 
-    batch_size: sequences of a batch; last_batch: of the last one of each of prefill's sub-groups, where it is the CPU's own and of
-    another size. lead: experts that may be in flight or waiting (slots) at once; prefill_lead: the same in a pass with prompts, whose
-    hidden states take the memory (0: as many). unit: experts per load. pages: that an expert is cut
-    into; if there are several, of an expert on disk only the last one lives there, the others in host memory. head_pages: loads of the
-    head (0: resident). prefill_groups: sub-groups that prefill runs in, each re-reading the weights. rolling: whether they join one
+    *Batches.* batch_size: sequences of a batch; last_batch: of the last one of each of prefill's sub-groups, where it is the CPU's own
+    and of another size. prefill_groups: sub-groups that prefill runs in, each re-reading the weights. rolling: whether they join one
     after another, at equal distances over the life of a sequence, each in a pass in which the others decode, rather than all before the
     first decode pass. attention_batch, decode_batch: sequences whose attention runs at once in prefill and in decode. expert_rows:
-    tokens per matmul of an expert, router or dense MLP at most. cpu_batches: batches, the last ones, in rolling order as many of each
-    age, whose decode attention the CPU computes where the KV lives. kv_ahead: batches whose KV, where a link brings it, may be on its
-    way or wait for attention. together: whether what surrounds decode attention is one op for several batches, which takes a GPU fewer
-    calls; in between it attends to one after the other. by_batch: whether decode computes experts batch by batch, those of one while
-    the CPU attends to the next.
-    hot: experts per layer that are prefetched before the router speaks. embedding: whether its rows are
-    resident where the CPU computes; a GPU reads them from host memory.
+    tokens per matmul of an expert, router or dense MLP at most. together: whether what surrounds decode attention is one op for several
+    batches, which takes a GPU fewer calls; in between it attends to one after the other.
+
+    *Weights.* lead: experts that may be in flight or waiting (slots) at once; prefill_lead: the same in a pass with prompts, whose
+    hidden states take the memory (0: as many). unit: experts per load. pages: that an expert is cut into; if there are several, of an
+    expert on disk only the last one lives there, the others in host memory. hot: experts per layer that are prefetched before the
+    router speaks. head_pages: loads of the head (0: resident). embedding: whether its rows are resident where the CPU computes; a GPU
+    reads them from host memory.
+
+    *KV.* kv_ahead: batches whose KV, where a link brings it, may be on its way or wait for attention. cpu_batches: batches, the last
+    ones, in rolling order as many of each age, whose decode attention the CPU computes where the KV lives. by_batch: whether decode
+    computes experts batch by batch, those of one while the CPU attends to the next.
     """
 
     num_batches: int

@@ -16,6 +16,7 @@ from klotski_compiler.bounds.mixed import Mixed
 from klotski_compiler.bounds.runs import MOST_BATCHES, Division
 from klotski_compiler.cost import Cost
 from klotski_compiler.decision import Decision, LayerDecision, Workload
+from klotski_compiler.estimates import WORK_ERROR
 from klotski_compiler.hardware import Hardware, read_hardware
 from klotski_compiler.layout import most_pages
 from klotski_compiler.milp.solve import residency
@@ -25,7 +26,6 @@ from klotski_compiler.pipeline import Lowered, lower
 from klotski_compiler.policies import POLICIES, policy
 from klotski_compiler.rough import busiest_us
 from klotski_compiler.routing import uniform
-from klotski_compiler.search import WORK_ERROR
 from klotski_compiler.tensors import MODULES
 from plans import module, tiny_decision, tiny_hardware, tiny_spec
 

@@ -18,6 +18,8 @@ NEEDS_SOLVERS = tuple(
         "milp",
         "bounds",
         "fill",
+        "estimates",
+        "climb",
         "shortlist",
         "search",
         "explain",

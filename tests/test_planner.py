@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from klotski_compiler.cost import Cost
 from klotski_compiler.decision import Workload
 from klotski_compiler.errors import Infeasible
+from klotski_compiler.estimates import WHOLE_STEPS
 from klotski_compiler.fill import ANY, EVERYTHING, NO_SPILL
 from klotski_compiler.hardware import read_hardware
 from klotski_compiler.model import ModelSpec, read_model
@@ -25,7 +26,7 @@ from klotski_compiler.plan import Candidate, Plan
 from klotski_compiler.planner import Request, compile_plan
 from klotski_compiler.policies import POLICIES, policy
 from klotski_compiler.routing import uniform
-from klotski_compiler.search import WHOLE_STEPS, Rated, Search
+from klotski_compiler.search import Rated, Search
 from klotski_compiler.verify import verify
 from plans import module, tiny_hardware, tiny_spec
 
@@ -567,7 +568,7 @@ def test_of_many_estimates_the_first_are_timed_whole(monkeypatch: pytest.MonkeyP
     search = Search(
         Request(SPEC, tiny_hardware(True), uniform(SPEC), WORKLOAD, {"gpu": RICH, "host": RICH}, "bf16", "joint")
     )
-    monkeypatch.setattr("klotski_compiler.search.WHOLE_STEPS", 0)
+    monkeypatch.setattr("klotski_compiler.estimates.WHOLE_STEPS", 0)
     base = next(search.bases("joint"))
     true = search.rate(lower(search.cost, "joint", base, WORKLOAD, quick=True))
     wrong = Rated(10 * true, "joint", base, ANY)
@@ -576,8 +577,8 @@ def test_of_many_estimates_the_first_are_timed_whole(monkeypatch: pytest.MonkeyP
 
 def test_ours_is_lowered_whole_where_it_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of a model so large that only few schedules are, and where another's estimate is better."""
-    for name, value in {"MOST_WHOLE": {0: 1}, "WHOLE_STEPS": 0}.items():
-        monkeypatch.setattr(f"klotski_compiler.search.{name}", value)
+    for name, value in {"search.MOST_WHOLE": {0: 1}, "estimates.WHOLE_STEPS": 0}.items():
+        monkeypatch.setattr(f"klotski_compiler.{name}", value)
     search = Search(Request(SPEC, tiny_hardware(True), uniform(SPEC), WORKLOAD, {"gpu": RICH, "host": RICH}, "bf16"))
     other, ours = (search.timed(name)[0] for name in ("flexgen", "joint"))
     rate = search.whole_best([other], {})[0].tokens_per_s

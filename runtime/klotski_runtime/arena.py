@@ -96,3 +96,16 @@ class GpuArena(Reservation):
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         super().__init__(torch.empty(nbytes, dtype=torch.uint8, device=device))
+
+
+class Room:
+    """Memory that one op uses at a time; grows to the most that was asked for."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.held = torch.empty(0, dtype=dtype, device=device)
+
+    def take(self, elements: int) -> torch.Tensor:
+        """So many elements, flat, until the next call."""
+        if self.held.numel() < elements:
+            self.held = self.held.new_empty(elements)
+        return self.held

@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache
 
-from klotski_compiler.errors import ExecError
 from klotski_compiler.ops import ALL, batches_of
+from klotski_runtime.arena import Room
 from klotski_runtime.assignment import Assignment, Routing, rows_worth, shares
 from klotski_runtime.batch import Batch, Frame, abreast
 from klotski_runtime.checkpoint import EMBEDDING
 from klotski_runtime.experts import ExpertKernel, OwnExperts, Parts, Runs, is_common, runs
 from klotski_runtime.graphs import Graphs, Piece
+from klotski_runtime.head import Head
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.own_kernels import OwnKernels
 from klotski_runtime.reader import RowGather
@@ -53,19 +54,6 @@ class Kernels(NamedTuple):
 
     alone: list[ExpertKernel]
     own: OwnExperts | None
-
-
-class Room:
-    """Memory that one op uses at a time; grows to the most that was asked for."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.held = torch.empty(0, dtype=dtype, device=device)
-
-    def take(self, elements: int) -> torch.Tensor:
-        """So many elements, flat, until the next call."""
-        if self.held.numel() < elements:
-            self.held = self.held.new_empty(elements)
-        return self.held
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +108,7 @@ class Group:
         self._room = Room(skeleton.compute_dtype, self._device)
         self._routing = Routing(torch.empty(0, 0), torch.empty(0, 0))
         self._assignments: dict[int, Assignment] = {}  # by the batches that they are for
-        self._logits = Room(skeleton.compute_dtype, self._device)
+        self._head = Head(skeleton.own_kernels, skeleton.compute_dtype, self._device)
 
     def _make_kernels(self, device: torch.device, own: OwnKernels) -> Kernels:
         skeleton = self._skeleton
@@ -503,47 +491,25 @@ class Group:
     @torch.inference_mode()
     def final(self) -> None:
         """Normed hidden states of every sequence's last position: what ``head`` multiplies."""
-        here = self._device
         last = [
-            torch.arange(b.first + b.queries - 1, b.rows.stop, b.queries, device=here) for b in self.batches.values()
+            torch.arange(b.first + b.queries - 1, b.rows.stop, b.queries, device=self._device)
+            for b in self.batches.values()
         ]
-        self._last = self._skeleton.norm(self._wide[torch.cat(last)].to(self._skeleton.compute_dtype))
-        self._best = torch.full((len(self._last),), -torch.inf, dtype=self._skeleton.compute_dtype, device=here)
-        self._token = torch.zeros(len(self._last), dtype=torch.long, device=here)
+        self._head.begin(self._skeleton.norm(self._wide[torch.cat(last)].to(self._skeleton.compute_dtype)))
 
-    @torch.inference_mode()
     def head(self, first: int, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        """Compare the logits of words ``first`` onwards, whose rows are ``weight`` [words, hidden], with the best yet.
-
-        Pages come in any order; a tie goes to the lowest id.
-        """
-        own, weight = self._skeleton.own_kernels, weight.to(self._last.dtype)
-        if own.finds(self._last):
-            self._best, word = own.greatest(self._last, weight, bias, self._best, self._token - first)
-            self._token = word + first
-            return
-        size = len(self._last) * len(weight)
-        logits = self._logits.take(size)[:size].view(len(self._last), -1)
-        own.mm(self._last, (weight, logits), bias=bias)
-        value, word = logits.max(dim=1)
-        word += first
-        better = (value > self._best) | ((value == self._best) & (word < self._token))
-        self._best = torch.where(better, value, self._best)
-        self._token = torch.where(better, word, self._token)
+        """Compare the logits of words ``first`` onwards, whose rows are ``weight`` [words, hidden], with the best yet."""
+        self._head.page(first, weight, bias)
 
     def sample(self) -> torch.Tensor:
         """The most likely next token of every sequence of the group [sequences]: the next pass's input.
 
         Raises ExecError where no page gave a sequence a finite logit.
         """
-        if not torch.isfinite(self._best).all():
-            raise ExecError(
-                "logits are not finite; the checkpoint is damaged, or its values overflow the compute dtype"
-            )
-        sizes = [batch.size for batch in self.batches.values()]
-        for batch, ids in zip(self.batches.values(), torch.split(self._token, sizes), strict=True):
+        tokens, sizes = self._head.tokens(), [batch.size for batch in self.batches.values()]
+        for batch, ids in zip(self.batches.values(), torch.split(tokens, sizes), strict=True):
             batch.advance(ids)
-        return self._token
+        return tokens
 
     @property
     def _gather(self) -> RowGather:
