@@ -215,8 +215,6 @@ def matmul_us(processor: Processor, dtype: str, tokens: float, params: int, weig
     So merging two batches never costs more than running both, and splitting one never helps. See ``monotone``.
     Raises ConfigError for a dtype that the profile has no rates for.
     """
-    if tokens <= 0:
-        return 0.0
     try:
         points = processor.matmul[dtype]
     except KeyError:
@@ -227,12 +225,14 @@ def matmul_us(processor: Processor, dtype: str, tokens: float, params: int, weig
 
 def head_us(processor: Processor, dtype: str, tokens: float, params: int, weight_bytes: int) -> float:
     """The same of a head of whose products only the greatest of every row is kept, with the same guarantee."""
-    if not processor.head or DTYPE_BYTES[dtype] != 2 or tokens <= 0:
+    if not processor.head or DTYPE_BYTES[dtype] != 2:
         return matmul_us(processor, dtype, tokens, params, weight_bytes)
     return _roofline_us(processor, processor.head, tokens, params, weight_bytes)
 
 
 def _roofline_us(processor: Processor, points: Points, tokens: float, params: int, weight_bytes: int) -> float:
+    if tokens <= 0:
+        return 0.0
     work_s = 2 * params * tokens / _rate(monotone(points), tokens)
     return 1e6 * max(work_s, weight_bytes / processor.memory_bytes_per_s)
 

@@ -18,7 +18,12 @@ GATHERED_ROWS, ROW_GAP_BYTES, ROW_SPAN_BYTES = 512, 128 << 10, 256 << 10
 def own_takes(rows: int, least_own_rows: int, most_own_rows: int) -> bool:
     """Whether the package's own kernel multiplies so many rows, which it does from the least of them on (0: never) up to the most (0: any
     number)."""
-    return 0 < least_own_rows <= rows and (not most_own_rows or rows <= most_own_rows)
+    return own_finds(rows, least_own_rows) and (not most_own_rows or rows <= most_own_rows)
+
+
+def own_finds(rows: int, least_own_rows: int) -> bool:
+    """Whether it finds the greatest product of each of so many rows, and keeps no other: also of more rows than it multiplies."""
+    return 0 < least_own_rows <= rows
 
 
 def own_kernels_bytes(widest: int) -> int:

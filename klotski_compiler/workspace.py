@@ -15,8 +15,8 @@ from klotski_compiler.kernel_facts import (
     ROW_STEP,
     WORKERS,
     inner_bytes,
+    own_finds,
     own_kernels_bytes,
-    own_takes,
 )
 from klotski_compiler.model import Layer, ModelSpec, Module
 from klotski_compiler.ops import PAGE_BYTES
@@ -59,7 +59,7 @@ def workspace(cost: Cost, decision: Decision, workload: Workload) -> dict[str, d
         transient["conversion"] = 2 * width * max(expert, -(-spec.head.params // pages))
     gathered = cost.hardware.compute_tier == "host" and not decision.embedding
     halves, own = width == 2 and cost.hardware.compute_tier == "host", cost.processor
-    greatest = halves and own_takes(decision.sequences, own.least_own_rows, 0)
+    greatest = halves and own_finds(decision.sequences, own.least_own_rows)
     words = 0 if greatest else -(-spec.vocab_size // decision.head_parts)  # that kernel keeps only the greatest logits
     kept = {
         "experts": rows * width * (3 * hidden + 2 * inner),

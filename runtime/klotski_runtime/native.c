@@ -341,10 +341,10 @@ INLINE void any_tiles(const enum type type, long units, const word *x, const cha
 }
 
 /* Inlined in one place for each type: there is much of it. */
-#define OF_PANEL(name, type)                                                                                                             \
+#define OF_PANEL(name, type)                                                                                                        \
     static __attribute__((noinline)) void name(long units, const word *x, const char *weight, long apart, long columns, long count, \
                                                float *sums) {                                                                       \
-        any_tiles(type, units, x, weight, apart, columns, count, sums);                                                               \
+        any_tiles(type, units, x, weight, apart, columns, count, sums);                                                             \
     }
 OF_PANEL(of_panel_bf16, BF16)
 OF_PANEL(of_panel_fp16, FP16)
@@ -420,8 +420,8 @@ INLINE void put(const enum type type, const float *sums, long lanes, long rows, 
         for (long c = 0; c < columns; c++) out[r * out_row + c] = each[c * lanes + r];
 }
 
-/* Where products go: to ``at``; or, of every row, the greatest to ``greatest`` and its column to ``where``, if it is better than what stands
- * there. */
+/* Where products go: to ``at``; or, of every row, the greatest to ``greatest`` and its column to ``where``, if it is better than what
+ * stands there. */
 typedef struct {
     uint16_t *at;
     long row;
@@ -489,10 +489,10 @@ INLINE void multiply(const enum type type, matrix x, matrix weight, const uint16
  *     x w  =  x' w' + x (w - w') + (x - x') w'  <=  x' w' + |x| |w - w'| + |x - x'| |w'|
  * by Cauchy and Schwarz, and only where that is as much as the greatest product so far, the product is computed. */
 
-#define SCREENED_LEAST 64             /* rows, for fewer of which columns take longer to round than it saves */
+#define SCREENED_LEAST 64              /* rows, for fewer of which columns take longer to round than it saves */
 #define SCREENED_ROWS (4 * BLOCK_ROWS) /* at a time: bytes of them take no more room than a block of rows */
-#define NEEDED 10                     /* one in so many products that are computed after all costs what it saves */
-#define AT_FIRST 32                   /* of a row, before any of its products is great */
+#define NEEDED 10                      /* one in so many products that are computed after all costs what it saves */
+#define AT_FIRST 32                    /* of a row, before any of its products is great */
 _Static_assert(5 * SCREENED_ROWS <= BLOCK_COLUMNS * BLOCK_ROWS, "there is room for what is known of rows");
 
 /* What is known of terms, each of which is ``scale`` times a byte: the sum of bytes, and the norms of terms, and of what bytes lose. */

@@ -17,6 +17,7 @@ from klotski_compiler.kernel_facts import (
     BLOCK_ROWS,
     FIXED_ROWS,
     inner_bytes,
+    own_finds,
     own_kernels_bytes,
     own_takes,
 )
@@ -51,7 +52,7 @@ class OwnKernels:
 
     def takes(self, x: torch.Tensor) -> bool:
         """Whether rows ``x`` [m, k] had better be multiplied by our kernel."""
-        return self.takes_rows(len(x)) and x.dtype in NARROW and x.device.type == "cpu"
+        return self.takes_rows(len(x)) and _is_known(x)
 
     def takes_rows(self, count: int) -> bool:
         """Whether so many of them had, in a type and place that it knows."""
@@ -101,7 +102,7 @@ class OwnKernels:
 
     def finds(self, x: torch.Tensor) -> bool:
         """Whether the greatest of their products had better be found by our kernel, which does not compute most of the others."""
-        return own_takes(len(x), self._least_rows, 0) and x.dtype in NARROW and x.device.type == "cpu"
+        return own_finds(len(x), self._least_rows) and _is_known(x)
 
     def greatest(
         self,
@@ -226,9 +227,8 @@ class OwnKernels:
 
     def attends(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> bool:
         """Whether it attends for such queries, and with such a mask."""
-        known = self.known and query.dtype in NARROW and query.device.type == "cpu"
         seen = len(query), 1, query.shape[2], key.shape[2]
-        return known and (mask is None or (mask.dtype == torch.bool and mask.shape == seen))
+        return self.known and _is_known(query) and (mask is None or (mask.dtype == torch.bool and mask.shape == seen))
 
     def _check_attention(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
@@ -259,6 +259,11 @@ class OwnKernels:
             self._workers.run([lambda number: self._teams[number].share(part)] * self._workers.count)
         else:
             self._teams[worker].share(part)
+
+
+def _is_known(x: torch.Tensor) -> bool:
+    """Whether it is of a type and in a place that the kernel knows."""
+    return x.dtype in NARROW and x.device.type == "cpu"
 
 
 class _Team:

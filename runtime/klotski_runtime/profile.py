@@ -116,7 +116,7 @@ def measure(
         use(chosen)
         torch.set_num_threads(cpu_threads(chosen))
         units["gpu"] = chosen, QUICK if quick else FULL_GPU
-    steps = 1 + sizes.rounds * (2 + 5 * len(units)) + with_gpu
+    steps = 1 + sizes.rounds * (2 + 5 * len(units) - with_gpu) + with_gpu
     taken = count()
 
     def step(what: str) -> None:
@@ -137,7 +137,7 @@ def measure(
             turns.take(sizes.turns)
             for unit, (where, its_sizes) in units.items():
                 with _surroundings(unit, chosen):
-                    rounds[unit].append(_processor_round(where, its_sizes, step))
+                    rounds[unit].append(_processor_round(where, its_sizes, step, not with_gpu))
         links |= turns.found()
     processors = {unit: _typical(found) for unit, found in rounds.items()}
     processors["cpu"]["shared_speed"] = turns.processor_speed()
@@ -278,7 +278,8 @@ def _typical(rounds: list[Found]) -> Found:
     return {field: median(field) for field in rounds[0]}
 
 
-def _processor_round(device: torch.device, sizes: Sizes, step: Callable[[str], None]) -> Found:
+def _processor_round(device: torch.device, sizes: Sizes, step: Callable[[str], None], heads: bool) -> Found:
+    """heads: whether it may find the next tokens by our own kernel."""
     unit = "CPU" if device.type == "cpu" else "GPU"
     found: Found = {}
     fastest_read = 0.0
@@ -299,9 +300,9 @@ def _processor_round(device: torch.device, sizes: Sizes, step: Callable[[str], N
     found["memory_bytes_per_s"] = rounded(fastest_read), "fastest read of an expert's weights in those matmuls"
     least_own_rows, _ = found.get("least_own_rows", (0, ""))
     own = least_own_rows > 0
-    if device.type == "cpu":
+    if heads:
         step(f"{unit}: the head")
-    if own:
+    if heads and own:
         found["head"] = head_rates(sizes, least_own_rows)
     step(f"{unit}: decode attention")
     found["kv_bytes_per_s"] = decode_attention(device, sizes, own)

@@ -31,7 +31,7 @@ examples:
 
 Then solve for a schedule:  klotski-compile MODEL hw.json -o plan.json
 
-It takes about a minute. Leave the machine alone meanwhile: what else runs is measured with it.
+It takes a minute or two. Leave the machine alone meanwhile: what else runs is measured with it.
 `klotski-profile routing --help` explains routing profiles.
 """
 
