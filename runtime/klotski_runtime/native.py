@@ -14,17 +14,18 @@ from pathlib import Path
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.kernel_facts import BLOCK_COLUMNS, BLOCK_ROWS, INNERS, PANEL_ROWS
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCE = Path(__file__).parent / "csrc" / "kernels.c"
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 POINTER, LONG = ctypes.c_void_p, ctypes.c_long
 MATMUL = (POINTER, LONG, POINTER, LONG, LONG, POINTER, POINTER, LONG, LONG, LONG, LONG, POINTER, POINTER)
 GREATEST = tuple(POINTER if number == 7 else kind for number, kind in enumerate(MATMUL))
 SHARED = (POINTER, POINTER, LONG)
+ALONE = (POINTER,)
 
 
 @cache
 def kernel_library() -> ctypes.CDLL:
-    """``native.c``, whose functions let go of Python's lock while they run.
+    """``csrc/kernels.c``, whose functions let go of Python's lock while they run.
 
     Raises ConfigError where it cannot be compiled.
     """
@@ -56,7 +57,10 @@ def compile_library(source: Path, *flags: str) -> ctypes.CDLL:
     if not built.exists():
         _compile([*command, str(source)], built)
     library = ctypes.CDLL(str(built))
-    for name, types in (("matmul", MATMUL), ("greatest", GREATEST), ("experts", SHARED), ("attend", SHARED)):
+    for name, types in (
+        *(("matmul", MATMUL), ("greatest", GREATEST), ("experts", SHARED), ("attend", SHARED)),
+        *(("norm", ALONE), ("rotate", ALONE)),
+    ):
         for function in (getattr(library, f"{name}_bf16"), getattr(library, f"{name}_fp16")):
             function.argtypes, function.restype = types, None
     return library
@@ -66,7 +70,8 @@ def _digest(source: Path, command: list[str]) -> str:
     """Of all that decides what is compiled: a home folder may be shared by machines whose processors differ."""
     told = Path("/proc/cpuinfo").read_text().splitlines()
     features = sorted({line for line in told if line.startswith(("flags", "Features", "model name"))})
-    parts = [source.read_text(), *command, platform.machine(), *features]
+    texts = [path.read_text() for path in sorted(source.parent.glob("*.[ch]"))]
+    parts = [*texts, *command, platform.machine(), *features]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

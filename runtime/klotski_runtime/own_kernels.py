@@ -1,5 +1,5 @@
-"""16-bit matmuls on a CPU by the package's own kernels (``native.c``), where they are faster than PyTorch's; then feed-forwards of routed
-experts and attention, too, each in one call.
+"""16-bit matmuls on a CPU by the package's own kernels (``csrc``), where they are faster than PyTorch's; then feed-forwards of routed
+experts and attention with what surrounds it, too, each in one call.
 
 A product is rounded once, as by a 16-bit kernel that adds in fp32. What a row's product is depends on that row alone, not on how many
 others there are, nor on who computes it.
@@ -25,6 +25,9 @@ from klotski_runtime.native import LONG, POINTER, kernel_library
 from klotski_runtime.workers import WORTH_SHARING, Workers
 
 NARROW = (torch.bfloat16, torch.float16)
+
+WORTH_SHARING_ELEMENTS = 1 << 20
+"""As ``workers.WORTH_SHARING``, where there are only a few operations on each element."""
 
 Fed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """An expert's gate, up [inner, hidden] and down [hidden, inner], numbers of rows, and the weight of each."""
@@ -251,6 +254,45 @@ class OwnKernels:
         ):
             raise ValueError(f"a mask of {tuple(mask.shape)}, {mask.dtype}")
 
+    def knows(self, x: torch.Tensor) -> bool:
+        """Whether ``norm`` and ``rotate`` take such rows."""
+        return self.known and _is_known(x) and x.stride(-1) == 1
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """``weight`` [width] times ``x`` [..., width] over the root of its mean square and epsilon, rounded before and after it.
+
+        Raises ValueError where shapes or types are others."""
+        if weight.shape != x.shape[-1:] or weight.dtype != x.dtype or weight.stride(0) != 1:
+            raise ValueError(f"{tuple(weight.shape)}, {weight.dtype} for {tuple(x.shape)}, {x.dtype}")
+        rows, out = x.reshape(-1, x.shape[-1]), x.new_empty(x.shape)
+        job = Norms(
+            *(rows.data_ptr(), weight.data_ptr(), out.data_ptr()),
+            *(rows.stride(0), rows.shape[1], *rows.shape, epsilon),
+        )
+        norm = self._library.norm_bf16 if x.dtype == torch.bfloat16 else self._library.norm_fp16
+        self._share(lambda _: norm(ctypes.addressof(job)), x.numel() >= WORTH_SHARING_ELEMENTS, None)
+        return out
+
+    def rotate(self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        """``x`` [B, heads, positions, width] turned by rotary angles, of which cosine and sine [B or 1, positions, width] are given; in
+        memory as x is.
+
+        Raises ValueError where shapes or types are others."""
+        batch, heads, positions, width = x.shape
+        angles = tuple(part.expand(batch, -1, -1) for part in (cosine, sine))
+        for part in angles:
+            if part.shape != (batch, positions, width) or part.dtype != x.dtype or part.stride(2) != 1 or width % 2:
+                raise ValueError(f"{tuple(part.shape)}, {part.dtype} for {tuple(x.shape)}, {x.dtype}")
+        out = torch.empty_like(x)
+        job = Rotation(
+            *(x.data_ptr(), *(part.data_ptr() for part in angles), out.data_ptr()),
+            *(*x.stride()[:3], *out.stride()[:3], *(step for part in angles for step in part.stride()[:2])),
+            *(batch, heads, positions, width),
+        )
+        rotate = self._library.rotate_bf16 if x.dtype == torch.bfloat16 else self._library.rotate_fp16
+        self._share(lambda _: rotate(ctypes.addressof(job)), x.numel() >= WORTH_SHARING_ELEMENTS, None)
+        return out
+
     def _share(self, part: Callable[[torch.Tensor], None], large: bool, worker: int | None) -> None:
         """Call ``part`` with the scratch memory of every thread that takes a share of some work."""
         if not large:
@@ -279,7 +321,7 @@ class _Team:
 
 
 class Piece(ctypes.Structure):
-    """``piece`` of native.c."""
+    """``piece`` of csrc/experts.h."""
 
     _fields_ = (
         *((name, POINTER) for name in ("gate", "up", "down", "rows", "weights")),
@@ -288,7 +330,7 @@ class Piece(ctypes.Structure):
 
 
 class Job(ctypes.Structure):
-    """``job`` of native.c."""
+    """``job`` of csrc/experts.h."""
 
     _fields_ = (
         *((name, POINTER) for name in ("x", "out")),
@@ -299,7 +341,7 @@ class Job(ctypes.Structure):
 
 
 class Attention(ctypes.Structure):
-    """``attention`` of native.c."""
+    """``attention`` of csrc/attention.h."""
 
     _fields_ = (
         *((name, POINTER) for name in ("query", "key", "value", "mask", "out")),
@@ -311,6 +353,28 @@ class Attention(ctypes.Structure):
         ),
         ("scaling", ctypes.c_double),
         ("next", LONG),
+    )
+
+
+class Norms(ctypes.Structure):
+    """``norms`` of csrc/rows.h."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("x", "weight", "out")),
+        *((name, LONG) for name in ("x_row", "out_row", "rows", "width")),
+        ("epsilon", ctypes.c_double),
+        ("next", LONG),
+    )
+
+
+class Rotation(ctypes.Structure):
+    """``rotation`` of csrc/rows.h."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("x", "cosine", "sine", "out")),
+        *((f"{part}_{name}", LONG) for part in ("x", "out") for name in ("batch", "head", "position")),
+        *((f"{part}_{name}", LONG) for part in ("cosine", "sine") for name in ("batch", "position")),
+        *((name, LONG) for name in ("batch", "heads", "positions", "width", "next")),
     )
 
 

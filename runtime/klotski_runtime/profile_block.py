@@ -6,14 +6,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from transformers import Qwen3MoeConfig
 
-from klotski_runtime.attention import grouped_attention
+from klotski_runtime.attention import OWN, grouped_attention
 from klotski_runtime.checkpoint import ModuleKey
 from klotski_runtime.kernels import Chunks, Group
 from klotski_runtime.kv import KvBlock
 from klotski_runtime.skeleton import Skeleton
+from klotski_runtime.workers import Workers
 
 SMALL = 128  # width of the matmuls that stand for "no work": what remains is the cost of the calls
 CACHED = 16  # positions before the one token of a decode step
@@ -33,9 +33,9 @@ class Block:
         heads: tuple[int, int, int],
         batch: int,
         queries: int,
-        own: bool = False,
+        workers: Workers | None = None,
     ) -> None:
-        """own: experts by our own kernel."""
+        """workers: who share work of our own kernel (None: it is PyTorch's)."""
         query_heads, kv_heads, width = heads
         settings: dict[str, Any] = {
             "hidden_size": hidden,
@@ -48,7 +48,7 @@ class Block:
             "num_experts_per_tok": 2,
             "moe_intermediate_size": SMALL,
         }
-        skeleton = Skeleton(Qwen3MoeConfig(**settings), torch.bfloat16, device, (1, 0) if own else (0, 0))
+        skeleton = Skeleton(Qwen3MoeConfig(**settings), torch.bfloat16, device, (int(workers is not None), 0), workers)
         with device:
             shape = skeleton.kv_shape(0)
             for kind, part in (
@@ -70,7 +70,7 @@ class Block:
             storage = torch.zeros(batch * capacity * shape.elements, dtype=torch.bfloat16)
             self._kv = KvBlock(storage, shape, batch, capacity)
             # Small experts share a load; a GPU takes them together, and so does our own kernel, all that one token asks for.
-            self.experts = 4 if device.type == "cuda" else 2 if own else 1
+            self.experts = 4 if device.type == "cuda" else 2 if workers else 1
             matrices = torch.randn(self.experts, 3, SMALL * hidden, dtype=torch.bfloat16) / 32
             forms = {"gate": (SMALL, hidden), "up": (SMALL, hidden), "down": (hidden, SMALL)}
             self._parts = [
@@ -82,7 +82,10 @@ class Block:
             self._state = torch.randn(tokens, hidden, dtype=torch.bfloat16)
             self._mixed = torch.randn(tokens, query_heads * width, dtype=torch.bfloat16)
             layer = skeleton.model.get_submodule("model.layers.0.self_attn")
-            self._matmuls = [part.weight for part in (layer.q_proj, layer.k_proj, layer.v_proj)], layer.o_proj.weight
+            self._matmuls = (layer.q_proj, layer.k_proj, layer.v_proj), layer.o_proj
+            self._heads = SimpleNamespace(num_key_value_groups=query_heads // kv_heads, is_causal=True)
+            if workers:
+                setattr(self._heads, OWN, skeleton.own_kernels)
             self._scaling = width**-0.5
             self.router()
 
@@ -103,12 +106,10 @@ class Block:
     def projections(self) -> None:
         """The matmuls of attention."""
         first, last = self._matmuls
-        for weight in first:
-            F.linear(self._state, weight)
-        F.linear(self._mixed, last)
+        for module in first:
+            module(self._state)
+        last(self._mixed)
 
     def core(self) -> None:
         """The keys and values of attention."""
-        groups = self._query.shape[1] // self._kv.keys.shape[1]
-        heads: Any = SimpleNamespace(num_key_value_groups=groups, is_causal=True)
-        grouped_attention(heads, self._query, self._kv.keys, self._kv.values, self._mask, scaling=self._scaling)
+        grouped_attention(self._heads, self._query, self._kv.keys, self._kv.values, self._mask, scaling=self._scaling)

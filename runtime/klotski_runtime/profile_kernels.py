@@ -264,18 +264,18 @@ def prefill_attention(device: torch.device, sizes: Sizes, own: bool = False) -> 
 
 
 def fixed_costs(device: torch.device, sizes: Sizes, own: bool = False) -> Found:
-    """What an op costs however little it computes: everything here is so small that only calls and launches remain. own: with our own
-    kernel for experts."""
+    """What an op costs however little it computes: everything here is so small that only calls and launches remain. own: by our own
+    kernel."""
     weight = torch.randn(SMALL, SMALL, device=device, dtype=torch.bfloat16)
     rows = torch.randn(8, SMALL, device=device, dtype=torch.bfloat16)
     small = mean_seconds(lambda: F.linear(rows, weight), device, sizes)
-    block = Block(device, SMALL, (4, 2, 32), batch=1, queries=1)
+    workers = Workers(torch.get_num_threads()) if own else None
+    block = Block(device, SMALL, (4, 2, 32), 1, 1, workers)
     attention = mean_seconds(block.attention, device, sizes) - mean_seconds(block.projections, device, sizes)
-    fed = Block(device, SMALL, (4, 2, 32), batch=1, queries=1, own=own)
     what = f"transformers' Qwen3-MoE by the runtime's ops, {SMALL} wide, 1 token"
-    return {
+    found: Found = {
         "op_us": (rounded(1e6 * small), f"F.linear of 8 rows, {SMALL} x {SMALL}"),
-        "hidden_bytes_per_s": _hidden_rate(device, sizes),
+        "hidden_bytes_per_s": _hidden_rate(device, sizes, workers),
         "router_op_us": (
             rounded(1e6 * mean_seconds(block.router, device, sizes)),
             f"router (norm, gate, choice) of {what}",
@@ -285,10 +285,13 @@ def fixed_costs(device: torch.device, sizes: Sizes, own: bool = False) -> Found:
             f"attention (norms, rotary, mask, cache, SDPA, residual) of {what}, less matmuls",
         ),
         "expert_op_us": (
-            rounded(1e6 * mean_seconds(fed.expert, device, sizes) / fed.experts),
-            f"expert (gather, three matmuls, activation, weighting, index_add), {fed.experts} at once, of {what}",
+            rounded(1e6 * mean_seconds(block.expert, device, sizes) / block.experts),
+            f"expert (gather, three matmuls, activation, weighting, index_add), {block.experts} at once, of {what}",
         ),
     }
+    if workers:
+        workers.close()
+    return found
 
 
 def beside_cpu(device: torch.device, sizes: Sizes, on_cpu: Sizes) -> tuple[float, str]:
@@ -318,14 +321,14 @@ def beside_cpu(device: torch.device, sizes: Sizes, on_cpu: Sizes) -> tuple[float
     return rounded(min(1.0, alone / beside)), how
 
 
-def _hidden_rate(device: torch.device, sizes: Sizes) -> tuple[float, str]:
+def _hidden_rate(device: torch.device, sizes: Sizes, workers: Workers | None) -> tuple[float, str]:
     """Bytes of hidden states per second through the elementwise work of a block: attention's, where most of it is.
 
     What the block takes for many short prompts, less its matmuls, the attention of keys and values, and its fixed cost.
     """
     batch, heads, width = sizes.short_prompts, 8, 64
-    block = Block(device, sizes.hidden, (heads, 2, width), batch, SHORT_PROMPT)
-    least = Block(device, SMALL, (4, 2, 32), batch=1, queries=1)
+    block = Block(device, sizes.hidden, (heads, 2, width), batch, SHORT_PROMPT, workers)
+    least = Block(device, SMALL, (4, 2, 32), 1, 1, workers)
     sweep = torch.zeros(min(sizes.cold_bytes, CACHE_BYTES), device=device, dtype=torch.uint8)
 
     def cold(call: Callable[[], object]) -> float:

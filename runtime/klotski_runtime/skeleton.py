@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -28,7 +29,8 @@ from klotski_compiler.errors import ConfigError
 from klotski_runtime.attention import GROUPED, OWN, SINKS
 from klotski_runtime.checkpoint import EMBEDDING, SHARED, ModuleKey, read_config
 from klotski_runtime.kv import KvShape
-from klotski_runtime.own_kernels import OwnKernels
+from klotski_runtime.own_kernels import NARROW, OwnKernels
+from klotski_runtime.usual import ROTATION, Rotate, epsilon, is_usual_norm, usual_rotation
 from klotski_runtime.workers import Workers
 
 HOST = torch.device("cpu")
@@ -205,11 +207,14 @@ class Skeleton:
         if own_rows[0]:
             for layer in self._layers:
                 layer.self_attn.__dict__[OWN] = self.own_kernels
+        self._rotate: Rotate | None = None
         if own_rows[0] and device == HOST:
             for module in linear:
                 module.__dict__["forward"] = partial(self._linear_module, module)
             for layer in range(self.layers):
                 self._wrap_router(layer)
+            if compute_dtype in NARROW:
+                self._take_usual(self._layers[0].self_attn)
 
     # ------------------------------------------------------------------------------------------ weights
 
@@ -264,6 +269,38 @@ class Skeleton:
         out = x.new_empty(*x.shape[:-1], len(weight))
         self.own_kernels.mm(rows.contiguous(), (weight, out.view(len(rows), -1)), bias=bias)
         return out
+
+    def _take_usual(self, attention: nn.Module) -> None:
+        """Let norms and rotary embeddings be computed by our own kernel, where they are what it computes."""
+        own, kinds = self.own_kernels, dict[tuple[Any, ...], bool]()
+        for module in self.model.modules():
+            added = epsilon(module)
+            if added is None:
+                continue
+            kind = type(module), added, *(parameter.shape for parameter in module.parameters())
+            if kind not in kinds:
+                kinds[kind] = is_usual_norm(module, own, self.compute_dtype)
+            if kinds[kind]:
+                module.__dict__["forward"] = partial(self._normed, module, module.forward, added)
+        self._rotate = usual_rotation(attention, own, self.compute_dtype)
+
+    def _normed(
+        self, module: Any, theirs: Callable[[torch.Tensor], torch.Tensor], added: float, x: torch.Tensor
+    ) -> torch.Tensor:
+        """A usual norm by our own kernel, where it knows what is given."""
+        if not self.own_kernels.knows(x) or module.weight.dtype != x.dtype:
+            return theirs(x)
+        return self.own_kernels.norm(x, module.weight, added)
+
+    def _rotated(
+        self, query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *how: Any, **named: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of a usual rotation, of whole heads."""
+        known = all(map(self.own_kernels.knows, (query, key, cosine, sine)))
+        if how or named or not known or not query.shape[3] == key.shape[3] == cosine.shape[2]:
+            assert self._rotate is not None
+            return self._rotate(query, key, cosine, sine, *how, **named)
+        return self.own_kernels.rotate(query, cosine, sine), self.own_kernels.rotate(key, cosine, sine)
 
     def _wrap_router(self, layer: int) -> None:
         """Let a layer's router, a module of each family's own, call ``_linear``."""
@@ -361,13 +398,17 @@ class Skeleton:
     ) -> torch.Tensor:
         """Norm and attention of ``hidden`` [B, q, hidden], without the residual; writes into ``cache``."""
         part = self._layers[layer]
-        out: torch.Tensor = part.self_attn(
-            hidden_states=part.input_layernorm(hidden),
-            position_embeddings=angles,
-            attention_mask=mask,
-            position_ids=positions,
-            **{CACHE: cache},
-        )[0]
+        with ExitStack() as stack:
+            if self._rotate:
+                family = vars(sys.modules[type(part.self_attn).__module__])
+                stack.enter_context(_set(family, ROTATION, self._rotated))
+            out: torch.Tensor = part.self_attn(
+                hidden_states=part.input_layernorm(hidden),
+                position_embeddings=angles,
+                attention_mask=mask,
+                position_ids=positions,
+                **{CACHE: cache},
+            )[0]
         return out
 
     def remember(self, layer: int, hidden: torch.Tensor, positions: torch.Tensor, angles: Any, cache: Cache) -> None:
