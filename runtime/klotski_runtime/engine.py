@@ -51,7 +51,7 @@ from klotski_runtime.roster import Roster, Seat
 from klotski_runtime.skeleton import HOST, Skeleton
 from klotski_runtime.spill import SpillFile
 from klotski_runtime.streams import Perform, Ran, ThreadBackend
-from klotski_runtime.workers import Workers, kernel_threads
+from klotski_runtime.workers import Workers, decode_threads, kernel_threads
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -180,7 +180,7 @@ class Engine:
         runner = PhaseRunner(self, phase, steps, active, round_)
         compute = next((s.op.stream for s in steps if isinstance(s.op, Compute)), "disk>host")
         watch, before = Watch(steps, compute, self._keep_log), self.bytes_per_link
-        with self._backend(steps, compute, runner.perform, watch.note) as backend:
+        with self._backend(phase.name, steps, compute, runner.perform, watch.note) as backend:
             execute(steps, phase.passes if passes is None else passes, backend)
             # In here, so that an interrupt stops the streams before they are joined.
             backend.stream(compute).record().wait()
@@ -197,12 +197,11 @@ class Engine:
             self.measured.add(phase.name, watch, moved)
 
     def _backend(
-        self, steps: Sequence[Step], compute: str, perform: Perform, note: Callable[[Ran], None]
+        self, phase: str, steps: Sequence[Step], compute: str, perform: Perform, note: Callable[[Ran], None]
     ) -> ThreadBackend:
         if self.lanes is None:
-            return ThreadBackend(
-                compute, perform, lambda name: kernel_threads(self.threads if name == compute else 1), note
-            )
+            threads = decode_threads(self.threads, self.skeleton.own_attention) if phase == "decode" else self.threads
+            return ThreadBackend(compute, perform, lambda name: kernel_threads(threads if name == compute else 1), note)
         return CudaBackend(
             self.lanes,
             of_gpu(steps),

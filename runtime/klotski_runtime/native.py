@@ -8,19 +8,22 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
+from weakref import finalize
+
+import torch
 
 from klotski_compiler.errors import ConfigError
 from klotski_compiler.kernel_facts import BLOCK_COLUMNS, BLOCK_ROWS, INNERS, PANEL_ROWS
+from klotski_runtime.structs import LONG, POINTER
 
 SOURCE = Path(__file__).parent / "csrc" / "kernels.c"
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
-POINTER, LONG = ctypes.c_void_p, ctypes.c_long
-MATMUL = (POINTER, LONG, POINTER, LONG, LONG, POINTER, POINTER, LONG, LONG, LONG, LONG, POINTER, POINTER)
-GREATEST = tuple(POINTER if number == 7 else kind for number, kind in enumerate(MATMUL))
-SHARED = (POINTER, POINTER, LONG)
-ALONE = (POINTER,)
+WORK = ("matmul", "greatest", "experts", "attend", "norm", "rotate")
+"""Functions of a job, each for bf16 and for fp16."""
 
 
 @cache
@@ -57,12 +60,12 @@ def compile_library(source: Path, *flags: str) -> ctypes.CDLL:
     if not built.exists():
         _compile([*command, str(source)], built)
     library = ctypes.CDLL(str(built))
-    for name, types in (
-        *(("matmul", MATMUL), ("greatest", GREATEST), ("experts", SHARED), ("attend", SHARED)),
-        *(("norm", ALONE), ("rotate", ALONE)),
-    ):
+    for name in WORK:
         for function in (getattr(library, f"{name}_bf16"), getattr(library, f"{name}_fp16")):
-            function.argtypes, function.restype = types, None
+            function.argtypes, function.restype = (POINTER, POINTER, LONG), None
+    library.team_open.argtypes, library.team_open.restype = (LONG, POINTER), POINTER
+    library.team_run.argtypes, library.team_run.restype = (POINTER, POINTER, POINTER, POINTER, LONG), None
+    library.team_close.argtypes, library.team_close.restype = (POINTER,), None
     return library
 
 
@@ -101,3 +104,32 @@ def _compile(command: list[str], built: Path) -> None:
                 f"{command[0]} does not compile {built.stem.split('-')[0]}.c; install gcc: {said}",
             ) from error
         fresh.replace(built)
+
+
+class Team:
+    """Threads of C code that do a job together: who calls ``run``, one at a time, and others, from the first call on."""
+
+    def __init__(self, library: ctypes.CDLL, scratch: Sequence[torch.Tensor]) -> None:
+        """scratch: memory of each thread, the caller's first."""
+        self._library, self._scratch = library, scratch
+        self._handle: int | None = None
+
+    def run(self, work: Any, job: ctypes.Structure, widest: int, alone: bool = False) -> None:
+        """Do ``job`` with the C function ``work``; alone: without the others."""
+        first, address = self._scratch[0].data_ptr(), ctypes.addressof(job)
+        if alone or len(self._scratch) == 1:
+            work(address, first, widest)
+            return
+        if self._handle is None:
+            others = [part.data_ptr() for part in self._scratch[1:]]
+            self._handle = self._library.team_open(len(others), (POINTER * len(others))(*others))
+            if not self._handle:
+                raise MemoryError(f"no {len(others)} more threads")
+            # Threads that work while the interpreter ends, end with the process.
+            finalize(self, _close, self._library, self._handle, self._scratch).atexit = False
+        self._library.team_run(self._handle, ctypes.cast(work, POINTER), address, first, widest)
+
+
+def _close(library: ctypes.CDLL, handle: int, scratch: Sequence[torch.Tensor]) -> None:
+    """End a team's threads, until when their memory is kept."""
+    library.team_close(handle)

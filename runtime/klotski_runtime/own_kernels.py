@@ -8,7 +8,7 @@ others there are, nor on who computes it.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -21,7 +21,8 @@ from klotski_compiler.kernel_facts import (
     own_kernels_bytes,
     own_takes,
 )
-from klotski_runtime.native import LONG, POINTER, kernel_library
+from klotski_runtime.native import Team, kernel_library
+from klotski_runtime.structs import Attention, FeedForward, Norms, Piece, Product, Rotation, Search
 from klotski_runtime.workers import WORTH_SHARING, Workers
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -46,7 +47,10 @@ class OwnKernels:
         self._widest, self._workers = widest, workers or Workers(1)
         if least_rows:
             self._library = kernel_library()
-            self._teams = [_Team(team, widest) for team in self._workers.teams()]
+            scratch = [torch.empty(own_kernels_bytes(widest) // 4) for _ in range(self._workers.threads)]
+            each = len(scratch) // self._workers.count
+            self._all = Team(self._library, scratch)
+            self._teams = [Team(self._library, scratch[first : first + each]) for first in range(0, len(scratch), each)]
 
     @property
     def known(self) -> bool:
@@ -80,28 +84,17 @@ class OwnKernels:
             self._check(x, weight, bias)
             if out.shape != (len(x), len(weight)) or out.dtype != x.dtype or out.stride(1) != 1:
                 raise ValueError(f"{tuple(x.shape)} by {tuple(weight.shape)} into {tuple(out.shape)}, {out.dtype}")
-        multiply = self._library.matmul_bf16 if x.dtype == torch.bfloat16 else self._library.matmul_fp16
-        taken = (LONG * len(products))()  # columns, by all threads that share them
-        address = ctypes.addressof(taken)
-
-        def part(scratch: torch.Tensor) -> None:
-            for number, (weight, out) in enumerate(products):
-                multiply(
-                    x.data_ptr(),
-                    x.stride(0),
-                    weight.data_ptr(),
-                    *weight.stride(),
-                    None if bias is None else bias.data_ptr(),
-                    out.data_ptr(),
-                    out.stride(0),
-                    len(x),
-                    *weight.shape,
-                    address + number * ctypes.sizeof(LONG),
-                    scratch.data_ptr(),
+        jobs: list[Product] = []
+        for weight, out in reversed(products):
+            jobs.append(
+                Product(
+                    *(x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()),
+                    *(x.stride(0), *weight.stride(), out.stride(0), len(x), *weight.shape),
+                    ctypes.addressof(jobs[-1]) if jobs else None,
                 )
-
+            )
         flops = 2 * (len(x) + FIXED_ROWS) * sum(weight.numel() for weight, _ in products)
-        self._share(part, flops >= WORTH_SHARING, worker)
+        self._share("matmul", x, jobs[-1], flops >= WORTH_SHARING, worker)
 
     def finds(self, x: torch.Tensor) -> bool:
         """Whether the greatest of their products had better be found by our kernel, which does not compute most of the others."""
@@ -119,21 +112,13 @@ class OwnKernels:
         that has it. Not a number where one of them is none. The others are never in memory, and most of them never computed: the better
         ``best`` is already, the sooner it is done. Raises ValueError where shapes or types are others."""
         self._check(x, weight, bias)
-        find = self._library.greatest_bf16 if x.dtype == torch.bfloat16 else self._library.greatest_fp16
-        threads = sum(len(team.scratch) for team in self._teams)
+        threads = self._workers.threads
         values, columns = best.float().repeat(threads, 1), where.repeat(threads, 1)
-        own, taken = iter(range(threads)), LONG()
-
-        def part(scratch: torch.Tensor) -> None:
-            number = next(own)
-            find(
-                *(x.data_ptr(), x.stride(0), weight.data_ptr(), *weight.stride()),
-                None if bias is None else bias.data_ptr(),
-                *(values[number].data_ptr(), columns[number].data_ptr(), len(x), *weight.shape),
-                *(ctypes.addressof(taken), scratch.data_ptr()),
-            )
-
-        self._share(part, 2 * (len(x) + FIXED_ROWS) * weight.numel() >= WORTH_SHARING, None)
+        job = Search(
+            *(x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr()),
+            *(values.data_ptr(), columns.data_ptr(), x.stride(0), *weight.stride(), len(x), *weight.shape),
+        )
+        self._share("greatest", x, job, 2 * (len(x) + FIXED_ROWS) * weight.numel() >= WORTH_SHARING)
         most = values.amax(dim=0)
         first = torch.where(values == most, columns, len(weight)).amin(dim=0)
         return most.to(x.dtype), first
@@ -161,7 +146,7 @@ class OwnKernels:
         pieces = list(_pieces(experts))
         listed = (Piece * len(pieces))(*pieces)
         locks = ctypes.create_string_buffer(-(-hidden // BLOCK_COLUMNS))
-        job = Job(
+        job = FeedForward(
             x.data_ptr(),
             out.data_ptr(),
             *(x.stride(0), out.stride(0), hidden, width, len(pieces)),
@@ -169,13 +154,8 @@ class OwnKernels:
             inner.data_ptr(),
             ctypes.addressof(locks),
         )
-        feed = self._library.experts_bf16 if x.dtype == torch.bfloat16 else self._library.experts_fp16
         flops = 6 * hidden * width * sum(FIXED_ROWS + len(rows) for *_, rows, _ in experts)
-        self._share(
-            lambda scratch: feed(ctypes.addressof(job), scratch.data_ptr(), self._widest),
-            flops >= WORTH_SHARING,
-            worker,
-        )
+        self._share("experts", x, job, flops >= WORTH_SHARING, worker)
 
     def _check_experts(self, x: torch.Tensor, out: torch.Tensor, experts: Sequence[Fed], inner: torch.Tensor) -> None:
         """The same for ``feed_forward``."""
@@ -219,13 +199,8 @@ class OwnKernels:
             *(batch, heads, queries, kv_heads, context, width, value_width, mask is None),
             scaling,
         )
-        attend = self._library.attend_bf16 if query.dtype == torch.bfloat16 else self._library.attend_fp16
         flops = 2 * batch * heads * queries * context * (width + value_width)
-        self._share(
-            lambda scratch: attend(ctypes.addressof(job), scratch.data_ptr(), self._widest),
-            flops >= WORTH_SHARING,
-            None,
-        )
+        self._share("attend", query, job, flops >= WORTH_SHARING)
         return out
 
     def attends(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> bool:
@@ -269,8 +244,7 @@ class OwnKernels:
             *(rows.data_ptr(), weight.data_ptr(), out.data_ptr()),
             *(rows.stride(0), rows.shape[1], *rows.shape, epsilon),
         )
-        norm = self._library.norm_bf16 if x.dtype == torch.bfloat16 else self._library.norm_fp16
-        self._share(lambda _: norm(ctypes.addressof(job)), x.numel() >= WORTH_SHARING_ELEMENTS, None)
+        self._share("norm", x, job, x.numel() >= WORTH_SHARING_ELEMENTS)
         return out
 
     def rotate(self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
@@ -289,93 +263,21 @@ class OwnKernels:
             *(*x.stride()[:3], *out.stride()[:3], *(step for part in angles for step in part.stride()[:2])),
             *(batch, heads, positions, width),
         )
-        rotate = self._library.rotate_bf16 if x.dtype == torch.bfloat16 else self._library.rotate_fp16
-        self._share(lambda _: rotate(ctypes.addressof(job)), x.numel() >= WORTH_SHARING_ELEMENTS, None)
+        self._share("rotate", x, job, x.numel() >= WORTH_SHARING_ELEMENTS)
         return out
 
-    def _share(self, part: Callable[[torch.Tensor], None], large: bool, worker: int | None) -> None:
-        """Call ``part`` with the scratch memory of every thread that takes a share of some work."""
-        if not large:
-            part(self._teams[worker or 0].scratch[0])
-        elif worker is None:
-            self._workers.run([lambda number: self._teams[number].share(part)] * self._workers.count)
-        else:
-            self._teams[worker].share(part)
+    def _share(
+        self, what: str, like: torch.Tensor, job: ctypes.Structure, large: bool, worker: int | None = None
+    ) -> None:
+        """Do ``job``, in the type that ``like`` has: with a worker's threads, or with all."""
+        work = getattr(self._library, f"{what}_{'bf16' if like.dtype == torch.bfloat16 else 'fp16'}")
+        team = self._all if worker is None else self._teams[worker]
+        team.run(work, job, self._widest, alone=not large)
 
 
 def _is_known(x: torch.Tensor) -> bool:
     """Whether it is of a type and in a place that the kernel knows."""
     return x.dtype in NARROW and x.device.type == "cpu"
-
-
-class _Team:
-    """Threads that one worker shares its work among, and what each of them needs."""
-
-    def __init__(self, workers: Workers, widest: int) -> None:
-        self._workers = workers
-        self.scratch = [torch.empty(own_kernels_bytes(widest) // 4) for _ in range(workers.count)]
-
-    def share(self, part: Callable[[torch.Tensor], None]) -> None:
-        """Call it in every thread."""
-        self._workers.run([lambda thread: part(self.scratch[thread])] * self._workers.count)
-
-
-class Piece(ctypes.Structure):
-    """``piece`` of csrc/experts.h."""
-
-    _fields_ = (
-        *((name, POINTER) for name in ("gate", "up", "down", "rows", "weights")),
-        *((name, LONG) for name in ("count", "gate_row", "up_row", "down_row", "inner_done", "done")),
-    )
-
-
-class Job(ctypes.Structure):
-    """``job`` of csrc/experts.h."""
-
-    _fields_ = (
-        *((name, POINTER) for name in ("x", "out")),
-        *((name, LONG) for name in ("x_row", "out_row", "hidden", "width", "count")),
-        *((name, POINTER) for name in ("pieces", "inner", "locks")),
-        ("next", LONG),
-    )
-
-
-class Attention(ctypes.Structure):
-    """``attention`` of csrc/attention.h."""
-
-    _fields_ = (
-        *((name, POINTER) for name in ("query", "key", "value", "mask", "out")),
-        *((f"{part}_{name}", LONG) for part in ("query", "key", "value") for name in ("batch", "head", "position")),
-        *((f"mask_{name}", LONG) for name in ("batch", "query")),
-        *(
-            (name, LONG)
-            for name in ("batch", "heads", "queries", "kv_heads", "context", "width", "value_width", "causal")
-        ),
-        ("scaling", ctypes.c_double),
-        ("next", LONG),
-    )
-
-
-class Norms(ctypes.Structure):
-    """``norms`` of csrc/rows.h."""
-
-    _fields_ = (
-        *((name, POINTER) for name in ("x", "weight", "out")),
-        *((name, LONG) for name in ("x_row", "out_row", "rows", "width")),
-        ("epsilon", ctypes.c_double),
-        ("next", LONG),
-    )
-
-
-class Rotation(ctypes.Structure):
-    """``rotation`` of csrc/rows.h."""
-
-    _fields_ = (
-        *((name, POINTER) for name in ("x", "cosine", "sine", "out")),
-        *((f"{part}_{name}", LONG) for part in ("x", "out") for name in ("batch", "head", "position")),
-        *((f"{part}_{name}", LONG) for part in ("cosine", "sine") for name in ("batch", "position")),
-        *((name, LONG) for name in ("batch", "heads", "positions", "width", "next")),
-    )
 
 
 def _pieces(experts: Iterable[Fed]) -> Iterator[Piece]:

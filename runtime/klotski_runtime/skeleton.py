@@ -349,6 +349,11 @@ class Skeleton:
         assert probe.shape is not None
         return probe.shape
 
+    @property
+    def own_attention(self) -> bool:
+        """Whether all rows are multiplied, and attended for, by our own kernel."""
+        return self._own_rows == (1, 0) and self.device == HOST and self.config._attn_implementation == GROUPED
+
     def latent(self, layer: int) -> bool:
         """Whether attention caches its keys and values in another form than it uses them in."""
         return getattr(self._layers[layer].self_attn, "kv_lora_rank", None) is not None

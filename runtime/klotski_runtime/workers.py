@@ -31,16 +31,24 @@ def kernel_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
+def decode_threads(threads: int, own: bool) -> int:
+    """How many of so many threads PyTorch's kernels have in decode. own: what takes longest is our own kernels', which have all of them.
+
+    Then one of two: the other's has slept while the disk was waited for, and what is left is done before it is awake. With more of them
+    this was not measured.
+    """
+    return 1 if own and threads == 2 else threads
+
+
 class Workers:
     """The thread that calls ``run``, always the same one, and others beside it. A kernel has ``threads`` threads, or its share of them
     in a task."""
 
     def __init__(self, threads: int, count: int = WORKERS) -> None:
         """count: so many workers, if there are as many threads."""
-        self.count, self._threads = min(count, threads), threads
+        self.count, self.threads = min(count, threads), threads
         self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._others: list[threading.Thread] = []
-        self._teams: list[Workers] = []
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Do all of them, in this order where there is one worker. Raises what the first failure raised."""
@@ -70,26 +78,19 @@ class Workers:
         others = range(1, min(self.count, len(tasks)))
         for number in others:
             self._tasks.put(lambda number=number: work_beside(number))  # type: ignore[misc]
-        kernel_threads(self._threads // self.count)
+        before = torch.get_num_threads()
+        kernel_threads(self.threads // self.count)
         try:
             work(0)
         finally:
-            kernel_threads(self._threads)
+            kernel_threads(before)
             for _ in others:
                 ended.acquire()
         if failures:
             raise failures[0]
 
-    def teams(self) -> list[Workers]:
-        """For each of these, whom it shares work with that is worth it: as many as it has threads, whose kernels have one each."""
-        threads = self._threads // self.count
-        self._teams = self._teams or [Workers(threads, threads) for _ in range(self.count)]
-        return self._teams
-
     def close(self) -> None:
         """Let the threads end."""
-        for team in self._teams:
-            team.close()
         for _ in self._others:
             self._tasks.put(None)
         self._others.clear()
@@ -101,7 +102,7 @@ class Workers:
             self._others[-1].start()
 
     def _work(self) -> None:
-        kernel_threads(self._threads // self.count)
+        kernel_threads(self.threads // self.count)
         with torch.inference_mode():
             while (task := self._tasks.get()) is not None:
                 task()

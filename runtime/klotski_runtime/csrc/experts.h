@@ -27,11 +27,6 @@ INLINE void claim(const int64_t *numbers, long rows, long columns, const float *
         for (long c = 0; c < columns; c += 16) __builtin_prefetch(out + numbers[r] * out_row + c, 1);
 }
 
-INLINE void wait_for(const long *counter, long value) {
-    for (int spins = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < value;)
-        if (++spins > 1000) sched_yield();
-}
-
 /* What the first two matmuls leave, as the third's rows: silu(gate) * up, each rounded as PyTorch's ops round it. */
 INLINE void activate(const enum type type, const float *gate, const float *up, long lanes, long columns, word *to) {
     for (long c = 0; c < columns; c += TERMS(type), to += lanes)

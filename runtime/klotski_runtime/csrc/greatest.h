@@ -181,23 +181,29 @@ INLINE void screen(const enum type type, matrix x, matrix weight, const uint16_t
 }
 #endif
 
-INLINE void find_greatest(const enum type type, matrix x, matrix weight, const uint16_t *bias, result out, long m, long n, long k,
-                          long *next, float *scratch) {
+/* As a product: of every row the greatest and its column, if it is better than what stands in ``greatest`` and ``where`` [threads, m], of
+ * which each thread has a row. */
+typedef struct {
+    const uint16_t *x, *weight, *bias;
+    float *greatest;
+    int64_t *where;
+    long x_row, weight_row, weight_column, m, n, k;
+    long threads, next;
+} search;
+
+INLINE void find_greatest(const enum type type, search *of, float *scratch) {
+    const long own = of->m * __atomic_fetch_add(&of->threads, 1, __ATOMIC_RELAXED);
+    const matrix x = {of->x, of->x_row, 1}, weight = {of->weight, of->weight_row, of->weight_column};
+    const result out = {.greatest = of->greatest + own, .where = of->where + own};
 #if HAS_BYTES
-    if (m >= SCREENED_LEAST && weight.column == 1 && k % 16 == 0 && 32 <= k && k <= 1 << 15) {
-        screen(type, x, weight, bias, out, m, n, k, next, scratch);
+    if (of->m >= SCREENED_LEAST && of->weight_column == 1 && of->k % 16 == 0 && 32 <= of->k && of->k <= 1 << 15) {
+        screen(type, x, weight, of->bias, out, of->m, of->n, of->k, &of->next, scratch);
         return;
     }
 #endif
-    multiply(type, x, weight, bias, out, m, n, k, next, scratch);
+    multiply(type, x, weight, of->bias, out, of->m, of->n, of->k, &of->next, scratch);
 }
 
-/* As matmul_*: of every row the greatest product and its column, if it is better than what stands in ``greatest`` and ``where``. */
-#define GREATEST(name, type)                                                                                                          \
-    void greatest_##name(const uint16_t *x, long x_row, const uint16_t *weight, long weight_row, long weight_column,                  \
-                         const uint16_t *bias, float *greatest, int64_t *where, long m, long n, long k, long *next, float *scratch) { \
-        find_greatest(type, (matrix){x, x_row, 1}, (matrix){weight, weight_row, weight_column}, bias,                                 \
-                      (result){.greatest = greatest, .where = where}, m, n, k, next, scratch);                                        \
-    }
-GREATEST(bf16, BF16)
-GREATEST(fp16, FP16)
+void greatest_bf16(search *of, float *scratch, long widest) { find_greatest(BF16, of, scratch); }
+
+void greatest_fp16(search *of, float *scratch, long widest) { find_greatest(FP16, of, scratch); }

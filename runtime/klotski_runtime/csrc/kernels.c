@@ -9,12 +9,14 @@
  *     registers over the whole depth.
  * A sum's terms are added one after the other, so a row's product is the same, to the bit, whatever rows are multiplied beside it.
  *
- * Threads that work together share a counter and take the next BLOCK_COLUMNS columns from it: who is held up takes fewer.
+ * Threads that work together share a counter and take the next BLOCK_COLUMNS columns from it: who is held up takes fewer. Each calls a
+ * function with the same job and with memory of its own, ``scratch``, for what is as wide as the ``widest`` of rows.
  *
  * Compiled where it runs, for the processor that is there. BLOCK_ROWS, BLOCK_COLUMNS, PANEL_ROWS and INNERS come with the command, from
  * where the memory that they take is counted. */
 
 #include "vectors.h"
+#include "team.h"
 #include "panels.h"
 #include "products.h"
 #include "greatest.h"

@@ -89,12 +89,21 @@ INLINE void multiply(const enum type type, matrix x, matrix weight, const uint16
     }
 }
 
-/* next: zero, where threads that call with the same one share the work. scratch: room for ``rooms``. */
-#define MATMUL(name, type)                                                                                                            \
-    void matmul_##name(const uint16_t *x, long x_row, const uint16_t *weight, long weight_row, long weight_column,                    \
-                       const uint16_t *bias, uint16_t *out, long out_row, long m, long n, long k, long *next, float *scratch) {       \
-        multiply(type, (matrix){x, x_row, 1}, (matrix){weight, weight_row, weight_column}, bias, (result){.at = out, .row = out_row}, \
-                 m, n, k, next, scratch);                                                                                             \
-    }
-MATMUL(bf16, BF16)
-MATMUL(fp16, FP16)
+/* out [m, n] <- x [m, k] times the transpose of weight [n, k], plus bias [n] where there is one; then another. Strides in elements. */
+typedef struct product {
+    const uint16_t *x, *weight, *bias;
+    uint16_t *out;
+    long x_row, weight_row, weight_column, out_row, m, n, k;
+    struct product *then;
+    long next;
+} product;
+
+INLINE void multiply_all(const enum type type, product *of, float *scratch) {
+    for (; of; of = of->then)
+        multiply(type, (matrix){of->x, of->x_row, 1}, (matrix){of->weight, of->weight_row, of->weight_column}, of->bias,
+                 (result){.at = of->out, .row = of->out_row}, of->m, of->n, of->k, &of->next, scratch);
+}
+
+void matmul_bf16(product *of, float *scratch, long widest) { multiply_all(BF16, of, scratch); }
+
+void matmul_fp16(product *of, float *scratch, long widest) { multiply_all(FP16, of, scratch); }

@@ -49,9 +49,9 @@ INLINE void normalize(const enum type type, norms *of) {
         }
 }
 
-void norm_bf16(norms *of) { normalize(BF16, of); }
+void norm_bf16(norms *of, float *scratch, long widest) { normalize(BF16, of); }
 
-void norm_fp16(norms *of) { normalize(FP16, of); }
+void norm_fp16(norms *of, float *scratch, long widest) { normalize(FP16, of); }
 
 /* out <- x [batch, heads, positions, width] times the cosine of its angle, plus x turned by a right angle, (-second half, first half), times
  * the sine; cosine and sine [batch, positions, width]; strides in elements. */
@@ -96,6 +96,6 @@ INLINE void rotate(const enum type type, rotation *of) {
         }
 }
 
-void rotate_bf16(rotation *of) { rotate(BF16, of); }
+void rotate_bf16(rotation *of, float *scratch, long widest) { rotate(BF16, of); }
 
-void rotate_fp16(rotation *of) { rotate(FP16, of); }
+void rotate_fp16(rotation *of, float *scratch, long widest) { rotate(FP16, of); }

@@ -1,7 +1,10 @@
 /* Vectors of the processor that is there, and 16-bit types in them. */
 
+#define _GNU_SOURCE /* processors of threads */
+#include <pthread.h>
 #include <sched.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
