@@ -39,7 +39,7 @@ def test_only_our_names_are_installed(unpacked: Path) -> None:
 
 def test_every_module_is_installed(unpacked: Path) -> None:
     for package in (ROOT / "klotski_compiler", ROOT / "runtime" / "klotski_runtime"):
-        for source in (*package.rglob("*.py"), *package.rglob("*.c")):
+        for source in (*package.rglob("*.py"), *package.rglob("*.[ch]")):
             assert (unpacked / source.relative_to(package.parent)).is_file(), source
 
 

@@ -27,7 +27,7 @@ from klotski_runtime.workers import WORTH_SHARING, Workers
 
 NARROW = (torch.bfloat16, torch.float16)
 
-WORTH_SHARING_ELEMENTS = 1 << 20
+WORTH_SHARING_ELEMENTS = 1 << 18
 """As ``workers.WORTH_SHARING``, where there are only a few operations on each element."""
 
 Fed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]

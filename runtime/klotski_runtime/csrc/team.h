@@ -14,8 +14,11 @@ typedef struct team {
     pthread_mutex_t lock;
     pthread_cond_t called;
     long asleep, calls, ended; /* threads; so many; threads, of the last one */
-    int here;                  /* the processor of who calls */
-    work what;                   /* none: it is over */
+#ifdef __linux__
+    int here; /* the processor of who called last */
+    cpu_set_t processors;
+#endif
+    work what; /* none: it is over */
     void *job;
     long widest, others;
     member each[];
@@ -32,7 +35,7 @@ INLINE void glance(void) {
 }
 
 INLINE void wait_for(const long *counter, long value) {
-    for (int glances = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < value; glances++) {
+    for (long glances = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < value; glances++) {
         if (glances < LOOKOUT) glance();
         else sched_yield();
     }
@@ -61,12 +64,12 @@ static void *belong(void *to) {
 static void stand_aside(team *of) {
 #ifdef __linux__
     const int here = sched_getcpu();
-    cpu_set_t processors;
-    if (here == of->here || sched_getaffinity(0, sizeof processors, &processors)) return;
+    cpu_set_t others = of->processors;
+    if (here < 0 || here == of->here) return;
     of->here = here;
-    if (here < 0 || CPU_COUNT(&processors) < 2) return;
-    CPU_CLR(here, &processors);
-    for (long i = 0; i < of->others; i++) pthread_setaffinity_np(of->each[i].thread, sizeof processors, &processors);
+    CPU_CLR(here, &others);
+    if (!CPU_COUNT(&others)) return;
+    for (long i = 0; i < of->others; i++) pthread_setaffinity_np(of->each[i].thread, sizeof others, &others);
 #endif
 }
 
@@ -93,10 +96,13 @@ team *team_open(long others, float **scratch) {
     if (!of) return 0;
     pthread_mutex_init(&of->lock, 0);
     pthread_cond_init(&of->called, 0);
+#ifdef __linux__
     of->here = -1;
+    sched_getaffinity(0, sizeof of->processors, &of->processors);
+#endif
     for (; of->others < others; of->others++) {
         member *next = of->each + of->others;
-        *next = (member){of, scratch[of->others]};
+        next->team = of, next->scratch = scratch[of->others];
         if (pthread_create(&next->thread, 0, belong, next)) {
             team_close(of);
             return 0;
