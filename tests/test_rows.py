@@ -171,9 +171,9 @@ def test_attention_of_a_family_is_its_own(family: str, dtype: torch.dtype, tmp_p
     """Norm and attention of each family's last layer, beside the same by PyTorch's ops, which are as far from fp32 as ours."""
     config = import_model(make_checkpoint(family, tmp_path))
     ours = Skeleton(config, dtype, own_rows=(1, 0))
-    usual = {id(m) for m in ours.model.modules() if "_normed" in str(m.__dict__.get("forward"))}
-    assert bool(usual) == (family not in ("phimoe", "gpt_oss")), "these have others"
-    assert (ours._rotate is not None) == (family not in ("deepseek_v2", "gpt_oss")), "likewise"
+    usual = ours._usual
+    assert usual and bool(usual.norms) == (family not in ("phimoe", "gpt_oss")), "these have others"
+    assert (usual.rotate is not None) == (family not in ("deepseek_v2", "gpt_oss")), "likewise"
 
     draw, layer = torch.Generator().manual_seed(1), ours.layers - 1
     parts = f"layers.{layer}.self_attn.", f"layers.{layer}.input_layernorm."

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -30,7 +29,7 @@ from klotski_runtime.attention import GROUPED, OWN, SINKS
 from klotski_runtime.checkpoint import EMBEDDING, SHARED, ModuleKey, read_config
 from klotski_runtime.kv import KvShape
 from klotski_runtime.own_kernels import NARROW, OwnKernels
-from klotski_runtime.usual import ROTATION, Rotate, epsilon, is_usual_norm, usual_rotation
+from klotski_runtime.usual import Usual, replaced
 from klotski_runtime.workers import Workers
 
 HOST = torch.device("cpu")
@@ -126,18 +125,6 @@ def _adds_nothing(x: torch.Tensor) -> torch.Tensor:
     return x.new_zeros(1)
 
 
-@contextmanager
-def _set(values: dict[str, Any], name: str, value: object) -> Iterator[None]:
-    """One entry, for as long as the context lasts."""
-    kept = dict(values)
-    values[name] = value
-    try:
-        yield
-    finally:
-        values.pop(name)
-        values |= {name: kept[name]} if name in kept else {}
-
-
 class _LinearCalls(TorchFunctionMode):
     """Where it is entered, ``instead`` is called for ``functional.linear``."""
 
@@ -207,14 +194,14 @@ class Skeleton:
         if own_rows[0]:
             for layer in self._layers:
                 layer.self_attn.__dict__[OWN] = self.own_kernels
-        self._rotate: Rotate | None = None
+        self._usual: Usual | None = None
         if own_rows[0] and device == HOST:
             for module in linear:
                 module.__dict__["forward"] = partial(self._linear_module, module)
             for layer in range(self.layers):
                 self._wrap_router(layer)
             if compute_dtype in NARROW:
-                self._take_usual(self._layers[0].self_attn)
+                self._usual = Usual(self.model, self._layers[0].self_attn, self.own_kernels, compute_dtype)
 
     # ------------------------------------------------------------------------------------------ weights
 
@@ -269,38 +256,6 @@ class Skeleton:
         out = x.new_empty(*x.shape[:-1], len(weight))
         self.own_kernels.mm(rows.contiguous(), (weight, out.view(len(rows), -1)), bias=bias)
         return out
-
-    def _take_usual(self, attention: nn.Module) -> None:
-        """Let norms and rotary embeddings be computed by our own kernel, where they are what it computes."""
-        own, kinds = self.own_kernels, dict[tuple[Any, ...], bool]()
-        for module in self.model.modules():
-            added = epsilon(module)
-            if added is None:
-                continue
-            kind = type(module), added, *(parameter.shape for parameter in module.parameters())
-            if kind not in kinds:
-                kinds[kind] = is_usual_norm(module, own, self.compute_dtype)
-            if kinds[kind]:
-                module.__dict__["forward"] = partial(self._normed, module, module.forward, added)
-        self._rotate = usual_rotation(attention, own, self.compute_dtype)
-
-    def _normed(
-        self, module: Any, theirs: Callable[[torch.Tensor], torch.Tensor], added: float, x: torch.Tensor
-    ) -> torch.Tensor:
-        """A usual norm by our own kernel, where it knows what is given."""
-        if not self.own_kernels.knows(x) or module.weight.dtype != x.dtype:
-            return theirs(x)
-        return self.own_kernels.norm(x, module.weight, added)
-
-    def _rotated(
-        self, query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *how: Any, **named: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same of a usual rotation, of whole heads."""
-        known = all(map(self.own_kernels.knows, (query, key, cosine, sine)))
-        if how or named or not known or not query.shape[3] == key.shape[3] == cosine.shape[2]:
-            assert self._rotate is not None
-            return self._rotate(query, key, cosine, sine, *how, **named)
-        return self.own_kernels.rotate(query, cosine, sine), self.own_kernels.rotate(key, cosine, sine)
 
     def _wrap_router(self, layer: int) -> None:
         """Let a layer's router, a module of each family's own, call ``_linear``."""
@@ -403,10 +358,7 @@ class Skeleton:
     ) -> torch.Tensor:
         """Norm and attention of ``hidden`` [B, q, hidden], without the residual; writes into ``cache``."""
         part = self._layers[layer]
-        with ExitStack() as stack:
-            if self._rotate:
-                family = vars(sys.modules[type(part.self_attn).__module__])
-                stack.enter_context(_set(family, ROTATION, self._rotated))
+        with self._usual.rotating() if self._usual else nullcontext():
             out: torch.Tensor = part.self_attn(
                 hidden_states=part.input_layernorm(hidden),
                 position_embeddings=angles,
@@ -423,7 +375,7 @@ class Skeleton:
         queries = [part for name, part in children if name.startswith("q_") and isinstance(part, nn.Linear)]
         with ExitStack() as stack, suppress(_Remembered):
             for part in queries:
-                stack.enter_context(_set(part.__dict__, "forward", partial(_nothing, part)))
+                stack.enter_context(replaced(part.__dict__, "forward", partial(_nothing, part)))
             self.attention(layer, hidden, None, positions, angles, _Remembering(cache))
 
     def moe_block(self, layer: int, hidden: torch.Tensor, shared: bool = True) -> Routed:
@@ -432,7 +384,7 @@ class Skeleton:
         with ExitStack() as stack:
             for name, module in () if shared else part.mlp.named_children():
                 if name.startswith(SHARED):
-                    stack.enter_context(_set(module.__dict__, "forward", _adds_nothing))
+                    stack.enter_context(replaced(module.__dict__, "forward", _adds_nothing))
             out = part.mlp(part.post_attention_layernorm(hidden)[None])
         base = out[0] if isinstance(out, tuple) else out
         experts = part.mlp.experts

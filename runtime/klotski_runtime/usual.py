@@ -6,8 +6,10 @@ What a module is called says little of what it computes: it is found by trying. 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +27,60 @@ WIDTH = 48
 ROUNDED_OTHERWISE = 0.02
 """In a norm, the order in which squares are added may decide how an element is rounded, of at most such a share of them; the product with
 its weight is then up to two numbers away."""
+
+
+@contextmanager
+def replaced(values: dict[str, Any], name: str, value: object) -> Iterator[None]:
+    """One entry, for as long as the context lasts."""
+    kept = dict(values)
+    values[name] = value
+    try:
+        yield
+    finally:
+        values.pop(name)
+        values |= {name: kept[name]} if name in kept else {}
+
+
+class Usual:
+    """Our own kernel in the place of a model's norms, and of its rotary embeddings within ``rotating``, where they are what it
+    computes."""
+
+    def __init__(self, model: nn.Module, attention: nn.Module, own: OwnKernels, dtype: torch.dtype) -> None:
+        """attention: a module of it. dtype: that it computes in."""
+        self._own = own
+        self._family = vars(sys.modules[type(attention).__module__])
+        self.rotate = usual_rotation(attention, own, dtype)
+        self.norms = list[nn.Module]()
+        kinds = dict[tuple[Any, ...], bool]()
+        for module in model.modules():
+            added = epsilon(module)
+            kind = type(module), added, *(parameter.shape for parameter in module.parameters())
+            if added is not None and kind not in kinds:
+                kinds[kind] = is_usual_norm(module, own, dtype)
+            if kinds.get(kind) and added is not None:
+                module.__dict__["forward"] = partial(self._normed, module, module.forward, added)
+                self.norms.append(module)
+
+    def rotating(self) -> AbstractContextManager[None]:
+        """While attention modules are called; whoever else calls them finds them as they were."""
+        return replaced(self._family, ROTATION, self._rotated) if self.rotate else nullcontext()
+
+    def _normed(
+        self, module: Any, theirs: Callable[[torch.Tensor], torch.Tensor], added: float, x: torch.Tensor
+    ) -> torch.Tensor:
+        if not self._own.knows(x) or module.weight.dtype != x.dtype:
+            return theirs(x)
+        return self._own.norm(x, module.weight, added)
+
+    def _rotated(
+        self, query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *how: Any, **named: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of whole heads; theirs where only a part of each is turned, or it is asked for otherwise."""
+        known = all(map(self._own.knows, (query, key, cosine, sine)))
+        if how or named or not known or not query.shape[3] == key.shape[3] == cosine.shape[2]:
+            assert self.rotate is not None
+            return self.rotate(query, key, cosine, sine, *how, **named)
+        return self._own.rotate(query, cosine, sine), self._own.rotate(key, cosine, sine)
 
 
 def epsilon(norm: nn.Module) -> float | None:

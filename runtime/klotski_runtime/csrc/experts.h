@@ -48,14 +48,15 @@ INLINE void activate(const enum type type, const float *gate, const float *up, l
 /* out of every row += its weight times what stands in sums [columns, lanes], rounded. */
 INLINE void scatter(const enum type type, const float *sums, long lanes, long rows, long columns, const int64_t *numbers,
                     const float *weights, float *out, long out_row) {
-    long r = 0;
+    long whole = 0; /* columns */
 #if HALF == 8
-    for (; r + 8 <= rows; r += 8) {
-        half_vector weight;
-        memcpy(&weight, weights + r, sizeof weight);
+    whole = columns / 8 * 8;
+    for (long r = 0; r < rows; r += 8) {
+        const long count = least(8, rows - r);
+        half_vector weight = {0};
+        for (long i = 0; i < count; i++) weight[i] = weights[r + i];
         claim(numbers + r + 8, least(8, rows - r - 8), columns, out, out_row);
-        long c = 0;
-        for (; c + 8 <= columns; c += 8) {
+        for (long c = 0; c < whole; c += 8) {
             half_vector v[8], u[8], to;
             EACH(i, 8) {
                 memcpy(&v[i], sums + (c + i) * lanes + r, sizeof v[i]);
@@ -63,18 +64,18 @@ INLINE void scatter(const enum type type, const float *sums, long lanes, long ro
             }
             TURN(v, u)
             EACH(i, 8) {
-                float *at = out + numbers[r + i] * out_row + c;
-                memcpy(&to, at, sizeof to);
-                to += v[i];
-                memcpy(at, &to, sizeof to);
+                if (i < count) {
+                    float *at = out + numbers[r + i] * out_row + c;
+                    memcpy(&to, at, sizeof to);
+                    to += v[i];
+                    memcpy(at, &to, sizeof to);
+                }
             }
         }
-        for (; c < columns; c++)
-            for (long i = r; i < r + 8; i++) out[numbers[i] * out_row + c] += rounded(type, sums[c * lanes + i]) * weights[i];
     }
 #endif
-    for (; r < rows; r++)
-        for (long c = 0; c < columns; c++) out[numbers[r] * out_row + c] += rounded(type, sums[c * lanes + r]) * weights[r];
+    for (long r = 0; r < rows; r++)
+        for (long c = whole; c < columns; c++) out[numbers[r] * out_row + c] += rounded(type, sums[c * lanes + r]) * weights[r];
 }
 
 /* Blocks are taken in such an order that what a block needs was taken long before: the first part of piece 0, then of each piece the first

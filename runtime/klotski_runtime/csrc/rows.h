@@ -1,6 +1,6 @@
 /* What is computed of each row alone: norms by the root mean square, and rotary position embeddings; rounded as PyTorch's ops round it. */
 
-#define ELEMENTS 16384 /* at least, that a thread takes at a time */
+#define SOME_ELEMENTS 16384 /* at least, that a thread takes at a time */
 
 /* out [rows, width] <- weight times x over the root of its mean square and ``epsilon``. */
 typedef struct {
@@ -32,7 +32,7 @@ INLINE float sum_of_squares(const enum type type, const uint16_t *x, long width)
 }
 
 INLINE void normalize(const enum type type, norms *of) {
-    const long some = ELEMENTS / of->width + 1;
+    const long some = SOME_ELEMENTS / of->width + 1;
     long first;
     while ((first = some * __atomic_fetch_add(&of->next, 1, __ATOMIC_RELAXED)) < of->rows)
         for (long r = first; r < least(first + some, of->rows); r++) {
@@ -82,7 +82,7 @@ INLINE void rotate_row(const enum type type, const uint16_t *x, const uint16_t *
 }
 
 INLINE void rotate(const enum type type, rotation *of) {
-    const long some = ELEMENTS / (of->heads * of->width) + 1, all = of->batch * of->positions;
+    const long some = SOME_ELEMENTS / (of->heads * of->width) + 1, all = of->batch * of->positions;
     long first;
     while ((first = some * __atomic_fetch_add(&of->next, 1, __ATOMIC_RELAXED)) < all)
         for (long t = first; t < least(first + some, all); t++) {

@@ -59,7 +59,6 @@ typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef float half_vector __attribute__((vector_size(4 * HALF)));
 typedef word vector_words __attribute__((vector_size(4 * LANES)));
 typedef word half_words __attribute__((vector_size(4 * HALF)));
-typedef float four __attribute__((vector_size(16)));
 typedef uint16_t halves __attribute__((vector_size(16)));
 typedef word words __attribute__((vector_size(32)));
 
@@ -125,13 +124,14 @@ INLINE vector widen_vector(const enum type type, const uint16_t *from) {
     vector_halves narrow;
     memcpy(&narrow, from, sizeof narrow);
 #if LANES == 16 && defined(__AVX512F__) /* compilers may do it in halves */
-    return (vector)(type == BF16 ? _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)narrow), 16) : (__m512i)_mm512_cvtph_ps((__m256i)narrow));
+    if (type == BF16) return (vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)narrow), 16);
+    return (vector)_mm512_cvtph_ps((__m256i)narrow);
 #else
     if (type == BF16) return (vector)(__builtin_convertvector(narrow, vector_words) << 16);
 #if LANES == 8 && defined(__F16C__)
     return (vector)_mm256_cvtph_ps((__m128i)narrow);
 #endif
-    vector wide;
+    vector wide = {0};
     EACH(i, LANES) wide[i] = widened(type, narrow[i]);
     return wide;
 #endif
@@ -177,6 +177,7 @@ INLINE void narrow_vector(const enum type type, vector wide, uint16_t *to) {
 #endif
 }
 
+/* The same of half a vector. */
 INLINE half_vector round_half(const enum type type, half_vector wide) {
 #if HAS_PAIRS
     if (type == BF16) return (half_vector)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)_mm256_cvtneps_pbh((__m256)wide)), 16);
