@@ -307,7 +307,8 @@ class Skeleton:
     @property
     def own_attention(self) -> bool:
         """Whether all rows are multiplied, and attended for, by our own kernel."""
-        return self._own_rows == (1, 0) and self.device == HOST and self.config._attn_implementation == GROUPED
+        narrow = self.device == HOST and self.compute_dtype in NARROW
+        return narrow and self._own_rows == (1, 0) and self.config._attn_implementation == GROUPED
 
     def latent(self, layer: int) -> bool:
         """Whether attention caches its keys and values in another form than it uses them in."""
