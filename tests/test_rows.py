@@ -100,11 +100,15 @@ def test_other_shapes_and_types_are_refused() -> None:
     for weight in (torch.ones(7).bfloat16(), torch.ones(8), torch.ones(16).bfloat16()[::2]):
         with pytest.raises(ValueError, match="for"):
             own.norm(x, weight, 0.0)
+    with pytest.raises(ValueError, match="for"):
+        own.norm(x.transpose(2, 3), torch.ones(4).bfloat16(), 0.0)
     angles = torch.zeros(2, 4, 8).bfloat16()
+    with pytest.raises(ValueError, match="in one piece"):
+        own.rotate(x.transpose(2, 3), angles.transpose(1, 2).contiguous(), angles.transpose(1, 2).contiguous())
     for wrong in (angles[:, :3], angles[:, :, :6], angles.half(), torch.zeros(2, 4, 16).bfloat16()[:, :, ::2]):
         with pytest.raises((ValueError, RuntimeError)):
             own.rotate(x, angles, wrong)
-    with pytest.raises(ValueError, match="for"):
+    with pytest.raises(ValueError, match="of pairs"):
         own.rotate(x[..., :7], angles[..., :7], angles[..., :7])
 
 
@@ -171,6 +175,9 @@ def test_attention_of_a_family_is_its_own(family: str, dtype: torch.dtype, tmp_p
     """Norm and attention of each family's last layer, beside the same by PyTorch's ops, which are as far from fp32 as ours."""
     config = import_model(make_checkpoint(family, tmp_path))
     ours = Skeleton(config, dtype, own_rows=(1, 0))
+    for rows, kind in (((1, 0), dtype), ((2, 0), dtype), ((1, 9), dtype), ((0, 0), dtype), ((1, 0), torch.float32)):
+        all_own = rows == (1, 0) and kind == dtype and family != "gpt_oss"  # whose sinks PyTorch attends with
+        assert Skeleton(config, kind, own_rows=rows).own_attention == all_own
     usual = ours._usual
     assert usual and bool(usual.norms) == (family not in ("phimoe", "gpt_oss")), "these have others"
     assert (usual.rotate is not None) == (family not in ("deepseek_v2", "gpt_oss")), "likewise"

@@ -50,7 +50,10 @@ class OwnKernels:
             scratch = [torch.empty(own_kernels_bytes(widest) // 4) for _ in range(self._workers.threads)]
             each = len(scratch) // self._workers.count
             self._all = Team(self._library, scratch)
-            self._teams = [Team(self._library, scratch[first : first + each]) for first in range(0, len(scratch), each)]
+            self._teams = [
+                Team(self._library, scratch[first : first + each])
+                for first in range(0, each * self._workers.count, each)
+            ]
 
     @property
     def known(self) -> bool:
@@ -237,7 +240,7 @@ class OwnKernels:
         """``weight`` [width] times ``x`` [..., width] over the root of its mean square and epsilon, rounded before and after it.
 
         Raises ValueError where shapes or types are others."""
-        if weight.shape != x.shape[-1:] or weight.dtype != x.dtype or weight.stride(0) != 1:
+        if not self.knows(x) or weight.shape != x.shape[-1:] or weight.dtype != x.dtype or weight.stride(0) != 1:
             raise ValueError(f"{tuple(weight.shape)}, {weight.dtype} for {tuple(x.shape)}, {x.dtype}")
         rows, out = x.reshape(-1, x.shape[-1]), x.new_empty(x.shape)
         job = Norms(
@@ -253,9 +256,11 @@ class OwnKernels:
 
         Raises ValueError where shapes or types are others."""
         batch, heads, positions, width = x.shape
+        if not self.knows(x) or width % 2:
+            raise ValueError(f"heads in one piece, of pairs, not {tuple(x.shape)}, {x.dtype}")
         angles = tuple(part.expand(batch, -1, -1) for part in (cosine, sine))
         for part in angles:
-            if part.shape != (batch, positions, width) or part.dtype != x.dtype or part.stride(2) != 1 or width % 2:
+            if part.shape != (batch, positions, width) or part.dtype != x.dtype or part.stride(2) != 1:
                 raise ValueError(f"{tuple(part.shape)}, {part.dtype} for {tuple(x.shape)}, {x.dtype}")
         out = torch.empty_like(x)
         job = Rotation(

@@ -32,13 +32,15 @@ its weight is then up to two numbers away."""
 @contextmanager
 def replaced(values: dict[str, Any], name: str, value: object) -> Iterator[None]:
     """One entry, for as long as the context lasts."""
-    kept = dict(values)
+    there, kept = name in values, values.get(name)
     values[name] = value
     try:
         yield
     finally:
-        values.pop(name)
-        values |= {name: kept[name]} if name in kept else {}
+        if there:
+            values[name] = kept
+        else:
+            del values[name]
 
 
 class Usual:
@@ -54,10 +56,12 @@ class Usual:
         kinds = dict[tuple[Any, ...], bool]()
         for module in model.modules():
             added = epsilon(module)
+            if added is None:
+                continue
             kind = type(module), added, *(parameter.shape for parameter in module.parameters())
-            if added is not None and kind not in kinds:
+            if kind not in kinds:
                 kinds[kind] = is_usual_norm(module, own, dtype)
-            if kinds.get(kind) and added is not None:
+            if kinds[kind]:
                 module.__dict__["forward"] = partial(self._normed, module, module.forward, added)
                 self.norms.append(module)
 
